@@ -1,0 +1,1 @@
+"""checkpointing: checkpoints that are whole or absent, verified on load."""

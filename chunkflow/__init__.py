@@ -1,0 +1,1 @@
+"""chunkflow: uniform chunks of long-tailed sequences, trained with exact gradients."""

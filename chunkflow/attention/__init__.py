@@ -1,0 +1,1 @@
+"""Attention over chunks: one seam, several backends."""

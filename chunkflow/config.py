@@ -1,0 +1,28 @@
+"""How to plan chunks and load them: one frozen dataclass a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkflow.errors import PlanError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannerConfig:
+    """What a plan depends on, beside the lengths."""
+
+    chunk_tokens: int
+    """Tokens in a full chunk."""
+    retain: int = 1
+    """Chunks of a group that keep their activations (the paper's K); the others run forward a second time."""
+    pair_cost: float = 1 / 4096
+    """Time of one (query, key) pair of attention relative to the rest of the work for one token; about
+    1 / (6 * hidden size)."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1:
+            raise PlanError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+        if self.retain < 1:
+            raise PlanError(f"retain is {self.retain}; it must be at least 1, the chunk that is trained now")
+        if not self.pair_cost >= 0:
+            raise PlanError(f"pair_cost is {self.pair_cost}; it must be 0 or more")

@@ -1,0 +1,1 @@
+"""launch: the four packages together in one fine-tuning job under torchrun."""

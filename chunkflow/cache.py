@@ -1,0 +1,90 @@
+"""Where token stores live: one folder a manifest, whole or absent.
+
+A store is written into a folder of its own and renamed, so a killed build leaves nothing that looks like one. Builders
+of the same store, on one machine or on several, wait for the first by a file lock, which the kernel releases when its
+holder dies; where a file system has no locks each builds, the first rename wins, and all use the winner's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chunkflow.errors import SourceError
+from chunkflow.index import Row, is_whole, write_store
+from chunkflow.sources import manifest_of
+
+
+def open_or_build(cache_dir: Path, description: Mapping[str, Any], make_rows: Callable[[], Iterable[Row]]) -> Path:
+    """Return the folder of this description's store, building it when there is none that is whole.
+
+    Waits for another process that builds the same store, for as long as it lives.
+    """
+    manifest = manifest_of(description)
+    folder = cache_dir / manifest
+    if is_whole(folder, manifest=manifest):
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(cache_dir / f"{manifest}.lock") as alone:
+        if is_whole(folder, manifest=manifest):  # built while this process waited
+            return folder
+        if alone:
+            _remove_leftovers(cache_dir, manifest)
+        _build(folder, cache_dir / f".{manifest}.{uuid.uuid4().hex}", description, manifest, make_rows)
+    if not is_whole(folder, manifest=manifest):
+        raise SourceError(f"{folder} was just built and does not read back; check the disk and its free space")
+    return folder
+
+
+def _build(
+    folder: Path,
+    temporary: Path,
+    description: Mapping[str, Any],
+    manifest: str,
+    make_rows: Callable[[], Iterable[Row]],
+) -> None:
+    temporary.mkdir()
+    try:
+        write_store(temporary, make_rows(), description=description, manifest=manifest)
+        _install(temporary, folder, manifest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _install(temporary: Path, folder: Path, manifest: str) -> None:
+    """Rename into place; a whole store that came first stays, a broken one goes."""
+    if folder.exists() and not is_whole(folder, manifest=manifest):
+        aside = temporary.with_name(f"{temporary.name}.broken")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not is_whole(folder, manifest=manifest):
+            raise
+
+
+def _remove_leftovers(cache_dir: Path, manifest: str) -> None:
+    for leftover in cache_dir.glob(f".{manifest}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """Hold a file's lock; yields False where the file system has none."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""What a saved loader position belongs to, and whether it may be continued here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from chunkflow.config import PlannerConfig
+from chunkflow.errors import StateError
+from chunkflow.sources import Source
+
+
+def identity(source: Source, config: PlannerConfig, *, seed: int, global_batch: int) -> dict[str, Any]:
+    """Return what decides the steps, as JSON values. World size and prefetch do not."""
+    return {
+        "manifest": source.manifest,
+        "description": dict(source.description),
+        "planner": asdict(config),
+        "seed": seed,
+        "global_batch": global_batch,
+    }
+
+
+def resume_step(state: Mapping[str, Any], expected: Mapping[str, Any], steps_per_epoch: int, num_steps: int) -> int:
+    """Return the step to go on with, counted over all epochs. Raises StateError when the state is of another job."""
+    missing = [key for key in (*expected, "epoch", "step") if key not in state]
+    if missing:
+        raise StateError(f"the loader's saved state lacks {', '.join(missing)}; it is not the state of a ChunkLoader")
+    changes = list(_changes(state, expected))
+    if changes:
+        raise StateError(
+            "the saved loader state belongs to other steps: " + "; ".join(changes) + ". Go back to the saved values, "
+            "or start a loader of its own without the state"
+        )
+    epoch, place = int(state["epoch"]), int(state["step"])
+    step = epoch * steps_per_epoch + place
+    if epoch < 0 or not 0 <= place < steps_per_epoch or step > num_steps:
+        raise StateError(
+            f"the saved loader state stands at step {place} of epoch {epoch}; this loader has epochs of "
+            f"{steps_per_epoch} steps and {num_steps} steps in all; raise epochs"
+        )
+    return step
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if saved["manifest"] != now["manifest"]:
+        parts = list(_differences("data", saved["description"], now["description"]))
+        yield from parts or [f"manifest was {saved['manifest']} and is {now['manifest']}"]
+    yield from _differences("planner", saved["planner"], now["planner"])
+    for key in ("seed", "global_batch"):
+        if saved[key] != now[key]:
+            yield f"{key} was {saved[key]!r} and is {now[key]!r}"
+
+
+def _differences(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted({*saved, *now}):
+        if saved.get(key) != now.get(key):
+            yield f"{name}.{key} was {saved.get(key)!r} and is {now.get(key)!r}"

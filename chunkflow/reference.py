@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,47 +19,40 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from chunkflow.attention.dropout import AttentionDropout
 from chunkflow.attention.interface import attention_of
+from chunkflow.sources import NO_TARGET, Sample
 
 REFERENCE = "chunkflow_reference"
 """Name in transformers' `AttentionInterface` of softmax attention written out, with our dropout masks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """One sample: `input_ids`, `shift_labels` int64 [L], `loss_weights` [L]; `sample` keys its dropout masks."""
-
-    sample: int
-    input_ids: Tensor
-    shift_labels: Tensor
-    loss_weights: Tensor
-
-
 def full_sequence_step(
-    model: PreTrainedModel, sequences: list[Sequence], *, denominator: float, dropout_seed: int | None = None
+    model: PreTrainedModel, samples: Mapping[int, Sample], *, denominator: float, dropout_seed: int | None = None
 ) -> Tensor:
-    """Run forward and backward of every sequence whole; add to `.grad`; return the mean loss, fp64, detached.
+    """Run forward and backward of every sample whole; add to `.grad`; return the mean loss, fp64, detached.
 
-    With `dropout_seed`, attention dropout uses the masks a `StepExecutor` draws with that seed.
+    `samples` maps their numbers, which key the dropout masks, to the samples. With `dropout_seed`, attention dropout
+    uses the masks that a `StepExecutor` draws with that seed.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for sequence in sequences:
-        loss = _sum_of_losses(model, sequence, dropout_seed) / denominator
+    for number, sample in samples.items():
+        dropout = None if dropout_seed is None else (dropout_seed, number)
+        loss = _sum_of_losses(model, sample, dropout) / denominator
         loss.backward()
         total += loss.detach().double().cpu()
     return total
 
 
-def _sum_of_losses(model: PreTrainedModel, sequence: Sequence, dropout_seed: int | None) -> Tensor:
-    extra: dict[str, Any] = {}
-    if dropout_seed is not None:
-        extra["reference_dropout"] = (dropout_seed, sequence.sample)
-    positions = torch.arange(len(sequence.input_ids), device=sequence.input_ids.device)
-    with attention_of(model, "sdpa" if dropout_seed is None else REFERENCE):
-        output = model(input_ids=sequence.input_ids[None], position_ids=positions[None], use_cache=False, **extra)
-    logits = output.logits[0]
+def _sum_of_losses(model: PreTrainedModel, sample: Sample, dropout: tuple[int, int] | None) -> Tensor:
+    ids, labels, weights = (
+        torch.as_tensor(x, device=model.device) for x in (sample.input_ids, sample.shift_labels, sample.loss_weights)
+    )
+    positions = torch.arange(len(ids), device=model.device)
+    with attention_of(model, "sdpa" if dropout is None else REFERENCE):
+        extra = {} if dropout is None else {"reference_dropout": dropout}
+        logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(logits, sequence.shift_labels, ignore_index=-100, reduction="none")
-    return (losses * sequence.loss_weights.to(losses.dtype)).sum()
+    losses = nn.functional.cross_entropy(logits, labels, ignore_index=NO_TARGET, reduction="none")
+    return (losses * weights.to(losses.dtype)).sum()
 
 
 def reference_attention(

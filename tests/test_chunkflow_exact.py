@@ -4,6 +4,7 @@ The same step for every case: one sequence of N chunks with a ragged tail, a sho
 standalone chunk of two more. Loss weights are uneven and some are zero.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +43,7 @@ def step_of(num_chunks):
 
 
 def batch_of(sequences, chunks, step=5):
-    denominator = sum(float(s.loss_weights.double().sum()) for s in sequences.values())
+    denominator = sum(float(s.loss_weights.sum(dtype=np.float64)) for s in sequences.values())
     return StepBatch(step, tuple(chunks), denominator, program="")
 
 
@@ -57,7 +58,7 @@ def oracle():
             sequences, chunks = step_of(num_chunks)
             denominator = batch_of(sequences, chunks).denominator
             with float64_throughout():
-                loss = full_sequence_step(model, list(sequences.values()), denominator=denominator, dropout_seed=seed)
+                loss = full_sequence_step(model, sequences, denominator=denominator, dropout_seed=seed)
             known[name, num_chunks] = (float(loss), model)
         return known[name, num_chunks]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
+import numpy as np
 import torch
 from transformers import (
     GPT2Config,
@@ -19,8 +21,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from chunkflow.collate import collate
 from chunkflow.records import Chunk, Segment
-from chunkflow.reference import Sequence
+from chunkflow.sources import Sample
+from chunkflow.sources_memory import MemorySource
 
 VOCABULARY = 97
 _SIZES = {
@@ -51,38 +55,31 @@ def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float64, **c
     return kind(config_kind(**{**_SIZES, **changes})).to(dtype)
 
 
-def sequence(sample: int, length: int) -> Sequence:
+def sequence(sample: int, length: int) -> Sample:
     """Make a random sequence whose loss weights are uneven and here and there zero."""
-    generator = torch.Generator().manual_seed(sample)
-    ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
-    weights = torch.rand(length, generator=generator)
+    rng = np.random.default_rng(sample)
+    ids = rng.integers(0, VOCABULARY, length)
+    weights = rng.random(length, dtype=np.float32)
     weights[-1], weights[::5] = 0, 0
-    return Sequence(sample, ids, torch.cat([ids[1:], torch.tensor([-100])]), weights)
+    return Sample(ids, np.append(ids[1:], -100), weights)
 
 
 def chunk(
-    sequences: dict[int, Sequence],
+    sequences: dict[int, Sample],
     cuts: Seq[tuple[int, int, int]],
     group: int | None = None,
     index: int = 0,
     count: int = 1,
 ) -> Chunk:
-    """Make a loaded chunk from (sample, start, length) cuts."""
-    segments, parts, offset = [], [], 0
-    for sample, start, length in cuts:
-        segments.append(Segment(sample, start, length, offset))
-        offset += length
-        s, rows = sequences[sample], slice(start, start + length)
-        parts.append(
-            (s.input_ids[rows], torch.arange(start, start + length), s.shift_labels[rows], s.loss_weights[rows])
-        )
-    names = ("input_ids", "position_ids", "shift_labels", "loss_weights")
-    payload = {name: torch.cat(column)[None] for name, column in zip(names, zip(*parts, strict=True), strict=True)}
-    return Chunk(tuple(segments), group, index, count, payload=payload)
+    """Make a loaded chunk from (sample, start, length) cuts; samples are numbered from 0."""
+    offsets = accumulate((length for _, _, length in cuts), initial=0)
+    segments = tuple(Segment(*cut, offset) for cut, offset in zip(cuts, offsets, strict=False))
+    source = MemorySource([sequences[i] for i in range(len(sequences))])
+    return collate([Chunk(segments, group, index, count)], source)[0]
 
 
 def group_of(
-    sequences: dict[int, Sequence], sample: int, chunk_tokens: int, group: int, tail: Seq[tuple[int, int, int]] = ()
+    sequences: dict[int, Sample], sample: int, chunk_tokens: int, group: int, tail: Seq[tuple[int, int, int]] = ()
 ) -> list[Chunk]:
     """Cut one long sequence into its dependent chunks, the `tail` packed behind the last."""
     length = len(sequences[sample].input_ids)

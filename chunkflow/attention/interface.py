@@ -1,0 +1,68 @@
+"""Our attention as transformers sees it: registered by name, and switched on for the length of a call.
+
+H query heads, Hk key/value heads, T tokens of the chunk, D head width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from chunkflow.attention.base import ChunkView
+from chunkflow.attention.function import ChunkAttention, LayerCall
+from chunkflow.errors import UnsupportedModelError
+
+NAME = "chunkflow"
+"""Our name in transformers' `AttentionInterface`."""
+
+
+def chunk_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    chunk_view: ChunkView | None = None,
+    **features: Any,
+) -> tuple[Tensor, None]:
+    """Attend query [1, H, T, D] to key and value [1, Hk, T, D] and the state in `chunk_view`; return [1, T, H, D]."""
+    layer = getattr(module, "layer_idx", None)
+    name = f"attention layer {layer} ({type(module).__name__})"
+    if chunk_view is None:
+        raise UnsupportedModelError(
+            f"{name} was not told about the chunk; the model does not pass keyword arguments on"
+        )
+    if layer is None:
+        raise UnsupportedModelError(f"{name} has no layer_idx, so its keys and values could not be kept apart")
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} got an attention mask; chunks carry their own borders, drop the mask")
+    for feature in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if features.get(feature) is not None:
+            raise UnsupportedModelError(f"{name} uses {feature}, which is not trained exactly in chunks yet")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = ChunkAttention.apply(query[0], key[0], value[0], LayerCall(chunk_view, layer, scale, dropout))
+    assert isinstance(out, Tensor)
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, chunk_attention)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Switch every submodel to the attention called `name`, and back: outside, the model is the user's as it was."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation

@@ -1,0 +1,92 @@
+"""Cross entropy over a large vocabulary without the logits of a whole chunk in memory.
+
+N supervised tokens, V vocabulary, D model width
+
+The loss is a weighted *sum*; whoever calls divides by the loss weights of the whole optimizer step. Gradients are made
+together with the loss, tile by tile, so the logits are computed once and only one tile of them exists at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 256
+"""Rows of logits in memory at once; 256 was as fast as plain cross entropy at a quarter of its memory."""
+
+
+def tiled_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor
+) -> Tensor:
+    """Return sum(loss_weights * cross entropy) as a 0-d tensor, fp32 or wider.
+
+    hidden [T, D]; weight [V, D] and bias [V] of the output projection; labels int64 [T], shifted already, -100 for no
+    target; loss_weights [T]. Sums run in fp32 or wider whatever the model's dtype.
+    """
+    supervised = (labels != -100) & (loss_weights != 0)
+    kept = supervised.nonzero().squeeze(1)
+    loss = _TiledCrossEntropy.apply(hidden[kept], weight, bias, labels[kept], loss_weights[kept])
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        wanted = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        for start in range(0, hidden.shape[0], TILE_ROWS):
+            rows = slice(start, start + TILE_ROWS)
+            tile_loss, d_logits = _tile(hidden[rows], weight, bias, labels[rows], loss_weights[rows], any(wanted))
+            loss += tile_loss
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits.to(weight.dtype) @ weight
+            if d_weight is not None:
+                _add_product(d_weight, d_logits, hidden[rows])
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.gradients = (d_hidden, d_weight, d_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (
+            None if g is None else g.mul_(grads[0].to(g.dtype)).to(dtype)
+            for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        )
+        ctx.gradients = None  # scaled in place: a second backward is an error, and the memory is free now
+        return (*scaled, None, None)
+
+
+def _tile(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of one tile and d(loss)/d(logits) [rows, V], which reuses the logits' memory."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(wide)
+    loss_weights = loss_weights.to(wide)
+    lse = torch.logsumexp(logits, dim=-1)
+    picked = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    loss = ((lse - picked) * loss_weights).sum()
+    if not want_gradient:
+        return loss, logits
+    logits.sub_(lse.unsqueeze(1)).exp_()
+    logits.scatter_add_(1, labels.unsqueeze(1), torch.full_like(logits[:, :1], -1.0))
+    return loss, logits.mul_(loss_weights.unsqueeze(1))
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """Add d_logits^T @ hidden [V, D] to the fp32 (or wider) total; the product itself runs in the model's dtype."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    else:
+        total.add_(d_logits.to(hidden.dtype).t() @ hidden)

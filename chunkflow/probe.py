@@ -1,0 +1,133 @@
+"""A few tokens run whole, with the model's own attention, and in chunks with ours.
+
+A layer that mixes tokens behind our back gives other hidden states, and is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkflow.attention.base import ChunkView, Span
+from chunkflow.attention.interface import attention_of
+from chunkflow.errors import ChunkflowError, UnsupportedModelError
+from chunkflow.parts import CausalParts
+from chunkflow.rng import replay, rng_state
+from chunkflow.state import GroupState
+
+_TOKENS, _BORDER, _STRANGER = 12, 5, 4
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Relative to the largest value; fp64 allows for norms that cast to fp32 inside."""
+
+
+@torch.no_grad()
+def probe(parts: CausalParts) -> None:
+    """Run a few tokens whole and in chunks; raise for the first layer that sees a difference."""
+    model = parts.model
+    device = parts.head.weight.device
+    if device.type == "meta":
+        raise UnsupportedModelError(f"{type(model).__name__} is on the meta device; load its weights first")
+    vocabulary = min(parts.vocabulary, parts.head.weight.shape[0])
+    ids = (torch.arange(_TOKENS, device=device) * 7 + 3) % vocabulary
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with replay(rng_state(device), device):
+            logits, whole = _run_whole(parts, ids)
+            _compare_head(parts, logits, whole[-1])
+            state = GroupState(capacity=_BORDER)
+            chunked = _run_chunks(parts, ids, state)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    _check_called(parts, state)
+    _compare_layers(parts, whole, chunked)
+
+
+def _run_whole(parts: CausalParts, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the model's logits, and the output of every layer and of the base model."""
+    positions = torch.arange(len(ids), device=ids.device)
+    with _outputs_of(parts) as outputs:
+        output = parts.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        del outputs[:]
+        hidden = parts.base(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state
+    return output.logits, [*outputs, hidden]
+
+
+def _run_chunks(parts: CausalParts, ids: Tensor, state: GroupState) -> list[Tensor]:
+    """Run the tokens as two dependent chunks, with a stranger packed behind the second; outputs as in `_run_whole`."""
+    tail = len(ids) - _BORDER
+    first = _run_chunk(parts, ids[:_BORDER], (Span(0, _BORDER, 0, 0),), state)
+    tokens = torch.cat([ids[_BORDER:], ids.flip(0)[:_STRANGER]])
+    second = _run_chunk(parts, tokens, (Span(0, tail, _BORDER, 0), Span(tail, _STRANGER, 0, 1)), state)
+    return [torch.cat([a, b[:, :tail]], dim=1) for a, b in zip(first, second, strict=True)]
+
+
+def _run_chunk(parts: CausalParts, tokens: Tensor, spans: tuple[Span, ...], state: GroupState) -> list[Tensor]:
+    positions = torch.cat([torch.arange(s.length, device=tokens.device) + s.prefix for s in spans])
+    with attention_of(parts.model), _outputs_of(parts) as outputs:
+        try:
+            hidden = parts.base(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                chunk_view=ChunkView(spans, state),
+            ).last_hidden_state
+        except ChunkflowError:
+            raise
+        except Exception as error:  # whatever a model's code raises, it is refused with it
+            name = list(parts.layers)[min(len(outputs), len(parts.layers) - 1)]
+            raise UnsupportedModelError(f"{name} failed with our attention: {type(error).__name__}: {error}") from error
+    return [*outputs, hidden]
+
+
+def _check_called(parts: CausalParts, state: GroupState) -> None:
+    for index, (name, layer) in enumerate(parts.layers.items()):
+        if index not in state.layers:
+            raise UnsupportedModelError(
+                f"{name} ({type(layer).__name__}) did not call our attention: it mixes tokens in another way, or does "
+                "not take its attention from transformers' AttentionInterface"
+            )
+
+
+def _compare_head(parts: CausalParts, logits: Tensor, hidden: Tensor) -> None:
+    if not _close(parts.head(hidden), logits):
+        raise UnsupportedModelError(
+            f"{type(parts.model).__name__}: its logits are not what its output projection gives for the last hidden "
+            "state (it caps or scales them), so our loss would be another one"
+        )
+
+
+def _compare_layers(parts: CausalParts, whole: list[Tensor], chunked: list[Tensor]) -> None:
+    names = [*parts.layers, f"{parts.model.base_model_prefix}, after the last layer"]
+    for name, a, b in zip(names, whole, chunked, strict=True):
+        if not _close(b, a):
+            error = float((a - b).abs().max() / a.abs().max())
+            raise UnsupportedModelError(
+                f"{name}: hidden states of {a.shape[1]} tokens in two chunks differ from the whole run by {error:.1e}; "
+                "something in it depends on tokens or positions outside the chunk"
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= _TOLERANCE.get(a.dtype, 1e-1) * b.abs().max())
+
+
+@contextmanager
+def _outputs_of(parts: CausalParts) -> Iterator[list[Tensor]]:
+    """Collect what each decoder layer gives out, in order."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in parts.layers.values()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

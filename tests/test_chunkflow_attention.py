@@ -1,0 +1,99 @@
+"""Tiles, merged, against softmax attention written out; dropout masks that belong to positions."""
+
+import pytest
+import torch
+
+from chunkflow.attention.base import PREFIX_BLOCK, Span, Tile, merge, prefix_blocks
+from chunkflow.attention.dropout import BLOCK, AttentionDropout
+from chunkflow.attention.flash_cpu import FlashCpu
+from chunkflow.attention.masked import Masked
+from chunkflow.attention.span import SpanAttention
+from chunkflow.state import GroupState
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def written_out(q, k, v, scale, prefix):
+    """q [Hk, G, n, D] against k, v [Hk, prefix + n, D], causal from `prefix` on."""
+    scores = torch.einsum("hgnd,hmd->hgnm", q, k) * scale
+    hidden = torch.arange(k.shape[1]) > torch.arange(q.shape[2])[:, None] + prefix
+    return torch.einsum("hgnm,hmd->hgnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("backend", [FlashCpu(), Masked()], ids=["flash", "masked"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("prefix", [0, 5, 64])
+def test_span_attention_equals_attention_written_out(backend, dtype, prefix, monkeypatch):
+    monkeypatch.setattr("chunkflow.attention.base.PREFIX_BLOCK", 16)  # several blocks, the last one ragged
+    torch.manual_seed(0)
+    heads, per_head, n, width, scale = 2, 3, 21, 8, 0.4
+    wide = {"dtype": torch.float64, "requires_grad": True}
+    q = torch.randn(heads, per_head, n, width, **wide)
+    k, v = (torch.randn(heads, prefix + n, width, **wide) for _ in "kv")
+    dout = torch.randn(heads, per_head, n, width, dtype=torch.float64)
+    expected = written_out(q, k, v, scale, prefix)
+    expected.backward(dout)
+
+    state = GroupState(capacity=prefix)
+    k_, v_ = k.detach().to(dtype), v.detach().to(dtype)
+    if prefix:
+        state.write(0, 0, k_[:, :prefix], v_[:, :prefix])
+    attention = SpanAttention(backend, Span(0, n, prefix, 0), state, 0, scale, None)
+    own = (q.detach().to(dtype), k_[:, prefix:], v_[:, prefix:])
+    out, lse = attention.forward(*own)
+    dq, dk, dv = attention.backward(dout.to(dtype), *own, out.to(dtype), lse)
+    if prefix:
+        before_k, before_v = state.gradient(0, 0, prefix)  # what this span sent to its prefix
+        dk, dv = torch.cat([before_k, dk], 1), torch.cat([before_v, dv], 1)
+    for ours, theirs in [(out, expected), (dq, q.grad), (dk, k.grad), (dv, v.grad)]:
+        assert (ours.double() - theirs).abs().max() <= TOLERANCE[dtype] * max(1.0, theirs.abs().max())
+
+
+def test_gradients_to_the_prefix_are_added_in_fp32():
+    state = GroupState(capacity=4)
+    ones = torch.ones(1, 4, 2, dtype=torch.bfloat16)
+    state.write(0, 0, ones, ones)
+    for _ in range(1000):  # bf16 would stop at 256
+        state.add_gradient(0, 0, ones, ones)
+    dk, _ = state.gradient(0, 0, 4)
+    assert dk.dtype == torch.float32
+    assert dk.unique().tolist() == [1000.0]
+
+
+def test_the_last_chunk_is_nobodys_prefix():
+    state = GroupState(capacity=4)
+    k = torch.randn(1, 4, 2)
+    state.write(0, 0, k, k)
+    state.write(0, 4, k, k)  # beyond the capacity: not kept
+    assert state.layers[0].kv.shape == (2, 1, 4, 2)
+    assert state.gradient(0, 4, 4) is None
+
+
+def test_merge_is_one_softmax_over_both_parts():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 1, 3, 4), torch.randn(1, 9, 4), torch.randn(1, 9, 4)
+    tile = Tile(100, 0, causal=False)
+    parts = [Masked().forward(q, k[:, r], v[:, r], tile=tile, scale=1.0) for r in (slice(0, 4), slice(4, 9))]
+    whole, whole_lse = Masked().forward(q, k, v, tile=tile, scale=1.0)
+    out, lse = merge(*parts[0], *parts[1])
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(lse, whole_lse)
+
+
+def test_prefix_blocks_cover_the_prefix_at_absolute_borders():
+    blocks = list(prefix_blocks(2 * PREFIX_BLOCK + 7))
+    assert blocks == [(0, PREFIX_BLOCK), (PREFIX_BLOCK, 2 * PREFIX_BLOCK), (2 * PREFIX_BLOCK, 2 * PREFIX_BLOCK + 7)]
+    assert list(prefix_blocks(0)) == []
+
+
+def test_dropout_mask_of_a_pair_does_not_depend_on_the_tile():
+    dropout = AttentionDropout(0.3, seed=1, sample=2, layer=3)
+    like = torch.empty(0, dtype=torch.float64)
+    size = BLOCK + 40
+    whole = dropout.keep(2, 0, size, 0, size, like)
+    part = dropout.keep(2, BLOCK - 10, 30, 17, 90, like)
+    assert torch.equal(part, whole[:, BLOCK - 10 : BLOCK + 20, 17:107])
+    assert whole.unique().tolist() == [0.0, 1 / 0.7]
+    assert abs((whole == 0).double().mean() - 0.3) < 0.01
+    other = AttentionDropout(0.3, seed=1, sample=2, layer=4).keep(2, 0, size, 0, size, like)
+    assert not torch.equal(whole, other)

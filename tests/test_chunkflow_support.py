@@ -1,0 +1,103 @@
+"""Models that chunks cannot train exactly are refused at start, by layer and reason."""
+
+import pytest
+import torch
+import transformers as tf
+
+from chunkflow import ChunkRunner, UnsupportedModelError
+from tests.tiny import tiny_model
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+REFUSED = {
+    "dynamic RoPE": (
+        lambda: tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        r"model\.rotary_emb: RoPE type 'dynamic'",
+    ),
+    "sliding window": (
+        lambda: tiny_model("mistral", sliding_window=4096),
+        r"model\.layers\.0.*sliding_window = 4096",
+    ),
+    "some layers with a window": (
+        lambda: tiny_model(
+            "qwen3", layer_types=["full_attention", "sliding_attention"], sliding_window=8, use_sliding_window=True
+        ),
+        r"model\.layers\.1 \(Qwen3DecoderLayer\): layer type 'sliding_attention'",
+    ),
+    "chunked attention": (
+        lambda: tiny_model("qwen3", layer_types=["full_attention", "chunked_attention"]),
+        r"model\.layers\.1 \(Qwen3DecoderLayer\): layer type 'chunked_attention'",
+    ),
+    "SSM": (
+        lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)),
+        r"backbone\.layers\.0 \(MambaBlock\)",
+    ),
+    "hybrid": (
+        lambda: tf.JambaForCausalLM(tf.JambaConfig(**SIZES, num_experts=2, use_mamba_kernels=False)),
+        r"model\.layers\.0 \(JambaMambaDecoderLayer\)",
+    ),
+    "own attention": (
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=97, hidden_size=32, n_head=4, n_layer=2)),
+        r"transformer\.h\.0 \(BloomBlock\) did not call our attention",
+    ),
+    "fails with our attention": (
+        lambda: tf.FalconForCausalLM(tf.FalconConfig(**SIZES)),
+        r"transformer\.h\.0 failed with our attention",
+    ),
+    "not causal": (
+        lambda: tf.BertGenerationDecoder(tf.BertGenerationConfig(**SIZES)),
+        r"bert\.encoder\.layer\.0: hidden states of 12 tokens in two chunks differ",
+    ),
+    "scaled logits": (
+        lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**SIZES, logits_scaling=2.0)),
+        r"logits are not what its output projection gives",
+    ),
+    "router loss": (
+        lambda: tf.MixtralForCausalLM(
+            tf.MixtralConfig(**SIZES, sliding_window=None, num_local_experts=4, output_router_logits=True)
+        ),
+        r"router's auxiliary loss",
+    ),
+    "no output projection": (lambda: tf.LlamaModel(tf.LlamaConfig(**SIZES)), r"must be a causal LM"),
+    "not transformers": (lambda: torch.nn.Linear(2, 2), r"Linear is not a transformers model"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_layer_and_reason(name):
+    make, message = REFUSED[name]
+    with pytest.raises(UnsupportedModelError, match=message):
+        ChunkRunner(make())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_accepted_and_left_as_it_was(family, dtype):
+    model = tiny_model(family, dtype=dtype)
+    model.train()
+    list(model.modules())[3].eval()  # a frozen part in eval mode stays in it
+    modes = [m.training for m in model.modules()]
+    attention = model.config._attn_implementation
+    rng = torch.get_rng_state()
+    ChunkRunner(model)
+    assert [m.training for m in model.modules()] == modes
+    assert model.config._attn_implementation == attention
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_that_looks_beyond_its_chunk_is_found_by_running():
+    """No setting gives this one away: a layer that mixes tokens by itself, besides its attention."""
+    model = tiny_model()
+    layer = model.model.layers[1]
+    original = layer.mlp.forward
+    layer.mlp.forward = lambda x: original(x) + x.cumsum(1) * 0.1
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1: hidden states .* differ"):
+        ChunkRunner(model)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, Store
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
 
 from launch.errors import KNOWN_ERRORS, LaunchError, WorldError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from launch.board import Board
@@ -42,7 +43,7 @@ class World:
     board: Board
 
 
-def read_processes(environ: Mapping[str, str]) -> Processes:
+def read_processes(environ: Mapping[str, str] = os.environ) -> Processes:
     """Return who this process is; without torchrun, the only one. Raises WorldError on a half-set environment."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in environ]

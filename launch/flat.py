@@ -18,8 +18,10 @@ _EXPANDED = "__expanded__"
 
 def flatten(name: str, value: Any, flat: dict[str, Any]) -> None:
     """Write `value` into `flat` under `name`; raises ResumeError on something that is neither tensor nor JSON."""
-    if isinstance(value, Tensor) or _is_json(value):
+    if isinstance(value, Tensor):
         flat[name] = value
+    elif _is_json(value):
+        flat[name] = _plain(value)
     elif isinstance(value, list | tuple):
         flat[name] = {_EXPANDED: type(value).__name__, "length": len(value)}
         for place, member in enumerate(value):
@@ -53,6 +55,13 @@ def roots(flat: Mapping[str, Any]) -> Iterator[str]:
             outer = outer.rpartition(".")[0]
         if not outer:
             yield name
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value as JSON gives it back: lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    return [_plain(member) for member in value] if isinstance(value, list | tuple) else value
 
 
 def _is_json(value: Any) -> bool:

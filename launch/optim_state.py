@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from launch.errors import ResumeError
@@ -23,7 +23,7 @@ CLASS = "optim_class"
 class NamedOptimizer:
     """An optimizer together with the names of its parameters."""
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             for param in group["params"]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -13,6 +15,7 @@ from chunkflow.errors import PlanError
 from launch.board import Board
 from launch.config import FinetuneConfig
 from launch.errors import KNOWN_ERRORS, ConfigError
+from launch.files import write_json
 
 
 def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> FinetuneConfig:
@@ -70,8 +73,25 @@ def require_agreement(answers: Sequence[tuple[str | None, Mapping[str, Any]]]) -
 
 def flatten_config(config: FinetuneConfig) -> dict[str, Any]:
     """Return the settings by dotted key, as JSON values."""
+    return _dotted(asdict(config))
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in asdict(config).items():
+    for name, value in settings.items():
         for key, entry in value.items() if isinstance(value, dict) else [(None, value)]:
             flat[name if key is None else f"{name}.{key}"] = list(entry) if isinstance(entry, tuple) else entry
     return flat
+
+
+def record_config(path: Path, config: FinetuneConfig) -> list[str]:
+    """Write the settings to `path`, as a recipe, and return in words how they differ from what was there. One rank."""
+    before: dict[str, Any] = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}  # not ours, or cut off: nothing to compare with
+    write_json(path, asdict(replace(config, fresh=False)))
+    old, new = _dotted(before), flatten_config(replace(config, fresh=False))
+    return [f"{key} was {old[key]!r} and is {new[key]!r}" for key in new if key in old and old[key] != new[key]]

@@ -70,12 +70,13 @@ class TrainState:
             "progress": {"step": self.step},
         }
 
-    def load_state_dict(self, flat: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state: all names of all ranks.
 
         Raises ResumeError naming the first differences when it is not of this model and optimizer, and whatever the
         loader raises when it is of other data; nothing has been changed then.
         """
+        flat = state_dict
         problems = [*self._check_model(flat), *self._optimizer.check(flat)]
         problems += [f"{name} is missing" for name in ("loader", "progress") if name not in flat]
         if problems:
@@ -106,9 +107,7 @@ class TrainState:
             if not isinstance(saved, Tensor):
                 yield f"{name} is not in it"
             elif saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                yield (
-                    f"{name} was {list(saved.shape)} of {saved.dtype} and is {list(tensor.shape)} of {tensor.dtype}"
-                )
+                yield (f"{name} was {list(saved.shape)} of {saved.dtype} and is {list(tensor.shape)} of {tensor.dtype}")
         yield from (f"{name} is not in the model" for name in flat if name.startswith("model.") and name not in live)
 
     def _load_rngs(self, flat: Mapping[str, Any]) -> None:

@@ -1,0 +1,174 @@
+"""Rank 0's side of a save: the plan, the commit, and what is cleared away after it.
+
+The order is the contract: files durable, manifest durable, folder durable, rename, parent durable. Only then does
+`latest` move, and only then is anything deleted.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from checkpointing import manifest as manifests
+from checkpointing.control import told_as
+from checkpointing.errors import IntegrityError, SaveError, StateError
+from checkpointing.folder import Folder
+from checkpointing.plan import RankState, SavePlan, plan_save
+from checkpointing.records import FileEntry, Manifest, TensorEntry, TensorSpec
+from checkpointing.retention import KeepLast, plan_pruning
+from checkpointing.transfer import write_file
+from checkpointing.values import decode
+
+_log = logging.getLogger("checkpointing")
+
+
+class Committer:
+    """Holds what rank 0 knows between the two rounds of a save, and between saves."""
+
+    def __init__(self, folder: Folder, keep: KeepLast) -> None:
+        self._folder, self._storage, self._keep = folder, folder.storage, keep
+        self._run_id = ""
+        self._plan: SavePlan | None = None
+        self._step, self._tmp, self._lock = -1, Path(), None
+        self.known_bad: set[int] = set()
+        """Steps that a restore of this process read in full and found damaged."""
+
+    @told_as(SaveError, "rank 0: ")
+    def open(self, step: int, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Plan the save and make its folder. Returns what each rank has to write."""
+        plan = plan_save([_rank_state(body) for body in bodies])
+        if self._stands(step):
+            raise StateError(
+                f"{self._folder.at(step)} exists already, and a save never overwrites; save another step, or move the "
+                "folder away"
+            )
+        self._storage.make_folders(self._folder.root)
+        self._run_id = self._run_id or self._found_run_id()
+        self._plan, self._step = plan, step
+        self._tmp = self._folder.root / f"step-{step}.{self._nonce()}"
+        self._storage.make_folder(self._tmp)
+        self._lock = self._storage.lock(self._tmp)
+        common = {"folder": self._tmp.name, "run_id": self._run_id}
+        return [common | {"names": [spec.name for spec in specs]} for specs in plan.writes]
+
+    @told_as(SaveError, "rank 0: ")
+    def commit(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Write the manifest, and make the save visible. Returns an empty answer for each rank."""
+        data = manifests.dumps(self._manifest(bodies))
+        manifests.loads(data)  # what the reader would refuse is never committed
+        write_file(self._storage, self._tmp / manifests.FILE_NAME, len(data), [lambda: data], lambda _: None)
+        self._storage.sync_folder(self._tmp)
+        self._publish()
+        self._release()
+        for chore in (self._point_latest, self._prune, self._clear_leftovers):
+            try:
+                chore()
+            except OSError as error:
+                # The checkpoint is durable: what fails behind it is no reason to fail the save.
+                _log.warning("after the save of step %d: %s: %s", self._step, chore.__name__.strip("_"), error)
+        return [{} for _ in bodies]
+
+    def abandon(self, *, remove: bool) -> None:
+        """Give up the save in hand. `remove` its folder only when no rank can be writing in it any more."""
+        if self._plan is None:
+            return
+        if remove:
+            with suppress(OSError):  # the error that ended the save is the one to tell
+                self._storage.remove_tree(self._tmp)
+        with suppress(OSError):
+            self._release()
+
+    def _stands(self, step: int) -> bool:
+        if step in self.known_bad:
+            return False
+        try:
+            self._folder.inspect(step)
+        except IntegrityError:
+            return False
+        return True
+
+    def _found_run_id(self) -> str:
+        committed = self._folder.committed()
+        return committed[max(committed)].run_id if committed else uuid.uuid4().hex
+
+    def _nonce(self) -> str:
+        return f"tmp-{self._run_id[:8]}-{uuid.uuid4().hex[:8]}"
+
+    def _manifest(self, bodies: Sequence[Mapping[str, Any]]) -> Manifest:
+        assert self._plan is not None
+        files = tuple(FileEntry(**body["file"]) for body in bodies)
+        tensors = [
+            _entry(spec, file.path, *place)
+            for specs, file, body in zip(self._plan.writes, files, bodies, strict=True)
+            for spec, place in zip(specs, body["places"], strict=True)
+        ]
+        return Manifest(
+            run_id=self._run_id,
+            step=self._step,
+            world_size=len(bodies),
+            files=files,
+            tensors=tuple(sorted(tensors, key=lambda entry: entry.name)),
+            aliases=self._plan.aliases,
+            values={name: decode(value) for name, value in self._plan.values.items()},
+        )
+
+    def _publish(self) -> None:
+        place = self._folder.at(self._step)
+        if place.name in self._storage.names(self._folder.root):
+            # Garbage by definition, or `open` would have refused; moved aside, for whoever wants to look at it.
+            self._storage.rename(place, place.with_name(f"{place.name}.bad-{uuid.uuid4().hex[:8]}"))
+            self.known_bad.discard(self._step)
+        self._storage.rename(self._tmp, place)
+        try:
+            self._storage.sync_folder(self._folder.root)
+        except OSError:
+            # It may or may not survive a power cut, so it must not count: take it back, and let the save fail.
+            self._storage.rename(place, self._tmp)
+            raise
+
+    def _release(self) -> None:
+        lock, self._lock, self._plan = self._lock, None, None
+        if lock is not None:
+            self._storage.close(lock)
+
+    def _point_latest(self) -> None:
+        new = self._folder.root / f"latest.{self._nonce()}"
+        data = f"{self._folder.at(self._step).name}\n".encode()
+        write_file(self._storage, new, len(data), [lambda: data], lambda _: None)
+        self._storage.rename(new, self._folder.root / "latest")
+        self._storage.sync_folder(self._folder.root)
+
+    def _prune(self) -> None:
+        intact = [step for step, found in self._folder.committed().items() if found.run_id == self._run_id]
+        for step in plan_pruning(self._keep, intact, self.known_bad):
+            # Renamed first: a checkpoint is whole or absent while it is deleted, too.
+            gone = self._folder.at(step).with_name(f"step-{step}.{self._nonce()}")
+            self._storage.rename(self._folder.at(step), gone)
+            self._storage.remove_tree(gone)
+
+    def _clear_leftovers(self) -> None:
+        for path in self._folder.leftovers(self._run_id):
+            if path.name.startswith("latest."):
+                self._storage.remove_file(path)
+                continue
+            lock = self._storage.lock(path)
+            if lock is None:  # another process of this run is writing in it
+                continue
+            try:
+                self._storage.remove_tree(path)
+            finally:
+                self._storage.close(lock)
+
+
+def _rank_state(body: Mapping[str, Any]) -> RankState:
+    specs = (TensorSpec(name, dtype, tuple(shape), alias) for name, dtype, shape, alias in body["specs"])
+    return RankState(tuple(specs), body["values"])
+
+
+def _entry(spec: TensorSpec, file: str, begin: int, end: int, xxh3_64: str) -> TensorEntry:
+    whole = (0,) * len(spec.shape)
+    return TensorEntry(spec.name, spec.dtype, spec.shape, whole, spec.shape, file, begin, end, xxh3_64)

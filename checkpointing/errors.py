@@ -1,0 +1,28 @@
+"""What can go wrong in checkpointing, as one tree.
+
+CheckpointError
+├── StateError        what was given to be saved cannot be: names the key and says what to do
+├── SaveError         a save could not be written or committed; the checkpoints before it are intact
+├── IntegrityError    bytes on disk are not what was saved: names the file, and the tensor where there is one
+└── RankError         a rank did not report in time, or the ranks did not make the same call
+"""
+
+
+class CheckpointError(Exception):
+    """Base of everything checkpointing raises on purpose."""
+
+
+class StateError(CheckpointError):
+    """What was given to be saved cannot be; the message names the key and says what to do."""
+
+
+class SaveError(CheckpointError):
+    """A save could not be written or committed; the checkpoints before it are intact."""
+
+
+class IntegrityError(CheckpointError):
+    """Bytes on disk are not what was saved; the message names the file, and the tensor where there is one."""
+
+
+class RankError(CheckpointError):
+    """A rank did not report in time, or the ranks did not make the same call; the message names the ranks."""

@@ -1,0 +1,97 @@
+"""A folder of checkpoints: its names, and what of it is committed.
+
+step-20/                        committed: manifest.json and the files it lists
+step-30.tmp-<run>-<nonce>/      being written, or left by a crash; <run> is the beginning of the run id
+step-30.bad-<nonce>/            did not verify and stood in the way of a save of the same step; never touched again
+latest                          the name of the newest checkpoint: a hint for people and scripts, never read here
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from checkpointing import manifest as manifests
+from checkpointing.errors import IntegrityError
+from checkpointing.records import Manifest, Summary
+from checkpointing.storage.local import LocalStorage
+from checkpointing.transfer import check_length, verify_file
+
+_Found = TypeVar("_Found", Manifest, Summary)
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
+_TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder, read through a storage. Scans anew on every call: the folder is the only truth."""
+
+    root: Path
+    storage: LocalStorage
+
+    def at(self, step: int) -> Path:
+        """Return the place of a committed step."""
+        return self.root / f"step-{step}"
+
+    def candidates(self) -> list[int]:
+        """Return every step that has a folder of the right name, oldest first, whatever is in it."""
+        matches = (_STEP.fullmatch(name) for name in self.storage.names(self.root))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def leftovers(self, run_id: str) -> list[Path]:
+        """Return what saves of this run have begun and not finished."""
+        matches = [(name, _TMP.fullmatch(name)) for name in self.storage.names(self.root)]
+        return [self.root / name for name, match in matches if match and match[1] == run_id[:8]]
+
+    def has_manifest(self, step: int) -> bool:
+        """Return whether there is a file of that name; a folder without one is not a checkpoint of ours."""
+        try:
+            return manifests.FILE_NAME in self.storage.names(self.at(step))
+        except NotADirectoryError:
+            return False
+
+    def inspect(self, step: int) -> Manifest:
+        """Return the manifest of a step whose files are all there with their lengths.
+
+        Reads no tensor. Raises IntegrityError.
+        """
+        return self._checked(step, manifests.loads)
+
+    def _checked(self, step: int, loads: Callable[[bytes], _Found]) -> _Found:
+        place = self.at(step)
+        try:
+            found = loads(self.storage.read(place / manifests.FILE_NAME))
+        except OSError as error:
+            raise IntegrityError(f"{place.name}/{manifests.FILE_NAME}: {error.strerror}") from error
+        except IntegrityError as error:
+            raise IntegrityError(f"{place.name}/{manifests.FILE_NAME}: {error}") from error
+        if found.step != step:
+            raise IntegrityError(f"{place.name}: the manifest is that of step {found.step}; was the folder renamed?")
+        for file in found.files:
+            check_length(self.storage, place, file)
+        return found
+
+    def verify(self, step: int, alive: Callable[[], None]) -> Manifest:
+        """Read every byte of a checkpoint, calling `alive` on the way. Raises IntegrityError naming file and tensor."""
+        found = self.inspect(step)
+        for file in found.files:
+            tensors = [tensor for tensor in found.tensors if tensor.file == file.path]
+            try:
+                verify_file(self.storage, self.at(step), file, tensors, alive)
+            except OSError as error:
+                raise IntegrityError(f"{self.at(step).name}/{file.path}: {error.strerror}") from error
+        return found
+
+    def committed(self) -> dict[int, Summary]:
+        """Return the steps whose manifest proves itself and whose files have their lengths, oldest first."""
+        found = {}
+        for step in self.candidates():
+            try:
+                found[step] = self._checked(step, manifests.loads_summary)
+            except IntegrityError:
+                continue
+        return found

@@ -1,0 +1,122 @@
+"""The words of checkpointing, as frozen values. Lengths, begins and ends are in bytes.
+
+state       what is saved: one Stateful, or a mapping of prefix to Stateful
+name        the global name of a tensor or value: `prefix.name`, or the name itself when the state is one Stateful
+replicated  held under one name by several ranks: written once
+alias       a second name of a tensor that shares its memory with another (tied weights): written once
+commit      the rename that turns `step-N.tmp-*` into `step-N`: before it nothing is visible, after it everything is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from checkpointing.dtypes import itemsize
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with torch's two methods; both speak flat dicts of names to tensors or JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as {name: Tensor | JSON value}."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take a state as `state_dict` gave it out, with every name that was saved, by whichever rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor as a rank holds it, without its bytes."""
+
+    name: str
+    dtype: str
+    """As safetensors writes it: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    alias_of: str | None = None
+    """The name under which this rank holds the very same memory; None when this is the first name of it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor, or a slice of one, lies on disk. Format 1 holds whole tensors: offset 0, shape = global_shape."""
+
+    name: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    """Where the slice begins in the global tensor, one number per dim."""
+    shape: tuple[int, ...]
+    """Shape of the slice."""
+    file: str
+    begin: int
+    """First byte in the file."""
+    end: int
+    """One past the last byte in the file."""
+    xxh3_64: str
+    """Hash of the bytes begin .. end, 16 hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A data file of a checkpoint."""
+
+    path: str
+    """A plain file name inside the checkpoint's folder."""
+    length: int
+    xxh3_64: str
+    """Hash of the whole file, 16 hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a checkpoint holds, except the bytes of its tensors."""
+
+    run_id: str
+    step: int
+    world_size: int
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorEntry, ...]
+    aliases: Mapping[str, str]
+    """Second names of tensors, to the name they are written under."""
+    values: Mapping[str, Any]
+    """JSON values, decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Of a manifest, what listing and retention need; quick to read however many tensors there are."""
+
+    run_id: str
+    step: int
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreInfo:
+    """What a restore read."""
+
+    step: int
+    path: Path
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints that did not verify, newest first, each with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveProgress:
+    """How far a save is on this rank."""
+
+    written_bytes: int
+    total_bytes: int
+    done: bool

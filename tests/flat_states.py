@@ -1,4 +1,4 @@
-"""States for the checkpointing tests: flat, with everything in them that can be saved; and their comparison, bit by bit."""
+"""States for the checkpointing tests: flat, with everything that can be saved; and their comparison, bit by bit."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from checkpointing import SINGLE, CheckpointError, Checkpointer, KeepLast
+from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
 from checkpointing.dtypes import DTYPES
 from tests.flat_states import Flat, assorted, same
 

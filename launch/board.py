@@ -1,0 +1,88 @@
+"""What ranks tell each other outside of collectives: short JSON answers through the job's store, with deadlines.
+
+A rank that fails here can still tell the others why, which it cannot from inside a collective.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
+
+from launch.errors import KNOWN_ERRORS, LaunchError, WorldError
+
+T = TypeVar("T")
+
+
+class Board:
+    """A place where every rank leaves one answer a question. All ranks ask the same questions in the same order."""
+
+    def __init__(self, store: Store, *, rank: int, world_size: int, timeout_s: float) -> None:
+        self.rank, self.world_size, self._timeout_s = rank, world_size, timeout_s
+        self._store, self._asked = store, 0
+
+    def gather(self, topic: str, answer: Any, *, timeout_s: float | None = None) -> list[Any]:
+        """Return the answers of all ranks, by rank. Raises WorldError naming a rank that does not answer in time."""
+        key = self._next(topic)
+        self._store.set(f"{key}/{self.rank}", json.dumps(answer))
+        return [self._read(topic, f"{key}/{rank}", rank, timeout_s) for rank in range(self.world_size)]
+
+    def together(self, topic: str, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
+        """Return `work()` once it has succeeded on every rank; where it fails on one, raise its error on all."""
+        try:
+            result, error = work(), None
+        except KNOWN_ERRORS as known:
+            result, error = None, known
+        except Exception as unknown:
+            self.gather(topic, f"{type(unknown).__name__}: {unknown}", timeout_s=timeout_s)
+            raise
+        failures = self.gather(topic, None if error is None else str(error), timeout_s=timeout_s)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise LaunchError(f"on rank {rank}: {failure}")
+        return result  # pyright: ignore[reportReturnType]  (no error: it is work()'s)
+
+    def rank0_first(self, topic: str, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
+        """Return `work()`, done on rank 0 alone first, then on the others, which find what rank 0 has cached.
+
+        Where it fails, its error is raised on every rank.
+        """
+        key = self._next(topic)
+        if self.rank == 0:
+            result = self._announced(key, work)
+            return self.together(topic, lambda: result, timeout_s=timeout_s)
+        failure = self._read(topic, f"{key}/0", 0, timeout_s)
+        if failure is not None:
+            raise LaunchError(failure)
+        return self.together(topic, work, timeout_s=timeout_s)
+
+    def _announced(self, key: str, work: Callable[[], T]) -> T:
+        try:
+            result = work()
+        except Exception as error:
+            text = str(error) if isinstance(error, KNOWN_ERRORS) else f"{type(error).__name__}: {error}"
+            self._store.set(f"{key}/0", json.dumps(text))
+            raise
+        self._store.set(f"{key}/0", json.dumps(None))
+        return result
+
+    def _next(self, topic: str) -> str:
+        self._asked += 1
+        return f"board/{self._asked}/{topic}"
+
+    def _read(self, topic: str, key: str, rank: int, timeout_s: float | None) -> Any:
+        seconds = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            self._store.wait([key], timedelta(seconds=seconds))
+        except DistError as error:
+            raise WorldError(
+                f"rank {rank} did not answer about '{topic}' within {seconds:g} s; it ended, hangs, or does something "
+                "else: see its own output"
+            ) from error
+        return json.loads(self._store.get(key))

@@ -1,0 +1,216 @@
+"""Every setting of a fine-tuning job. The defaults are the quickstart: `recipes/quickstart.yaml` says the same.
+
+The classes have no slots: jsonargparse reads the defaults of nested ones through `vars`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chunkflow.config import PlannerConfig
+from launch.errors import ConfigError
+
+
+def _at_least(low: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= low:
+            raise ConfigError(f"{name.replace('__', '.')} is {value}; it must be at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and how long it takes."""
+
+    folder: str = "runs/quickstart"
+    """Folder of this run: checkpoints, metrics.jsonl, tensorboard, summary.json, model. One folder is one run; the same
+    command again resumes it."""
+    seed: int = 0
+    """Decides the random weights, the held-out samples, the order of the samples, and dropout."""
+    epochs: int = 1
+    """Passes over the training samples."""
+    steps: int | None = None
+    """Stop after so many optimizer steps, if that is earlier; null trains all epochs."""
+    eval_every: int = 10
+    """Optimizer steps between two evaluations on the held-out samples; the first and the last state are always
+    evaluated."""
+    log_every: int = 5
+    """Optimizer steps between two printed lines where there is no terminal for a progress bar."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, run__seed=self.seed)
+        _at_least(
+            1, run__epochs=self.epochs, run__steps=self.steps, run__eval_every=self.eval_every,
+            run__log_every=self.log_every,
+        )  # fmt: skip
+        if not self.folder:
+            raise ConfigError("run.folder is empty; give the folder that the run may write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    path: str | None = None
+    """Folder of a pretrained transformers causal LM and its tokenizer; null makes a small Llama with random weights, of
+    the sizes below."""
+    vocab_size: int = 4096
+    """Tokens of the small Llama's byte-pair vocabulary, which is trained on the corpus."""
+    hidden_size: int = 128
+    """Width of the small Llama."""
+    intermediate_size: int = 384
+    """Width of its MLP."""
+    num_layers: int = 4
+    """Its decoder layers."""
+    num_heads: int = 4
+    """Its attention heads."""
+    num_kv_heads: int = 2
+    """Its key and value heads; num_heads must be a multiple."""
+    max_positions: int = 1_048_576
+    """Its longest sequence, in tokens."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1, model__hidden_size=self.hidden_size, model__intermediate_size=self.intermediate_size,
+            model__num_layers=self.num_layers, model__num_heads=self.num_heads, model__num_kv_heads=self.num_kv_heads,
+            model__max_positions=self.max_positions,
+        )  # fmt: skip
+        _at_least(257, model__vocab_size=self.vocab_size)  # all bytes, and the end of a text
+        if self.hidden_size % (2 * self.num_heads):
+            raise ConfigError(
+                f"model.hidden_size is {self.hidden_size}; it must be a multiple of twice model.num_heads "
+                f"({self.num_heads}), since rotary positions turn pairs"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"model.num_heads is {self.num_heads}; it must be a multiple of {self.num_kv_heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on."""
+
+    kind: Literal["text", "jsonl"] = "text"
+    """`text`: a folder, each file one sample; `jsonl`: a file, each line one sample."""
+    path: str = "stdlib"
+    """The folder or the file; for text, `stdlib` is the source code of Python's own standard library."""
+    field: str = "text"
+    """jsonl: the field that holds the text; lines with `input_ids` (and `labels`) are taken as they are."""
+    pattern: str = "**/*.py"
+    """text: which files, as a glob relative to the folder."""
+    exclude: tuple[str, ...] = (
+        "site-packages/*", "dist-packages/*", "test/*", "*/test/*", "*/tests/*", "idlelib/*", "lib2to3/*",
+    )  # fmt: skip
+    """text: files to leave out; a glob against the relative path, in which `*` crosses folders."""
+    max_file_bytes: int | None = 10_000
+    """text: larger files are left out, and counted aloud, unless named in long_files; null takes all."""
+    long_files: tuple[str, ...] = ("pickle.py",)
+    """text: files to take whole whatever their size."""
+    held_out: int = 12
+    """Samples kept for evaluation only, drawn by run.seed; the longest (as many as long_files) are always trained. 0
+    evaluates nothing."""
+    cache: str = "runs/cache"
+    """Folder for tokens and trained vocabularies, shared between runs."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, data__held_out=self.held_out)
+        _at_least(1, data__max_file_bytes=self.max_file_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunksConfig:
+    """How sequences become chunks."""
+
+    chunk_tokens: int = 512
+    """Tokens in a full chunk, the unit of memory: longer sequences are split, shorter ones packed."""
+    retain: int = 1
+    """Chunks of a long sequence that keep their activations (K); the others run forward a second time."""
+    pair_cost: float = 0.0013
+    """Time of one (query, key) pair of attention relative to the rest of the work for one token; about
+    1 / (6 * hidden size)."""
+    global_batch: int = 6
+    """Samples in one optimizer step, over all ranks."""
+    prefetch: int = 2
+    """Steps that are planned and loaded ahead of the training."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, chunks__global_batch=self.global_batch, chunks__prefetch=self.prefetch)
+        PlannerConfig(chunk_tokens=self.chunk_tokens, retain=self.retain, pair_cost=self.pair_cost)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, and the clipping before it."""
+
+    lr: float = 2e-3
+    """Highest learning rate, reached after the warm-up."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient."""
+    beta2: float = 0.95
+    """Decay of the mean of its square."""
+    eps: float = 1e-8
+    """Added to the root of the latter."""
+    weight_decay: float = 0.1
+    """Of matrices only; norms and biases are not decayed."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the whole gradient; longer ones are scaled down to it. null clips nothing."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, optimizer__lr=self.lr, optimizer__eps=self.eps, optimizer__weight_decay=self.weight_decay)
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both must be in [0, 1)")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"optimizer.clip_norm is {self.clip_norm}; it must be more than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps of the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it falls after the warm-up."""
+    warmup_steps: int = 4
+    """Steps in which it rises from near 0 to optimizer.lr."""
+    final_ratio: float = 0.1
+    """Where it ends, as a part of optimizer.lr."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, schedule__warmup_steps=self.warmup_steps)
+        if not 0 <= self.final_ratio <= 1:
+            raise ConfigError(f"schedule.final_ratio is {self.final_ratio}; it must be in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = 10
+    """Optimizer steps between two checkpoints; the last state is always saved."""
+    keep: int = 3
+    """How many of the newest stay."""
+    timeout_s: float = 600.0
+    """Seconds after which a checkpoint that is not durable is an error."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep, checkpoint__timeout_s=self.timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """One fine-tuning job."""
+
+    fresh: bool = False
+    """Start over: the run's folder is moved aside, not deleted."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives and how long it takes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
+    chunks: ChunksConfig = field(default_factory=ChunksConfig)
+    """How sequences become chunks."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, and the clipping before it."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over the steps of the run."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save, and what to keep."""

@@ -1,0 +1,84 @@
+"""The data of a job: opened, and split into what is trained and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from chunkflow.sources import Source
+from chunkflow.sources_jsonl import JsonLines
+from chunkflow.sources_text import TextFolder
+from launch.config import FinetuneConfig
+from launch.corpus import choose_files, jsonl_texts
+from launch.errors import DataError
+from launch.tokenizer import pretrained_tokenizer, trained_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a job trains and evaluates on."""
+
+    train: Source
+    held_out: Source | None
+    tokenizer: PreTrainedTokenizerBase | None
+    """None for samples of token ids without a model to name them."""
+    notes: tuple[str, ...]
+    """What was left out, in words."""
+
+
+def load_data(config: FinetuneConfig) -> Data:
+    """Open the data of a job; deterministic. Caches tokens and vocabulary, so do it on one rank first."""
+    data, cache = config.data, Path(config.data.cache)
+    notes: list[str] = []
+    if data.kind == "text":
+        choice = choose_files(data)
+        notes += [choice.note] if choice.note else []
+        # No file at all: the source has the words for it, and asks nothing of the tokenizer first.
+        tokenizer = load_tokenizer(config, choice.texts) if choice.names else None
+        source = TextFolder(choice.root, tokenizer, pattern=data.pattern, exclude=choice.exclude, cache_dir=cache)  # pyright: ignore[reportArgumentType]
+    else:
+        tokenizer = load_tokenizer(config, lambda: jsonl_texts(Path(data.path), data.field))
+        source = JsonLines(data.path, tokenizer, field=data.field, cache_dir=cache)
+    notes += [str(skipped) for skipped in source.skipped]
+    train, held_out = split_held_out(source, count=data.held_out, seed=config.run.seed, keep=len(data.long_files))
+    return Data(train, held_out, tokenizer, tuple(notes))
+
+
+def load_tokenizer(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase | None:
+    """Return the model's tokenizer, or one trained on the texts for a model that is new."""
+    if config.model.path is not None:
+        return pretrained_tokenizer(config.model.path)
+    return trained_tokenizer(texts, vocab_size=config.model.vocab_size, cache=Path(config.data.cache))
+
+
+def split_held_out(source: Source, *, count: int, seed: int, keep: int) -> tuple[Source, Source | None]:
+    """Return (training samples, held-out samples), decided by the lengths and the seed; None for none.
+
+    The longest `keep` samples are always trained. Raises DataError when nothing would be left to train on.
+    """
+    if count == 0:
+        return source, None
+    by_length = np.argsort(-source.lengths, kind="stable")
+    candidates = np.sort(by_length[keep:])
+    if count >= len(candidates) + min(keep, 1):
+        raise DataError(
+            f"data.held_out is {count}, and the data has {len(source)} samples, {keep} of them kept for training as "
+            "data.long_files; hold out fewer"
+        )
+    chosen = np.random.default_rng(seed).choice(candidates, size=count, replace=False)
+    rest = np.setdiff1d(np.arange(len(source)), chosen)
+    return source.select(rest), source.select(np.sort(chosen))
+
+
+def check_vocabulary(source: Source, vocab_size: int) -> None:
+    """Raise DataError when a token or target of the source is not in a vocabulary of this size."""
+    if source.min_token_id < 0 or source.max_token_id >= vocab_size:
+        wrong = source.min_token_id if source.min_token_id < 0 else source.max_token_id
+        raise DataError(
+            f"the data has token id {wrong}, outside the model's vocabulary of {vocab_size} (ids 0 to "
+            f"{vocab_size - 1}); use the tokenizer that belongs to the model, or a model with a larger vocabulary"
+        )

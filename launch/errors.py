@@ -1,0 +1,57 @@
+"""What can go wrong in a job, as one tree, and how a command says so.
+
+LaunchError
+├── ConfigError      a setting is missing, unknown, impossible, or not the same on every rank
+├── WorldError       the processes of the job did not find each other, or one stopped answering
+├── DataError        there is nothing to train on, or the model does not know its tokens
+├── ModelError       the model or its tokenizer cannot be loaded
+├── ResumeError      a checkpoint belongs to another model, optimizer or run
+└── TrainingError    training itself went wrong: the loss is no number any more
+"""
+
+from __future__ import annotations
+
+import sys
+
+from checkpointing.errors import CheckpointError
+from chunkflow.errors import ChunkflowError
+
+
+class LaunchError(Exception):
+    """Base of everything launch raises on purpose."""
+
+
+class ConfigError(LaunchError):
+    """A setting is missing, unknown, impossible, or not the same on every rank; the message names the key."""
+
+
+class WorldError(LaunchError):
+    """The processes of the job did not find each other, or one stopped answering; the message names the rank."""
+
+
+class DataError(LaunchError):
+    """There is nothing to train on, or the model does not know its tokens."""
+
+
+class ModelError(LaunchError):
+    """The model or its tokenizer cannot be loaded; the message names the path."""
+
+
+class ResumeError(LaunchError):
+    """A checkpoint belongs to another model, optimizer or run; the message names the first differences."""
+
+
+class TrainingError(LaunchError):
+    """Training went wrong; the last checkpoint is intact."""
+
+
+KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError)
+"""What a command prints as one line; anything else is a mistake of ours and keeps its traceback."""
+
+EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+def report_error(rank: int, error: Exception) -> int:
+    """Print an error as a rank's one line and return the exit code that belongs to it."""
+    print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_CHECK_FAILED if isinstance(error, TrainingError) else EXIT_BAD_INPUT

@@ -1,0 +1,142 @@
+"""Fine-tune a causal language model in uniform chunks, with exact gradients.
+
+    torchrun --standalone --nproc-per-node 2 -m launch.finetune --config recipes/quickstart.yaml
+    torchrun ... -m launch.finetune --config recipes/quickstart.yaml --optimizer.lr 1e-3 --run.folder runs/slower
+    python -m launch.finetune --help            every setting; or --print_config, as a recipe
+
+The same command again resumes from the last checkpoint in run.folder; --fresh true moves that folder aside and starts
+over. SIGTERM and Ctrl-C save and end after the step. Exit codes: 0 well, 1 training went wrong, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from checkpointing import Checkpointer, KeepLast
+from launch.config import FinetuneConfig
+from launch.env import World, joined, read_processes
+from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
+from launch.files import RunFolder, replace_folder, write_json
+from launch.job import Job, prepare
+from launch.metrics import StepMetrics, read_metrics
+from launch.recipe import agreed_config, record_config
+from launch.report import Report, describe_job, make_console
+from launch.saving import Saver
+from launch.stop import StopSignals
+from launch.summary import peak_resident_bytes, print_summary, summarize
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this rank of a job; return its exit code."""
+    rank = 0
+    try:
+        processes = read_processes()
+        rank = processes.rank
+        with StopSignals() as stop, joined(processes) as world:
+            config = agreed_config(argv, world.board, prog="python -m launch.finetune", description=__doc__ or "")
+            finetune(config, world, stop, fresh=config.fresh and processes.restarts == 0)
+    except KNOWN_ERRORS as error:
+        return report_error(rank, error)
+    return EXIT_WELL
+
+
+def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: bool) -> None:
+    """Train a job from its last checkpoint, or its beginning, to its end or until it is asked to stop."""
+    console, folder = make_console(world.rank), RunFolder(Path(config.run.folder))
+    job = prepare(config, world)
+    describe_job(job, console)
+    if fresh:
+        start_over(folder, world, console)
+    keep, timeout_s = KeepLast(config.checkpoint.keep), config.checkpoint.timeout_s
+    with Checkpointer(folder.checkpoints, keep=keep, timeout_s=timeout_s) as checkpoints:
+        saver = Saver(checkpoints, job.state, timeout_s=timeout_s)
+        resumed_from = resume(saver, console)
+        if resumed_from is not None and resumed_from >= job.total_steps and folder.summary.exists():
+            console.print(
+                f"This run is finished: see {folder.summary}. To start over: FRESH=1 make finetune, or --fresh true"
+            )
+            return
+        if world.rank == 0:
+            for change in record_config(folder.config, config):
+                console.print(f"Changed since this run last started: {change}")
+        with Report(
+            console, folder, job.total_steps, after_step=resumed_from, log_every=config.run.log_every
+        ) as report:
+            stopped = train(job, report, saver, stop)
+        if stopped:
+            console.print(
+                f"Asked to stop: saved after step {job.state.step} as {saver.path}. The same command resumes."
+            )
+            return
+        finish(job, folder, saver, console, resumed_from=resumed_from)
+
+
+def start_over(folder: RunFolder, world: World, console: Console) -> None:
+    """Move an earlier run aside. Every rank calls."""
+    aside = world.board.together("fresh", lambda: folder.move_aside() if world.rank == 0 else None)
+    if aside is not None:
+        console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
+
+
+def resume(saver: Saver, console: Console) -> int | None:
+    """Restore the last checkpoint that is whole, and say so; return its step, None when there is none."""
+    info = saver.restore()
+    if info is None:
+        return None
+    for path, reason in info.skipped:
+        console.print(f"Skipped {path}: {reason}")
+    console.print(f"Resuming after step {info.step}, from {info.path}")
+    for note in saver.state.notes:
+        console.print(note)
+    return info.step
+
+
+def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
+    """Train the steps that are left and save the last state; return whether it was asked to stop before the end."""
+    run, stopped = job.config.run, False
+    if job.state.step == 0:
+        report.write(StepMetrics(step=0, eval_loss=job.evaluate()))
+    with job.loader:
+        steps, begun = iter(job.loader), time.perf_counter()
+        while job.state.step < job.total_steps and not stopped:
+            metrics = job.train_step(next(steps))
+            metrics = replace(metrics, seconds=time.perf_counter() - begun)
+            last = job.state.step == job.total_steps
+            if last or job.state.step % run.eval_every == 0:
+                metrics = replace(metrics, eval_loss=job.evaluate())
+            report.write(metrics)
+            stopped = stop.agreed(job.world.device) and not last
+            if last or stopped or job.state.step % job.config.checkpoint.every == 0:
+                report.sync()
+                saver.save()
+            begun = time.perf_counter()
+    saver.wait()
+    return stopped
+
+
+def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
+    """Export the model and sum the run up. Every rank calls."""
+    peak = max(job.world.board.gather("peak memory", peak_resident_bytes()))
+    if job.world.rank != 0:
+        return
+    replace_folder(folder.model, job.export)
+    summary = summarize(
+        read_metrics(folder.metrics),
+        steps=job.state.step,
+        resumed_from=resumed_from,
+        peak_memory_bytes=peak,
+        checkpoint=saver.path,
+        model=folder.model,
+    )
+    write_json(folder.summary, summary)
+    print_summary(console, summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""One norm for the gradient of the whole model, and clipping by it. Tied weights count once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def global_grad_norm(params: Iterable[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of all gradients together, fp32, 0-d; 0 where there are none.
+
+    Gradients are whole on every rank here, so the norm is too, and no rank asks another.
+    """
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in _gradients(params)]
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+@torch.no_grad()
+def clip_(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients, in place, so that their norm, which is `norm`, is at most `max_norm`."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in _gradients(params):
+        grad.mul_(scale.to(grad.device, grad.dtype))
+
+
+def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    unique = {id(param): param for param in params}
+    return [param.grad for param in unique.values() if param.grad is not None]

@@ -1,0 +1,155 @@
+"""A job, put together from its settings: data, model, loader, runner, optimizer and the state to save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from chunkflow.loader import ChunkLoader
+from chunkflow.plan import StepPlan
+from chunkflow.records import StepBatch
+from chunkflow.runner import ChunkRunner
+from chunkflow.sources import Source
+from launch.config import FinetuneConfig
+from launch.data import Data, check_vocabulary, load_data
+from launch.env import World
+from launch.errors import TrainingError
+from launch.gradnorm import clip_, global_grad_norm
+from launch.mesh import make_mesh
+from launch.metrics import StepMetrics
+from launch.model import build_model, share_weights, vocabulary_size
+from launch.optimizer import apply_settings, build_optimizer
+from launch.rng import seed_rngs
+from launch.schedule import learning_rate
+from launch.state import TrainState
+
+BUILD_TIMEOUT_S = 4 * 3600.0
+"""How long ranks wait for rank 0 to tokenize the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything one rank trains with."""
+
+    config: FinetuneConfig
+    world: World
+    data: Data
+    model: PreTrainedModel
+    loader: ChunkLoader
+    runner: ChunkRunner
+    optimizer: Optimizer
+    state: TrainState
+    held_out: tuple[StepBatch, ...]
+    """The held-out samples as steps, loaded once."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return min(self.loader.num_steps, self.config.run.steps or self.loader.num_steps)
+
+    def train_step(self, batch: StepBatch) -> StepMetrics:
+        """Train one step; return what there is to say of it, but for the time. Every rank calls.
+
+        Raises TrainingError, changing no weight, when the loss or a gradient is not finite.
+        """
+        settings = self.config.optimizer
+        lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
+        loss = float(self.runner.forward_backward(batch))
+        norm = global_grad_norm(self.model.parameters())
+        require_finite(batch.step + 1, loss, float(norm))
+        if settings.clip_norm is not None:
+            clip_(self.model.parameters(), norm, settings.clip_norm)
+        apply_settings(self.optimizer, settings, lr=lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
+
+    def evaluate(self) -> float | None:
+        """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls."""
+        if not self.held_out:
+            return None
+        self.model.eval()
+        losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
+        self.model.train()
+        return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
+
+    def export(self, folder: Path) -> None:
+        """Write the model and its tokenizer as transformers saves them."""
+        logging.disable_progress_bar()  # transformers' own, on our way out
+        self.model.save_pretrained(folder)
+        if self.data.tokenizer is not None:
+            self.data.tokenizer.save_pretrained(folder)
+
+
+def require_finite(step: int, loss: float, norm: float) -> None:
+    """Raise TrainingError unless both are numbers."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(
+            f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the last checkpoint is intact: "
+            "resume with a lower optimizer.lr, or look at the samples of that step"
+        )
+
+
+def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> StepMetrics:
+    """Return a step's metrics, over all ranks: the plan knows the sizes."""
+    lengths, stats = plan.lengths.values(), plan.stats()
+    return StepMetrics(
+        step=plan.step + 1,
+        loss=loss,
+        lr=lr,
+        grad_norm=grad_norm,
+        tokens=stats.tokens,
+        supervised_tokens=plan.denominator,
+        fill=stats.fill,
+        split_tokens=sum(length for length in lengths if length > plan.config.chunk_tokens),
+        longest=max(lengths),
+    )
+
+
+def prepare(config: FinetuneConfig, world: World) -> Job:
+    """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
+    data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
+    job = world.board.together("model", lambda: _assemble(config, world, data))
+    share_weights(job.model)
+    return job
+
+
+def _assemble(config: FinetuneConfig, world: World, data: Data) -> Job:
+    seed_rngs(config.run.seed)  # the same weights on every rank
+    model = build_model(config.model, data.tokenizer, world.device)
+    check_vocabulary(data.train, vocabulary_size(model))
+    loader = _loader(data.train, config, world, epochs=config.run.epochs)
+    group = make_mesh(world.device.type, world.world_size).get_group("dp")
+    runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    place = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
+    state = TrainState(model, optimizer, loader, seed=config.run.seed, **place)
+    held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, world, epochs=1))
+    seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
+    return Job(
+        config=config, world=world, data=data, model=model, loader=loader, runner=runner, optimizer=optimizer,
+        state=state, held_out=held_out,
+    )  # fmt: skip
+
+
+def _loader(source: Source, config: FinetuneConfig, world: World, *, epochs: int) -> ChunkLoader:
+    chunks = config.chunks
+    return ChunkLoader(
+        source,
+        chunk_tokens=chunks.chunk_tokens,
+        global_batch=chunks.global_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        retain=chunks.retain,
+        pair_cost=chunks.pair_cost,
+        seed=config.run.seed,
+        epochs=epochs,
+        prefetch=chunks.prefetch,
+    )

@@ -1,0 +1,95 @@
+"""What is measured of a step, kept as one JSON line each in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from launch.files import write_lines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One optimizer step, over all ranks. A line without a loss is an evaluation before the first step."""
+
+    step: int
+    """Optimizer steps done after this one."""
+    loss: float | None = None
+    """Mean over the step's targets, before the step."""
+    lr: float | None = None
+    grad_norm: float | None = None
+    """Before clipping."""
+    tokens: int = 0
+    supervised_tokens: float = 0
+    """Sum of the loss weights."""
+    seconds: float = 0.0
+    """From the end of the step before, waiting for data included, without evaluation and checkpoint."""
+    fill: float | None = None
+    """Tokens per token of room in the step's chunks."""
+    split_tokens: int = 0
+    """Tokens of sequences longer than a chunk."""
+    longest: int = 0
+    """Tokens of the step's longest sequence."""
+    eval_loss: float | None = None
+    """Mean over the held-out targets after the step, when evaluated."""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens trained per second, over all ranks."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def values(self) -> dict[str, float]:
+        """Return what was measured, by name; a line without a loss has an evaluation only."""
+        values = {**asdict(self), "tokens_per_s": self.tokens_per_s}
+        names = list(values) if self.loss is not None else ["step", "eval_loss"]
+        return {name: values[name] for name in names if values[name] is not None}
+
+    def to_json(self) -> str:
+        """Return one line of metrics.jsonl."""
+        return json.dumps(self.values())
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl. Opened on one rank only."""
+
+    def __init__(self, path: Path, *, after_step: int | None) -> None:
+        """Keep the lines up to `after_step`, from which the run goes on; None starts an empty file."""
+        kept = [] if after_step is None else [line for line in read_metrics(path) if line["step"] <= after_step]
+        write_lines(path, [json.dumps(line) for line in kept])
+        self.missing = (after_step or 0) - sum("loss" in line for line in kept)
+        """Steps before the resumed one of which the file has no line."""
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one line, at once visible to readers."""
+        self._file.write(metrics.to_json() + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines durable: a checkpoint must not be younger than its metrics."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file, [] when there is none; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

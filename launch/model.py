@@ -1,0 +1,58 @@
+"""The model of a job: pretrained, or a small Llama with random weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from launch.config import ModelConfig
+from launch.errors import ModelError
+
+
+def build_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+) -> PreTrainedModel:
+    """Return the model on its device, in training mode. Random weights come from torch's seed, drawn on the CPU."""
+    if config.path is None:
+        model = LlamaForCausalLM(llama_config(config, tokenizer))
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.path {config.path!r} is no model that transformers can load: {error}") from error
+    model.config.use_cache = False
+    nn.Module.to(model, device)
+    return model.train()
+
+
+def llama_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> LlamaConfig:
+    """Return the small Llama: fp32, tied embeddings."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos if isinstance(eos, int) else None,
+        dtype="float32",
+    )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return how many tokens the model has embeddings for."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings.weight, torch.Tensor)
+    return embeddings.weight.shape[0]
+
+
+def share_weights(model: nn.Module) -> None:
+    """Give every rank the weights and buffers of rank 0: the same sum of gradients must move the same weights."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.data, src=0)

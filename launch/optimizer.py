@@ -1,0 +1,29 @@
+"""AdamW as the recipe says. Matrices are decayed; norms and biases are not."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from launch.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Return AdamW over the parameters that are trained."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in trained if param.ndim >= 2], "decayed": True},
+        {"params": [param for param in trained if param.ndim < 2], "decayed": False},
+    ]
+    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr)
+    apply_settings(optimizer, config, lr=config.lr)
+    return optimizer
+
+
+def apply_settings(optimizer: Optimizer, config: OptimizerConfig, *, lr: float) -> None:
+    """Set what the recipe and the step decide; after a resume the recipe wins over the checkpoint."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["betas"] = (config.beta1, config.beta2)
+        group["eps"] = config.eps
+        group["weight_decay"] = config.weight_decay if group["decayed"] else 0.0

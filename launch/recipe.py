@@ -1,0 +1,97 @@
+"""From the command line to a `FinetuneConfig`: recipes as YAML, every setting as a flag."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from chunkflow.errors import PlanError
+from launch.board import Board
+from launch.config import FinetuneConfig
+from launch.errors import KNOWN_ERRORS, ConfigError
+from launch.files import write_json
+
+
+def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> FinetuneConfig:
+    """Return the job that a command line describes; flags override the recipe.
+
+    Leaves the process after `--help` and `--print_config`. Raises ConfigError on anything unknown or impossible.
+    """
+    # Process-wide in jsonargparse, and harmless: the strings under the fields become the help.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A recipe: a YAML file of the settings below.")
+    parser.add_class_arguments(FinetuneConfig)
+    try:
+        values = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
+        return FinetuneConfig(**{entry.name: values[entry.name] for entry in fields(FinetuneConfig)})
+    except (ArgumentError, PlanError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{text}; see --help for the settings") from error
+
+
+def agreed_config(argv: Sequence[str] | None, board: Board, *, prog: str, description: str) -> FinetuneConfig:
+    """Return `read_config`, having made sure that every rank read the same. Every rank calls.
+
+    Raises the same ConfigError on every rank: the error of the first rank that could not read its own, or the keys in
+    which two ranks differ.
+    """
+    config, failure = None, None
+    try:
+        config = read_config(argv, prog=prog, description=description)
+    except KNOWN_ERRORS as error:
+        failure = str(error)
+    answers = board.gather("config", [failure, flatten_config(config) if config else {}])
+    require_agreement([(text, settings) for text, settings in answers])
+    assert config is not None
+    return config
+
+
+def require_agreement(answers: Sequence[tuple[str | None, Mapping[str, Any]]]) -> None:
+    """Raise one ConfigError for what the ranks answered: (error text or None, flat settings), by rank. Pure."""
+    failures = [text for text, _ in answers if text is not None]
+    if failures:
+        everywhere = len(set(failures)) == 1 and len(failures) == len(answers)
+        first = next(rank for rank, (text, _) in enumerate(answers) if text is not None)
+        raise ConfigError(failures[0] if everywhere else f"on rank {first}: {failures[0]}")
+    _, ours = answers[0]
+    for rank, (_, theirs) in enumerate(answers):
+        keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        if keys:
+            parts = ", ".join(f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}" for key in keys)
+            raise ConfigError(
+                f"ranks 0 and {rank} were started with different settings: {parts}; give every rank the same "
+                "recipe and flags"
+            )
+
+
+def flatten_config(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings by dotted key, as JSON values."""
+    return _dotted(asdict(config))
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        for key, entry in value.items() if isinstance(value, dict) else [(None, value)]:
+            flat[name if key is None else f"{name}.{key}"] = list(entry) if isinstance(entry, tuple) else entry
+    return flat
+
+
+def record_config(path: Path, config: FinetuneConfig) -> list[str]:
+    """Write the settings to `path`, as a recipe, and return in words how they differ from what was there. One rank."""
+    before: dict[str, Any] = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}  # not ours, or cut off: nothing to compare with
+    write_json(path, asdict(replace(config, fresh=False)))
+    old, new = _dotted(before), flatten_config(replace(config, fresh=False))
+    return [f"{key} was {old[key]!r} and is {new[key]!r}" for key in new if key in old and old[key] != new[key]]

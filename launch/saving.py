@@ -1,0 +1,41 @@
+"""When a job saves, it goes on training: it waits for a checkpoint only before the next one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpointing import Checkpointer, RestoreInfo, SaveHandle
+from launch.state import TrainState
+
+
+class Saver:
+    """Saves a state, at most once a step. Every rank makes the same calls."""
+
+    def __init__(self, checkpoints: Checkpointer, state: TrainState, *, timeout_s: float) -> None:
+        self.state = state
+        self.path: Path | None = None
+        """The newest checkpoint known to be durable."""
+        self._checkpoints, self._timeout_s = checkpoints, timeout_s
+        self._pending: SaveHandle | None = None
+        self._saved: int | None = None
+
+    def restore(self) -> RestoreInfo | None:
+        """Restore the newest checkpoint that verifies; None when there is none."""
+        info = self._checkpoints.restore(self.state)
+        if info is not None:
+            self.path, self._saved = info.path, info.step
+        return info
+
+    def save(self) -> None:
+        """Begin to save the state as it is now, unless this step is saved."""
+        if self._saved == self.state.step:
+            return
+        self.wait()
+        self._pending = self._checkpoints.save(self.state.step, self.state)
+        self._saved = self.state.step
+
+    def wait(self) -> None:
+        """Return when what was saved is durable; raises what went wrong."""
+        if self._pending is not None:
+            handle, self._pending = self._pending, None
+            self.path = handle.wait(timeout_s=self._timeout_s)

@@ -1,0 +1,126 @@
+"""`TrainState`: everything a job needs to go on bit by bit, as one flat `Stateful`.
+
+model.<name>                  parameters and persistent buffers, tied ones once
+optim.<parameter name>.<slot> optimizer state;  optim_groups, optim_class  its settings
+loader                        where the loader stands
+rng.<rank>.<generator>        every rank's random number generators
+progress                      {"step": optimizer steps done}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from launch.errors import ResumeError
+from launch.optim_state import NamedOptimizer
+from launch.rng import rng_state, seed_rngs, set_rng_state
+
+_SHOWN = 3
+
+
+class Position(Protocol):
+    """What a TrainState needs of a loader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position, or raise and stay."""
+        ...
+
+
+class TrainState:
+    """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
+
+    The optimizer may be any of torch's; it must be made from the model's parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: Position,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.step = 0
+        self.notes: tuple[str, ...] = ()
+        """What the last load_state_dict could not restore, in words."""
+        self._model, self._loader = model, loader
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._device = device or torch.device("cpu")
+        self._optimizer = NamedOptimizer(optimizer, {param: name for name, param in model.named_parameters()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, flat. The tensors are the live ones, not copies."""
+        return {
+            **{f"model.{name}": tensor for name, tensor in self._tensors().items()},
+            **self._optimizer.state(),
+            "loader": self._loader.state_dict(),
+            **{f"rng.{self._rank}.{name}": value for name, value in rng_state(self._device).items()},
+            "progress": {"step": self.step},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a saved state: all names of all ranks.
+
+        Raises ResumeError naming the first differences when it is not of this model and optimizer, and whatever the
+        loader raises when it is of other data; nothing has been changed then.
+        """
+        flat = state_dict
+        problems = [*self._check_model(flat), *self._optimizer.check(flat)]
+        problems += [f"{name} is missing" for name in ("loader", "progress") if name not in flat]
+        if problems:
+            more = f", and {len(problems) - _SHOWN} more differences" if len(problems) > _SHOWN else ""
+            raise ResumeError(
+                f"the checkpoint is of another model or optimizer: {'; '.join(problems[:_SHOWN])}{more}. Use the "
+                "settings it was made with, another run.folder, or start over with --fresh true"
+            )
+        self._loader.load_state_dict(flat["loader"])
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(flat[f"model.{name}"])
+        self._optimizer.load(flat)
+        self.step = int(flat["progress"]["step"])
+        self._load_rngs(flat)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the model's parameters and persistent buffers by name; of tied ones the first name only."""
+        first = {id(param): name for name, param in self._model.named_parameters()}
+        every = {name: id(param) for name, param in self._model.named_parameters(remove_duplicate=False)}
+        state = self._model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in every or first[every[name]] == name}
+
+    def _check_model(self, flat: Mapping[str, Any]) -> Iterator[str]:
+        live = {f"model.{name}": tensor for name, tensor in self._tensors().items()}
+        for name, tensor in live.items():
+            saved = flat.get(name)
+            if not isinstance(saved, Tensor):
+                yield f"{name} is not in it"
+            elif saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                yield (f"{name} was {list(saved.shape)} of {saved.dtype} and is {list(tensor.shape)} of {tensor.dtype}")
+        yield from (f"{name} is not in the model" for name in flat if name.startswith("model.") and name not in live)
+
+    def _load_rngs(self, flat: Mapping[str, Any]) -> None:
+        saved = {int(name.split(".")[1]) for name in flat if name.startswith("rng.")}
+        missing = sorted(set(range(self._world_size)) - saved)
+        self.notes = ()
+        if missing:
+            self.notes = (
+                f"saved by {len(saved)} ranks: the random numbers of ranks {missing} start from the seed and the step",
+            )
+        prefix = f"rng.{self._rank}."
+        mine = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+        if mine:
+            set_rng_state(mine, self._device)
+        else:
+            seed_rngs(((self._seed * 1_000_003 + self.step) * 65_537 + self._rank) % 2**63)

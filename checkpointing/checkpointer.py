@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from checkpointing.commit import Committer
 from checkpointing.config import CheckpointConfig
-from checkpointing.control import Alone, Control, Outcome, run_round
+from checkpointing.control import Alone, Control, Outcome, run_round, told_as
 from checkpointing.control_store import StoreControl
 from checkpointing.errors import CheckpointError, StateError
 from checkpointing.folder import Folder
@@ -109,7 +109,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Return the committed steps, oldest first. A look at the folder by this rank alone; reads no tensor."""
-        return list(self._folder.committed())
+        with told_as(CheckpointError):
+            return list(self._folder.committed())
 
     def fence(self) -> None:
         """Return when parameters may be changed by hand: at once, as `save` copies nothing behind the caller's back."""

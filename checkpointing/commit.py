@@ -63,8 +63,7 @@ class Committer:
         write_file(self._storage, self._tmp / manifests.FILE_NAME, len(data), [lambda: data], lambda _: None)
         self._storage.sync_folder(self._tmp)
         self._publish()
-        self._release()
-        for chore in (self._point_latest, self._prune, self._clear_leftovers):
+        for chore in (self._release, self._point_latest, self._prune, self._clear_leftovers):
             try:
                 chore()
             except OSError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 from checkpointing.errors import CheckpointError, IntegrityError, RankError, SaveError, StateError
@@ -26,21 +26,23 @@ class Outcome:
     body: Mapping[str, Any] | None = None
     error: str | None = None
     kind: str = "CheckpointError"
+    cause: BaseException | None = None
+    """The exception itself, where it was raised; it does not travel."""
 
     @classmethod
     def failed(cls, what: str, error: BaseException) -> Outcome:
         """Make an outcome of an exception; ours are told by their text, others by type and text."""
         if isinstance(error, CheckpointError):
-            return cls(what, error=str(error), kind=type(error).__name__)
-        return cls(what, error=f"{type(error).__name__}: {error}")
+            return cls(what, error=str(error), kind=type(error).__name__, cause=error)
+        return cls(what, error=f"{type(error).__name__}: {error}", cause=error)
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as it travels."""
-        return asdict(self)
+        return {"what": self.what, "body": self.body, "error": self.error, "kind": self.kind}
 
-    def throw(self, cause: BaseException | None) -> NoReturn:
-        """Raise the error every rank raises; on the rank it came from, `cause` is the real one."""
-        raise _KINDS.get(self.kind, CheckpointError)(self.error) from cause
+    def throw(self) -> NoReturn:
+        """Raise the error every rank raises; on the rank it came from, the real one is its cause."""
+        raise _KINDS.get(self.kind, CheckpointError)(self.error) from self.cause
 
 
 @contextmanager
@@ -108,17 +110,16 @@ def run_round(
     control: Control, what: str, phase: str, work: Callable[[], Mapping[str, Any]], decide: Decide
 ) -> Mapping[str, Any]:
     """Do `work` on every rank, let rank 0 decide, and return its answer, or raise the same error on every rank."""
-    cause = None
     try:
         outcome = Outcome(what, body=work())
     except Exception as error:  # noqa: BLE001 - raised again below, once the other ranks know
-        outcome, cause = Outcome.failed(what, error), error
+        outcome = Outcome.failed(what, error)
     except BaseException as error:
         control.tell(phase, Outcome.failed(what, error))
         raise
     answer = control.exchange(phase, outcome, decide)
     if answer.error is not None:
-        answer.throw(cause)
+        replace(answer, cause=outcome.cause or answer.cause).throw()
     return answer.body or {}
 
 
@@ -154,7 +155,7 @@ def _decided(what: str, bodies: Sequence[Mapping[str, Any]], decide: Decide) -> 
         return [Outcome(what, body=body) for body in decide(bodies)]
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for an answer
         failed = Outcome.failed(what, error)
-        return [Outcome(what, error=f"{what} failed: {failed.error}", kind=failed.kind)] * len(bodies)
+        return [replace(failed, error=f"{what} failed: {failed.error}")] * len(bodies)
 
 
 def _gathered(failed: Mapping[int, Outcome], world_size: int) -> str:

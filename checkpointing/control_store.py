@@ -9,6 +9,7 @@ import json
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class StoreControl:
         self._calls = StoreCalls(open_store(group, self.rank), timeout_s)
         self._call, self._what = 0, "joining the others"
         self._beats, self._beat_at = 0, 0.0
-        self._unread: list[str] = []
+        self._unread: dict[str, int] = {}
         self._store("set", self._life(self.rank), "0")
 
     def begin(self, what: str) -> None:
@@ -68,21 +69,24 @@ class StoreControl:
             self._store("set", self._life(self.rank), f"{self._call} {self._beats}")
 
     def close(self) -> None:
-        """Let go of the store; its host waits a little until the others have read their answers."""
+        """Let go of the store; its host waits a little until the others have read their answers, or left."""
         give_up = time.monotonic() + min(self._timeout_s, _GOODBYE_S)
-        try:
-            while time.monotonic() < give_up and any(self._store("check", [key]) for key in self._unread):
+        with suppress(RankError):  # the store is gone already
+            if self.rank:
+                self._store("set", f"left/{self.rank}", "")
+            while time.monotonic() < give_up and any(self._awaited(*one) for one in self._unread.items()):
                 time.sleep(0.01)
-        except RankError:
-            pass  # the store is gone already
         self._calls.stop()
 
+    def _awaited(self, key: str, rank: int) -> bool:
+        return self._store("check", [key]) and not self._store("check", [f"left/{rank}"])
+
     def _answer(self, phase: str, answers: Sequence[Outcome]) -> None:
-        self._unread = [key for key in self._unread if self._store("check", [key])]
+        self._unread = {key: rank for key, rank in self._unread.items() if self._store("check", [key])}
         for rank in range(1, self.world_size):
             key = self._key(phase, "answer", rank)
             self._post(key, answers[rank].to_json())
-            self._unread.append(key)
+            self._unread[key] = rank
 
     def _store(self, method: str, *args: Any) -> Any:
         try:

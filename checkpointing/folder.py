@@ -12,12 +12,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from checkpointing import manifest as manifests
 from checkpointing.errors import IntegrityError
-from checkpointing.records import Manifest
+from checkpointing.records import Manifest, Summary
 from checkpointing.storage.local import LocalStorage
 from checkpointing.transfer import check_length, verify_file
+
+_Found = TypeVar("_Found", Manifest, Summary)
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
@@ -56,9 +59,12 @@ class Folder:
 
         Reads no tensor. Raises IntegrityError.
         """
+        return self._checked(step, manifests.loads)
+
+    def _checked(self, step: int, loads: Callable[[bytes], _Found]) -> _Found:
         place = self.at(step)
         try:
-            found = manifests.loads(self.storage.read(place / manifests.FILE_NAME))
+            found = loads(self.storage.read(place / manifests.FILE_NAME))
         except OSError as error:
             raise IntegrityError(f"{place.name}/{manifests.FILE_NAME}: {error.strerror}") from error
         except IntegrityError as error:
@@ -80,12 +86,12 @@ class Folder:
                 raise IntegrityError(f"{self.at(step).name}/{file.path}: {error.strerror}") from error
         return found
 
-    def committed(self) -> dict[int, Manifest]:
-        """Return the steps that pass `inspect`, oldest first, with their manifests."""
+    def committed(self) -> dict[int, Summary]:
+        """Return the steps whose manifest proves itself and whose files have their lengths, oldest first."""
         found = {}
         for step in self.candidates():
             try:
-                found[step] = self.inspect(step)
+                found[step] = self._checked(step, manifests.loads_summary)
             except IntegrityError:
                 continue
         return found

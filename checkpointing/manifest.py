@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import xxhash
 
 from checkpointing.errors import IntegrityError
-from checkpointing.manifest_fields import read_aliases, read_files, read_int, read_tensors, read_text, read_values
-from checkpointing.records import Manifest
+from checkpointing.manifest_fields import (
+    fields_of,
+    read_aliases,
+    read_files,
+    read_int,
+    read_tensors,
+    read_text,
+    read_values,
+)
+from checkpointing.records import Manifest, Summary
 from checkpointing.values import encode
 
 FORMAT_VERSION = 1
@@ -35,8 +42,8 @@ def dumps(manifest: Manifest) -> bytes:
         "run_id": manifest.run_id,
         "step": manifest.step,
         "world_size": manifest.world_size,
-        "files": [asdict(file) for file in manifest.files],
-        "tensors": [asdict(tensor) for tensor in manifest.tensors],
+        "files": [fields_of(file) for file in manifest.files],
+        "tensors": [fields_of(tensor) for tensor in manifest.tensors],
         "aliases": dict(manifest.aliases),
         "values": {name: encode(name, value) for name, value in manifest.values.items()},
     }
@@ -47,14 +54,7 @@ def dumps(manifest: Manifest) -> bytes:
 
 def loads(data: bytes) -> Manifest:
     """Read a manifest. Raises IntegrityError saying what is wrong with it, on anything `dumps` would not write."""
-    body = _parse(_proved(data))
-    version = read_int(body, "format_version", low=1)
-    if version > FORMAT_VERSION:
-        raise IntegrityError(
-            f"manifest has format_version {version} and this library reads up to {FORMAT_VERSION}; upgrade longrail"
-        )
-    if set(body) != _KEYS:
-        raise IntegrityError(f"manifest fields differ from those of version 1: {sorted(set(body) ^ _KEYS)}")
+    body = _body(data)
     files = read_files(body)
     tensors = read_tensors(body, files)
     aliases = read_aliases(body, tensors)
@@ -67,6 +67,27 @@ def loads(data: bytes) -> Manifest:
         aliases=aliases,
         values=read_values(body, {entry.name for entry in tensors} | set(aliases)),
     )
+
+
+def loads_summary(data: bytes) -> Summary:
+    """Read of a manifest what listing and retention need; the hash is proved, tensors and values are not looked at.
+
+    Raises IntegrityError.
+    """
+    body = _body(data)
+    return Summary(read_text(body, "run_id"), read_int(body, "step"), read_files(body))
+
+
+def _body(data: bytes) -> Mapping[str, Any]:
+    body = _parse(_proved(data))
+    version = read_int(body, "format_version", low=1)
+    if version > FORMAT_VERSION:
+        raise IntegrityError(
+            f"manifest has format_version {version} and this library reads up to {FORMAT_VERSION}; upgrade longrail"
+        )
+    if set(body) != _KEYS:
+        raise IntegrityError(f"manifest fields differ from those of version 1: {sorted(set(body) ^ _KEYS)}")
+    return body
 
 
 def _proved(data: bytes) -> bytes:

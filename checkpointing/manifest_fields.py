@@ -21,6 +21,14 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
 
+_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (FileEntry, TensorEntry)}
+
+
+def fields_of(entry: FileEntry | TensorEntry) -> dict[str, Any]:
+    """Return an entry as JSON."""
+    return {name: getattr(entry, name) for name in _FIELDS[type(entry)]}
+
+
 def read_int(record: Mapping[str, Any], field: str, *, low: int = 0) -> int:
     """Return an int field between `low` and 2**63 - 1."""
     return _int(record.get(field), field, low)
@@ -99,9 +107,9 @@ def _tensor(record: object, lengths: Mapping[str, int]) -> TensorEntry:
 
 
 def _record(record: object, kind: type[FileEntry] | type[TensorEntry]) -> dict[str, Any]:
-    expected = {field.name for field in fields(kind)}
-    if not isinstance(record, dict) or set(record) != expected:
-        raise IntegrityError(f"manifest: an entry of {kind.__name__} has not the fields {sorted(expected)}")
+    expected = _FIELDS[kind]
+    if not isinstance(record, dict) or record.keys() != set(expected):
+        raise IntegrityError(f"manifest: an entry of {kind.__name__} has not the fields {', '.join(expected)}")
     return record
 
 

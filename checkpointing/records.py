@@ -95,6 +95,15 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Summary:
+    """Of a manifest, what listing and retention need; quick to read however many tensors there are."""
+
+    run_id: str
+    step: int
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreInfo:
     """What a restore read."""
 

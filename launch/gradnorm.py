@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 
 def global_grad_norm(params: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of all gradients together, fp32, 0-d; 0 where there are none.
+    """Return the 2-norm of all gradients together, fp32 or wider, 0-d; 0 where there are none.
 
     Gradients are whole on every rank here, so the norm is too, and no rank asks another.
     """
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in _gradients(params)]
+    norms = [
+        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for grad in _gradients(params)
+    ]
     if not norms:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

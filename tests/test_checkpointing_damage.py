@@ -1,0 +1,177 @@
+"""Whatever happens to the files is noticed, named, and survived."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
+from checkpointing.errors import IntegrityError
+from tests.flat_states import Flat, assorted, same
+
+DATA = "rank-00000.safetensors"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with steps 10 and 20, which hold different numbers."""
+    with Checkpointer(tmp_path, group=SINGLE) as ckpt:
+        for step in (10, 20):
+            ckpt.save(step, {"run": Flat(assorted(step))}).wait()
+    return tmp_path
+
+
+def restored(path, step=None):
+    with Checkpointer(path, group=SINGLE) as ckpt:
+        back = Flat({})
+        return ckpt.restore({"run": back}, step), back.loaded
+
+
+def regions(place):
+    """Return (name, first byte, last byte) of every region of the data file: length field, header, each tensor."""
+    data = (place / DATA).read_bytes()
+    tensors = [t for t in json.loads((place / "manifest.json").read_text())["tensors"] if t["begin"] < t["end"]]
+    text_end = 8 + int.from_bytes(data[:8], "little")
+    found = {f"tensor {t['name']!r}": (t["begin"], t["end"] - 1) for t in tensors}
+    return found | {"the header": (0, 7), "the header ": (8, 200), "the header  ": (text_end - 1, text_end - 1)}
+
+
+def assert_noticed(path, *texts):
+    info, state = restored(path)
+    assert info is not None
+    assert info.step == 10
+    assert same(state, assorted(10))
+    assert [place for place, _ in info.skipped] == [path / "step-20"]
+    for text in texts:
+        assert text in info.skipped[0][1]
+    with pytest.raises(IntegrityError):
+        restored(path, step=20)
+
+
+def test_a_flipped_bit_anywhere_in_the_data_is_noticed_and_named(two):
+    file = two / "step-20" / DATA
+    good = file.read_bytes()
+    for name, (first, last) in regions(two / "step-20").items():
+        for at in {first, (first + last) // 2, last}:
+            bad = bytearray(good)
+            bad[at] ^= 1
+            file.write_bytes(bad)
+            assert_noticed(two, f"step-20/{DATA}", name.strip())
+    file.write_bytes(good)
+    assert restored(two)[0].step == 20
+
+
+def test_zeroed_and_swapped_regions_are_noticed(two):
+    file = two / "step-20" / DATA
+    good = file.read_bytes()
+    (first, last), (other, _) = (regions(two / "step-20")[f"tensor 'run.{name}'"] for name in ("page", "head.weight"))
+    zeroed = good[:first] + bytes(last + 1 - first) + good[last + 1 :]
+    swapped = bytearray(good)
+    swapped[first : first + 16], swapped[other : other + 16] = good[other : other + 16], good[first : first + 16]
+    for bad in (zeroed, swapped):
+        file.write_bytes(bad)
+        assert_noticed(two, DATA, "tensor 'run.page'")
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_noticed(two):
+    file = two / "step-20" / "manifest.json"
+    good = file.read_bytes()
+    for at in range(0, len(good), 41):
+        file.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :])
+        assert_noticed(two, "step-20/manifest.json: manifest")
+
+
+@pytest.mark.parametrize("name", [DATA, "manifest.json"])
+def test_cut_grown_and_missing_files_are_noticed(two, name):
+    file = two / "step-20" / name
+    good = file.read_bytes()
+    for bad in (b"", good[:-1], good[: len(good) // 2], good[:8], good + b"\0", good + good):
+        file.write_bytes(bad)
+        assert_noticed(two, f"step-20/{name}")
+        with Checkpointer(two, group=SINGLE) as ckpt:
+            assert ckpt.steps() == [10]
+    file.unlink()
+    assert_noticed(two, f"step-20/{name}: No such file")
+
+
+def test_files_of_another_checkpoint_are_noticed(two):
+    shutil.copy(two / "step-10" / DATA, two / "step-20" / DATA)
+    assert_noticed(two, DATA)
+    shutil.copy(two / "step-10" / "manifest.json", two / "step-20" / "manifest.json")
+    assert_noticed(two, "the manifest is that of step 10; was the folder renamed?")
+
+
+def test_when_nothing_verifies_it_is_an_error_and_not_a_fresh_start(two):
+    for step in (10, 20):
+        (two / f"step-{step}" / DATA).write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"nothing to restore in .*step-20/.*: 0 bytes long.*; step-10/"):
+        restored(two)
+    for step in (10, 20):
+        (two / f"step-{step}" / "manifest.json").unlink()  # not checkpoints at all
+    assert restored(two) == (None, None)
+
+
+def test_a_damaged_step_is_moved_aside_when_it_is_saved_again(two):
+    file = two / "step-20" / DATA
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with Checkpointer(two, group=SINGLE) as ckpt:
+        assert ckpt.restore({"run": Flat({})}).step == 10
+        ckpt.save(20, {"run": Flat(assorted(21))}).wait()
+    info, state = restored(two)
+    assert (info.step, info.skipped) == (20, ())
+    assert same(state, assorted(21))
+    (aside,) = two.glob("step-20.bad-*")
+    assert (aside / DATA).read_bytes()[-1:] == b"\x55"
+
+
+def test_retention_never_counts_a_damaged_one_and_keeps_the_last_good_one(two):
+    (two / "step-20" / DATA).write_bytes(b"")
+    with Checkpointer(two, group=SINGLE, keep=KeepLast(2)) as ckpt:
+        ckpt.save(30, {"run": Flat(assorted(30))}).wait()
+        assert ckpt.steps() == [10, 30]
+
+
+def test_bytes_that_change_between_the_verdict_and_the_read_are_noticed(two, monkeypatch):
+    from checkpointing.folder import Folder
+
+    verify = Folder.verify
+
+    def verify_then_damage(self, step, alive):
+        found = verify(self, step, alive)
+        file = two / f"step-{step}" / DATA
+        first, _ = regions(two / f"step-{step}")["tensor 'run.page'"]
+        data = bytearray(file.read_bytes())
+        data[first] ^= 1
+        file.write_bytes(data)
+        return found
+
+    monkeypatch.setattr(Folder, "verify", verify_then_damage)
+    back = Flat({})
+    with Checkpointer(two, group=SINGLE) as ckpt, pytest.raises(IntegrityError, match=r"tensor 'run\.page'"):
+        ckpt.restore({"run": back})
+    assert back.loaded is None  # nothing was changed
+
+
+def test_folders_that_only_look_like_steps_are_let_be(two):
+    for name in ("step-007", "step-30.tmp-abc", "step-x", "step--1", "step-40"):
+        (two / name).mkdir()
+    (two / "step-50").write_text("a file")
+    info, _ = restored(two)
+    assert info.step == 20
+    with Checkpointer(two, group=SINGLE) as ckpt:
+        assert ckpt.steps() == [10, 20]
+        ckpt.save(40, {"run": Flat({"a": torch.ones(1)})}).wait()
+        assert ckpt.steps() == [10, 20, 40]
+
+
+def test_a_path_that_is_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("x")
+    with Checkpointer(path, group=SINGLE) as ckpt:
+        with pytest.raises(CheckpointError, match=r"save of step 1 failed: rank 0: .*Error.*file"):
+            ckpt.save(1, Flat({"a": 1})).wait()
+        with pytest.raises(CheckpointError, match=r"restore failed: rank 0: NotADirectoryError"):
+            ckpt.restore(Flat({}))
+        with pytest.raises(CheckpointError, match="NotADirectoryError"):
+            ckpt.steps()

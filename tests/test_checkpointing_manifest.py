@@ -1,0 +1,176 @@
+"""The manifest's reader takes what the writer writes, and nothing else."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpointing.errors import IntegrityError
+from checkpointing.manifest import dumps, loads, loads_summary
+from checkpointing.records import FileEntry, Manifest, TensorEntry
+from tests.flat_states import same
+from tests.test_checkpointing_values import values
+
+HASH = "0123456789abcdef"
+FILE = FileEntry("rank-00000.safetensors", 4096 + 24, HASH)
+TENSOR = TensorEntry("w", "F32", (2, 3), (0, 0), (2, 3), FILE.path, 4096, 4120, HASH)
+MANIFEST = Manifest("run", 20, 1, (FILE,), (TENSOR,), {"v": "w"}, {"seed": 3})
+
+
+def sealed(body: dict) -> bytes:
+    """Give a body a right hash, so that only the field under test is wrong."""
+    rest = json.dumps(body).encode()[1:]
+    return b'{"xxh3_64":"' + xxhash.xxh3_64_hexdigest(rest).encode() + b'",' + rest
+
+
+def body_of(manifest: Manifest = MANIFEST) -> dict:
+    body = json.loads(dumps(manifest))
+    del body["xxh3_64"]
+    return body
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@given(names, st.lists(st.integers(0, 9), max_size=4), values, st.integers(0, 2**62))
+def test_round_trip(name, shape, value, step):
+    size = 2
+    for dim in shape:
+        size *= dim
+    tensor = TensorEntry(name, "BF16", tuple(shape), (0,) * len(shape), tuple(shape), FILE.path, 8, 8 + size, HASH)
+    given_ = Manifest("r", step, 3, (replace(FILE, length=8 + size),), (tensor,), {}, {f"{name}!": value})
+    back = loads(dumps(given_))
+    assert same(back.values, given_.values)
+    assert replace(back, values={}) == replace(given_, values={})
+    assert loads_summary(dumps(given_)).step == step
+
+
+def test_every_changed_cut_or_added_byte_is_noticed():
+    data = dumps(MANIFEST)
+    for at in range(len(data)):
+        for damaged in (data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :], data[:at], data[:at] + b" " + data[at:]):
+            for read in (loads, loads_summary):
+                with pytest.raises(IntegrityError):
+                    read(damaged)
+    with pytest.raises(IntegrityError):
+        loads(data + b"\n")
+
+
+def set_in(path, value):
+    def change(body):
+        *parents, last = path
+        for key in parents:
+            body = body[key]
+        body[last] = value
+
+    return change
+
+
+CHANGES = [
+    (set_in(["format_version"], 2), "format_version 2 and this library reads up to 1; upgrade longrail"),
+    (set_in(["format_version"], 0), "format_version is 0"),
+    (set_in(["format_version"], True), "format_version is True"),
+    (set_in(["extra"], 1), r"fields differ from those of version 1: \['extra'\]"),
+    (lambda body: body.pop("values"), r"fields differ from those of version 1: \['values'\]"),
+    (set_in(["step"], -1), "step is -1; an integer from 0"),
+    (set_in(["step"], 1.0), r"step is 1\.0"),
+    (set_in(["step"], 2**63), "step is 9223372036854775808"),
+    (set_in(["world_size"], 0), "world_size is 0"),
+    (set_in(["run_id"], ""), "run_id is ''; a string was expected"),
+    (set_in(["files"], {}), "files is not a list"),
+    (set_in(["files", 0, "path"], "../x.safetensors"), r"file '../x.safetensors' is not a plain name"),
+    (set_in(["files", 0, "path"], "/etc/x.safetensors"), "is not a plain name"),
+    (set_in(["files", 0, "path"], "a/b.safetensors"), "is not a plain name"),
+    (set_in(["files", 0, "path"], "..safetensors"), "is not a plain name"),
+    (set_in(["files", 0, "path"], "a\\b.safetensors"), "is not a plain name"),
+    (set_in(["files", 0, "path"], "a.safetensors\n"), "is not a plain name"),
+    (set_in(["files", 0, "path"], "a\0.safetensors"), "is not a plain name"),
+    (set_in(["files", 0, "path"], "data.pt"), r"is not a plain name of a \.safetensors file"),
+    (set_in(["files", 0, "path"], "data.pkl"), "is not a plain name"),
+    (set_in(["files", 0, "length"], 7), "length of rank-00000.safetensors is 7"),
+    (set_in(["files", 0, "length"], 10**30), "an integer from 8"),
+    (set_in(["files", 0, "xxh3_64"], "0"), "is not 16 hex digits"),
+    (set_in(["files", 0, "mode"], 1), "an entry of FileEntry has not the fields path, length, xxh3_64"),
+    (lambda body: body["files"].append(body["files"][0]), "a file stands twice"),
+    (lambda body: body["tensors"].append(body["tensors"][0]), "a tensor stands twice"),
+    (lambda body: body["tensors"].append({**body["tensors"][0], "name": "x"}), "tensors 'w' and 'x' overlap"),
+    (set_in(["tensors", 0, "name"], 3), "name is 3"),
+    (set_in(["tensors", 0, "dtype"], "Q7"), "'w' has the dtype 'Q7'"),
+    (set_in(["tensors", 0, "shape"], [3, 3]), "'w' is a slice; format 1 holds whole tensors"),
+    (set_in(["tensors", 0, "offset"], [0, 1]), "'w' is a slice"),
+    (set_in(["tensors", 0, "offset"], [0]), "'w' is a slice"),
+    (set_in(["tensors", 0, "shape"], [-2, -3]), "a dim of tensor 'w' is -2"),
+    (set_in(["tensors", 0, "shape"], "23"), "a shape of tensor 'w' is not a list"),
+    (set_in(["tensors", 0, "shape"], [1] * 65), "is not a list of at most 64"),
+    (set_in(["tensors", 0, "begin"], 4095), r"'w', F32 \[2, 3\], cannot have 25 bytes"),
+    (set_in(["tensors", 0, "begin"], 5000), "cannot have -880 bytes"),
+    (set_in(["tensors", 0, "end"], 4121), "'w' lies outside of the files"),
+    (set_in(["tensors", 0, "file"], "rank-00001.safetensors"), "'w' lies outside of the files"),
+    (set_in(["tensors", 0, "xxh3_64"], None), "the hash of 'w'"),
+    (set_in(["aliases"], []), "aliases is not an object"),
+    (set_in(["aliases"], {"v": "gone"}), "alias 'v' of 'gone' is not a new name of a tensor"),
+    (set_in(["aliases"], {"w": "w"}), "alias 'w' of 'w'"),
+    (set_in(["aliases"], {"v": ["w"]}), "alias 'v'"),
+    (set_in(["values"], {"w": 1}), "value 'w' is empty or has the name of a tensor"),
+    (set_in(["values"], {"v": 1}), "value 'v' is empty or has the name"),
+    (set_in(["values"], {"x": {"$float": "1"}}), "is not a number"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), CHANGES)
+def test_sealed_but_wrong_manifests_are_refused(change, text):
+    body = body_of()
+    assert loads(sealed(body)) == MANIFEST
+    change(body)
+    with pytest.raises(IntegrityError, match=text):
+        loads(sealed(body))
+
+
+def test_sizes_that_overflow_64_bits_are_refused():
+    body = body_of()
+    body["tensors"][0] |= {"global_shape": [2**40, 2**40], "shape": [2**40, 2**40], "begin": 8, "end": 8}
+    with pytest.raises(IntegrityError, match="cannot have 0 bytes"):
+        loads(sealed(body))
+
+
+@pytest.mark.parametrize(
+    "rest", [b'"a":1,"a":1}', b'"a":NaN}', b"]", b'"a":' + b"[" * 100_000 + b"}", b"\x80\x04.", b""]
+)
+def test_sealed_bytes_that_are_not_strict_json(rest):
+    with pytest.raises(IntegrityError, match="not strict JSON"):
+        loads(b'{"xxh3_64":"' + xxhash.xxh3_64_hexdigest(rest).encode() + b'",' + rest)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+places = st.sampled_from(
+    [[key] for key in body_of()]
+    + [["files", 0, key] for key in body_of()["files"][0]]
+    + [["tensors", 0, key] for key in body_of()["tensors"][0]]
+)
+
+
+@given(places, json_values)
+def test_any_field_holding_anything_is_read_or_refused_and_never_crashes(path, value):
+    body = body_of()
+    set_in(path, value)(body)
+    try:
+        found = loads(sealed(body))
+    except IntegrityError:
+        return
+    for tensor in found.tensors:  # what passes keeps every promise the loader relies on
+        file = next(file for file in found.files if file.path == tensor.file)
+        assert 8 <= tensor.begin <= tensor.end <= file.length
+        assert "/" not in file.path
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused(data):
+    with pytest.raises(IntegrityError):
+        loads(data)

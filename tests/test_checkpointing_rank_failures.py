@@ -1,0 +1,224 @@
+"""Several ranks, and one of them fails, differs, lags, stays away or dies: one error on all, in time."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
+from checkpointing.errors import RankError, SaveError, StateError
+from checkpointing.storage.local import LocalStorage
+from tests.flat_states import Flat, same
+from tests.spawn import run_ranks
+
+
+def own_and_shared(rank: int) -> dict:
+    return {"w": torch.arange(2000.0), f"rng.{rank}": torch.full((3,), rank), "note": "shared"}
+
+
+def save_each(info, path, states, step):
+    """Return what the save raised, on this rank, and whether the checkpointer still works."""
+    with Checkpointer(path, timeout_s=20) as ckpt:
+        with pytest.raises(CheckpointError) as caught:
+            ckpt.save(step, states[info.rank]).wait()
+        ckpt.save(99, Flat({"a": 1})).wait()
+        return type(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "text"),
+    [
+        (
+            {"a": torch.ones(2)},
+            {"a": torch.ones(3)},
+            "tensor 'a' is F32 [2] on rank 0 and F32 [3] on rank 1; ",
+        ),
+        ({"a": 1}, {"a": 2}, r"value 'a' is 1 on rank 0 and 2 on rank 1; ranks that save the same name"),
+        ({"a": 1}, {"a": object()}, r"rank 1: 'a' is of type object; save tensors and JSON values"),
+        ({"a": (1,)}, {"a": (1,)}, r"every rank: 'a' is of type tuple; make it a list"),
+    ],
+)
+def test_refusals_are_the_same_error_on_every_rank(tmp_path, left, right, text):
+    first, second = run_ranks(save_each, 2, tmp_path, [Flat(left), Flat(right)], 4)
+    assert first == second
+    assert first[0] is StateError
+    assert f"save of step 4 failed: {text}" in first[1]
+
+
+class Unready(Flat):
+    def state_dict(self):
+        raise RuntimeError("the state is not ready")
+
+
+def test_a_rank_that_fails_staging_fails_the_save_on_all(tmp_path):
+    start = time.monotonic()
+    first, second = run_ranks(save_each, 2, tmp_path, [Flat({"a": 1}), Unready({})], 4)
+    assert time.monotonic() - start < 20
+    assert first == second == (SaveError, "save of step 4 failed: rank 1: RuntimeError: the state is not ready")
+
+
+def fail_writing(info, path):
+    with Checkpointer(path, timeout_s=20) as ckpt, pytest.MonkeyPatch.context() as patch:
+        ckpt.save(1, {"run": Flat(own_and_shared(info.rank))}).wait()
+        if info.rank == 1:
+            patch.setattr(LocalStorage, "write", disk_full)
+        handle = ckpt.save(2, {"run": Flat(own_and_shared(info.rank))})
+        with pytest.raises(SaveError) as caught:
+            handle.wait()
+        patch.undo()
+        steps = ckpt.steps()
+        leftovers = [path.name for path in Path(path).glob("*.tmp-*")]
+        ckpt.save(2, {"run": Flat(own_and_shared(info.rank))}).wait()
+        return str(caught.value), steps, leftovers, ckpt.latest()
+
+
+def disk_full(self, fd, data):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_rank_whose_disk_is_full_fails_the_save_on_all(tmp_path):
+    text = "save of step 2 failed: rank 1: OSError: [Errno 28] No space left on device"
+    assert run_ranks(fail_writing, 2, tmp_path) == [(text, [1], [], 2)] * 2
+
+
+def fail_unheard(info, path):
+    """Only rank 0 waits, and hears of it; rank 1 hears at its next save, which fails on both; then all is well."""
+    with Checkpointer(path, timeout_s=20) as ckpt:
+        heard = []
+        for step in (1, 2, 3):
+            try:
+                handle = ckpt.save(step, Flat({"a": 1}) if (step, info.rank) != (1, 1) else Unready({}))
+                if info.rank == 0 or step == 3:
+                    handle.wait()
+            except CheckpointError as error:
+                heard.append((step, str(error)))
+        return heard
+
+
+def test_a_rank_that_hears_late_does_not_hang_the_others(tmp_path):
+    first, second = run_ranks(fail_unheard, 2, tmp_path)
+    failure = "save of step 1 failed: rank 1: RuntimeError: the state is not ready"
+    assert first == [(1, failure), (2, f"save of step 2 failed: rank 1: not begun, as an earlier one: {failure}")]
+    assert second == [(2, failure)]
+
+
+def refuse_to_load(info, path):
+    class Picky(Flat):
+        def load_state_dict(self, state_dict):
+            if info.rank == 1:
+                raise ValueError("another model")
+
+    with Checkpointer(path, timeout_s=20) as ckpt:
+        ckpt.save(1, Flat({"a": 1})).wait()
+        with pytest.raises(CheckpointError) as caught:
+            ckpt.restore(Picky({}))
+        return str(caught.value), repr(caught.value.__cause__)
+
+
+def test_a_rank_that_refuses_what_it_is_given_tells_the_others(tmp_path):
+    first, second = run_ranks(refuse_to_load, 2, tmp_path)
+    assert first == ("restore failed: rank 1: ValueError: another model", "None")
+    assert second == (first[0], "ValueError('another model')")
+
+
+def go_silent(info, path):
+    """Rank 2 does not take part in the save of step 2."""
+    ckpt = Checkpointer(path, timeout_s=1)
+    ckpt.save(1, Flat({"a": info.world_size})).wait()
+    dist.barrier()
+    start = time.monotonic()
+    text = ""
+    if info.rank != 2:
+        with pytest.raises(RankError) as caught:
+            ckpt.save(2, Flat({"a": 1})).wait()
+        text = str(caught.value)
+        assert time.monotonic() - start < 15
+    dist.barrier()
+    steps = ckpt.steps()
+    ckpt.close()
+    return text, steps
+
+
+def test_a_silent_rank_is_named_within_the_deadline(tmp_path):
+    first, second, _ = run_ranks(go_silent, 3, tmp_path)
+    assert first == second == ("save of step 2 failed: rank 2 did not report in time", [1])
+
+
+def work_long(info, path):
+    """Rank 1 takes three deadlines to write, and gives signs of life."""
+    with Checkpointer(path, timeout_s=1) as ckpt, pytest.MonkeyPatch.context() as patch:
+        if info.rank == 1:
+            write = LocalStorage.write
+
+            def slow(self, fd, data):
+                time.sleep(0.5)
+                write(self, fd, data)
+
+            patch.setattr(LocalStorage, "write", slow)
+        ckpt.save(1, Flat({f"own.{info.rank}.{i}": torch.ones(1) for i in range(6)})).wait()
+        return ckpt.steps()
+
+
+def test_a_slow_rank_that_works_is_waited_for(tmp_path):
+    assert run_ranks(work_long, 2, tmp_path) == [[1], [1]]
+
+
+def different_calls(info, path):
+    with Checkpointer(path, timeout_s=5) as ckpt:
+        with pytest.raises(RankError) as caught:
+            ckpt.save(1 + info.rank, Flat({"a": 1})).wait()
+        return str(caught.value)
+
+
+def test_ranks_in_different_calls_are_told(tmp_path):
+    first, second = run_ranks(different_calls, 2, tmp_path)
+    assert first == second
+    assert first == (
+        "save of step 1 failed: rank 1 is in: save of step 2; every rank must make the same calls in the same order"
+    )
+
+
+def different_paths(info, path):
+    with pytest.raises(CheckpointError) as caught:
+        Checkpointer(Path(path) / str(info.rank), timeout_s=5)
+    return str(caught.value)
+
+
+def test_ranks_must_mean_the_same_folder(tmp_path):
+    texts = run_ranks(different_paths, 2, tmp_path)
+    assert (
+        texts
+        == [f"opening the checkpointer failed: the folder is {tmp_path}/0 on rank 0 and {tmp_path}/1 on rank 1"] * 2
+    )
+
+
+def die_in_save(info, path, victim, way):
+    ckpt = Checkpointer(path, timeout_s=2, keep=KeepLast(1))
+    ckpt.save(1, Flat({"a": torch.ones(5)})).wait()
+    pids = [None, None]
+    dist.all_gather_object(pids, os.getpid())
+    if info.rank == victim:
+        os.kill(os.getpid(), way)
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        ckpt.save(2, Flat({"a": torch.ones(5)})).wait()
+    assert time.monotonic() - start < 15
+    Path(path, f"told-{info.rank}").write_text(str(caught.value))
+    os.kill(pids[victim], signal.SIGKILL)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("victim", "way"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)])
+def test_a_dead_or_stopped_rank_is_named_and_the_old_checkpoint_stays(tmp_path, victim, way):
+    with pytest.raises(AssertionError):  # no rank returns
+        run_ranks(die_in_save, 2, tmp_path, victim, way, fresh=True)
+    text = (tmp_path / f"told-{1 - victim}").read_text()
+    assert text.startswith("save of step 2 failed: rank " + str(victim)), text
+    with Checkpointer(tmp_path, group=SINGLE) as ckpt:
+        back = Flat({})
+        assert ckpt.restore(back).step == 1
+    assert same(back.loaded, {"a": torch.ones(5)})

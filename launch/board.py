@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import Store
-from torch.distributed import DistError
 
 from launch.errors import KNOWN_ERRORS, LaunchError, WorldError
 
@@ -80,7 +79,7 @@ class Board:
         seconds = self._timeout_s if timeout_s is None else timeout_s
         try:
             self._store.wait([key], timedelta(seconds=seconds))
-        except DistError as error:
+        except RuntimeError as error:  # what every store raises, of torch's own errors the base
             raise WorldError(
                 f"rank {rank} did not answer about '{topic}' within {seconds:g} s; it ended, hangs, or does something "
                 "else: see its own output"

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from chunkflow.errors import SourceError
 from chunkflow.sources import Source
 from chunkflow.sources_jsonl import JsonLines
 from chunkflow.sources_text import TextFolder
 from launch.config import FinetuneConfig
-from launch.corpus import choose_files, jsonl_texts
+from launch.corpus import FolderChoice, choose_files, jsonl_texts
 from launch.errors import DataError
 from launch.tokenizer import pretrained_tokenizer, trained_tokenizer
 
@@ -31,21 +32,42 @@ class Data:
 
 
 def load_data(config: FinetuneConfig) -> Data:
-    """Open the data of a job; deterministic. Caches tokens and vocabulary, so do it on one rank first."""
-    data, cache = config.data, Path(config.data.cache)
-    notes: list[str] = []
-    if data.kind == "text":
-        choice = choose_files(data)
-        notes += [choice.note] if choice.note else []
-        # No file at all: the source has the words for it, and asks nothing of the tokenizer first.
-        tokenizer = load_tokenizer(config, choice.texts) if choice.names else None
-        source = TextFolder(choice.root, tokenizer, pattern=data.pattern, exclude=choice.exclude, cache_dir=cache)  # pyright: ignore[reportArgumentType]
-    else:
-        tokenizer = load_tokenizer(config, lambda: jsonl_texts(Path(data.path), data.field))
-        source = JsonLines(data.path, tokenizer, field=data.field, cache_dir=cache)
+    """Open the data of a job; deterministic. Caches tokens and vocabulary, so do it on one rank first.
+
+    Raises DataError naming data.path, and the file or line, when the data cannot be used.
+    """
+    data, notes = config.data, []
+    try:
+        if data.kind == "text":
+            choice = choose_files(data)
+            notes += [choice.note] if choice.note else []
+            tokenizer, source = _open_folder(config, choice)
+        else:
+            tokenizer, source = _open_lines(config)
+    except SourceError as error:
+        raise DataError(f"data.path {data.path}: {error}") from error
     notes += [str(skipped) for skipped in source.skipped]
     train, held_out = split_held_out(source, count=data.held_out, seed=config.run.seed, keep=len(data.long_files))
     return Data(train, held_out, tokenizer, tuple(notes))
+
+
+def _open_folder(config: FinetuneConfig, choice: FolderChoice) -> tuple[PreTrainedTokenizerBase | None, Source]:
+    if not choice.names:
+        raise DataError(
+            f"no file of {choice.root} matches data.pattern {config.data.pattern!r}, is not in data.exclude, and has "
+            f"at most data.max_file_bytes = {config.data.max_file_bytes}"
+        )
+    tokenizer = load_tokenizer(config, choice.texts)
+    assert tokenizer is not None
+    cache = Path(config.data.cache)
+    pattern, exclude = config.data.pattern, choice.exclude
+    return tokenizer, TextFolder(choice.root, tokenizer, pattern=pattern, exclude=exclude, cache_dir=cache)
+
+
+def _open_lines(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase | None, Source]:
+    data = config.data
+    tokenizer = load_tokenizer(config, lambda: jsonl_texts(Path(data.path), data.field))
+    return tokenizer, JsonLines(data.path, tokenizer, field=data.field, cache_dir=Path(data.cache))
 
 
 def load_tokenizer(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase | None:

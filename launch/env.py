@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from launch.errors import WorldError
 
 TIMEOUT_S = 600.0
 """How long a rank waits for another: to appear, to answer, and in a collective."""
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +65,15 @@ def read_processes(environ: Mapping[str, str] = os.environ) -> Processes:
     if not 0 <= rank < world_size:
         raise WorldError(f"RANK is {rank} and WORLD_SIZE is {world_size}; start it with torchrun")
     return Processes(rank=rank, world_size=world_size, local_rank=local_rank, restarts=restarts, launched=True)
+
+
+def end_with_launcher(processes: Processes) -> None:
+    """Let the kernel kill this process when torchrun is killed, which otherwise leaves it training on, unattended.
+
+    On Linux only; elsewhere the lock of the run's folder still keeps two jobs apart.
+    """
+    if processes.launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

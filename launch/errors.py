@@ -5,6 +5,7 @@ LaunchError
 ├── WorldError       the processes of the job did not find each other, or one stopped answering
 ├── DataError        there is nothing to train on, or the model does not know its tokens
 ├── ModelError       the model or its tokenizer cannot be loaded
+├── FolderInUseError another job is writing to the run's folder
 ├── ResumeError      a checkpoint belongs to another model, optimizer or run
 └── TrainingError    training itself went wrong: the loss is no number any more
 """
@@ -35,6 +36,10 @@ class DataError(LaunchError):
 
 class ModelError(LaunchError):
     """The model or its tokenizer cannot be loaded; the message names the path."""
+
+
+class FolderInUseError(LaunchError):
+    """Another job is writing to the run's folder; the message names it."""
 
 
 class ResumeError(LaunchError):

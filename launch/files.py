@@ -18,6 +18,11 @@ class RunFolder:
     path: Path
 
     @property
+    def lock(self) -> Path:
+        """Held by the job that writes here; beside the folder, which may be moved."""
+        return self.path.with_name(f"{self.path.name}.lock")
+
+    @property
     def checkpoints(self) -> Path:
         """What a resume reads."""
         return self.path / "checkpoints"

@@ -19,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 
 from checkpointing import Checkpointer, KeepLast
+from launch.claim import claimed
 from launch.config import FinetuneConfig
-from launch.env import World, joined, read_processes
+from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
 from launch.files import RunFolder, replace_folder, write_json
 from launch.job import Job, prepare
@@ -38,12 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         processes = read_processes()
         rank = processes.rank
+        end_with_launcher(processes)
         with StopSignals() as stop, joined(processes) as world:
-            config = agreed_config(argv, world.board, prog="python -m launch.finetune", description=__doc__ or "")
-            finetune(config, world, stop, fresh=config.fresh and processes.restarts == 0)
+            run(argv, world, stop, restarts=processes.restarts)
     except KNOWN_ERRORS as error:
         return report_error(rank, error)
     return EXIT_WELL
+
+
+def run(argv: Sequence[str] | None, world: World, stop: StopSignals, *, restarts: int = 0) -> None:
+    """Run a command line in a world that exists. Every rank calls, and every rank gets the same error."""
+    config = agreed_config(argv, world.board, prog="python -m launch.finetune", description=__doc__ or "")
+    finetune(config, world, stop, fresh=config.fresh and restarts == 0)  # torchrun's restarts are resumes
 
 
 def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: bool) -> None:
@@ -51,10 +58,13 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
     console, folder = make_console(world.rank), RunFolder(Path(config.run.folder))
     job = prepare(config, world)
     describe_job(job, console)
-    if fresh:
-        start_over(folder, world, console)
     keep, timeout_s = KeepLast(config.checkpoint.keep), config.checkpoint.timeout_s
-    with Checkpointer(folder.checkpoints, keep=keep, timeout_s=timeout_s) as checkpoints:
+    with (
+        claimed(folder, world, fresh=fresh) as aside,
+        Checkpointer(folder.checkpoints, keep=keep, timeout_s=timeout_s) as checkpoints,
+    ):
+        if aside is not None:
+            console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
         saver = Saver(checkpoints, job.state, timeout_s=timeout_s)
         resumed_from = resume(saver, console)
         if resumed_from is not None and resumed_from >= job.total_steps and folder.summary.exists():
@@ -75,13 +85,6 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             )
             return
         finish(job, folder, saver, console, resumed_from=resumed_from)
-
-
-def start_over(folder: RunFolder, world: World, console: Console) -> None:
-    """Move an earlier run aside. Every rank calls."""
-    aside = world.board.together("fresh", lambda: folder.move_aside() if world.rank == 0 else None)
-    if aside is not None:
-        console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
 
 
 def resume(saver: Saver, console: Console) -> int | None:

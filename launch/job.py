@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from chunkflow.loader import ChunkLoader
+from chunkflow import ChunkLoader, ChunkRunner, StepBatch
 from chunkflow.plan import StepPlan
-from chunkflow.records import StepBatch
-from chunkflow.runner import ChunkRunner
 from chunkflow.sources import Source
 from launch.config import FinetuneConfig
 from launch.data import Data, check_vocabulary, load_data
@@ -115,18 +114,18 @@ def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> Ste
 
 def prepare(config: FinetuneConfig, world: World) -> Job:
     """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
+    mesh = make_mesh(world.device.type, world.world_size)  # a collective: not where one rank may fail alone
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
-    job = world.board.together("model", lambda: _assemble(config, world, data))
+    job = world.board.together("model", lambda: _assemble(config, world, data, mesh.get_group("dp")))
     share_weights(job.model)
     return job
 
 
-def _assemble(config: FinetuneConfig, world: World, data: Data) -> Job:
+def _assemble(config: FinetuneConfig, world: World, data: Data, group: ProcessGroup) -> Job:
     seed_rngs(config.run.seed)  # the same weights on every rank
     model = build_model(config.model, data.tokenizer, world.device)
     check_vocabulary(data.train, vocabulary_size(model))
     loader = _loader(data.train, config, world, epochs=config.run.epochs)
-    group = make_mesh(world.device.type, world.world_size).get_group("dp")
     runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
     optimizer = build_optimizer(model, config.optimizer)
     place = {"rank": world.rank, "world_size": world.world_size, "device": world.device}

@@ -1,0 +1,48 @@
+"""One job a run folder: the folder is claimed before anything is written there, and given up with the process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from launch.env import World
+from launch.errors import FolderInUseError
+from launch.files import RunFolder
+
+
+@contextmanager
+def claimed(folder: RunFolder, world: World, *, fresh: bool) -> Iterator[Path | None]:
+    """Hold the folder of a run; move an earlier run aside if `fresh`, and yield where to. Every rank calls.
+
+    Raises FolderInUseError on every rank when another job holds it.
+    """
+    with ExitStack() as held:
+
+        def claim() -> Path | None:
+            if world.rank != 0:
+                return None
+            held.enter_context(_locked(folder))
+            return folder.move_aside() if fresh else None
+
+        yield world.board.together("claim", claim)
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    folder.lock.parent.mkdir(parents=True, exist_ok=True)
+    with folder.lock.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise FolderInUseError(
+                f"another job ({file.read().strip() or 'unknown'}) is writing to {folder.path}; wait for it, end it, "
+                "or use another run.folder"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield  # the kernel lets go with the file, whatever becomes of the process

@@ -1,0 +1,133 @@
+"""What users get wrong: one clear error on every rank, no hang, nothing overwritten."""
+
+import fcntl
+import json
+from uuid import uuid4
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.board import Board
+from launch.env import World
+from launch.errors import KNOWN_ERRORS, LaunchError, TrainingError, report_error
+from launch.finetune import run
+from launch.stop import StopSignals
+from tests.launch_jobs import settings, snapshot, write_corpus
+from tests.spawn import run_ranks
+
+TIMEOUT_S = 60
+
+
+def attempt(info, store, flags):
+    """Run the job in a world that exists already; return its error, None when it went well."""
+    board = Board(dist.FileStore(store, info.world_size), rank=info.rank, world_size=info.world_size, timeout_s=20)
+    world = World(info.rank, info.world_size, torch.device("cpu"), board)
+    try:
+        run(flags[info.rank], world, StopSignals())
+    except KNOWN_ERRORS as error:
+        return f"{error}"
+    return None
+
+
+def errors_of(tmp_path, flags, other=None):
+    store = tmp_path / f"store-{uuid4().hex}"  # a FileStore must not find an earlier one's file
+    return run_ranks(attempt, 2, str(store), [flags, other or flags], timeout_s=TIMEOUT_S)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus", files=9)
+
+
+def jsonl(tmp_path, *lines):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return {"data__kind": "jsonl", "data__path": path, "data__held_out": 0, "data__long_files": []}
+
+
+def refused(tmp_path, flags, *words, other=None):
+    """Both ranks must give an error with these words, twice in a row, and leave the run's folder as it was."""
+    before = snapshot(tmp_path / "run")
+    first, second = errors_of(tmp_path, flags, other)
+    for error in (first, second):
+        assert error is not None
+        for word in words:
+            assert word in error
+    assert snapshot(tmp_path / "run") == before
+    return first, second
+
+
+GOOD = [{"text": f"value = {n}"} for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([*GOOD, '{"text": "cut of\n'], ("data.jsonl", "7", "not JSON")),
+        ([*GOOD[:2], {"txt": "x"}, *GOOD], ("data.jsonl", "3", "'text'", "field")),
+        ([*GOOD, {"text": 5}], ("data.jsonl", "7", "must be a string")),
+        ([*GOOD, [1]], ("data.jsonl", "7", "must be one JSON object")),
+        ([], ("data.jsonl",)),
+        (["\n", "\n"], ("data.jsonl",)),
+        ([{"input_ids": [1, 2, 999]}], ("token id 999", "vocabulary of 300")),
+        ([{"input_ids": [1, -2, 3]}], ("-2",)),
+    ],
+)
+def test_bad_lines(tmp_path, corpus, lines, words):
+    flags = settings(corpus, tmp_path / "run", **jsonl(tmp_path, *lines))
+    first, second = refused(tmp_path, flags, *words)
+    assert first == second
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"chunks__chunk_tokens": 0}, ("chunk_tokens is 0; it must be at least 1",)),
+        ({"data__path": "/nowhere"}, ("/nowhere",)),
+        ({"data__long_files": ["nope.py"]}, ("nope.py",)),
+        ({"data__pattern": "*.md", "data__long_files": []}, ("no file of", "*.md")),
+        ({"data__held_out": 100}, ("data.held_out is 100", "10 samples")),
+        ({"model__path": "/nowhere"}, ("model.path '/nowhere'",)),
+    ],
+)
+def test_bad_settings(tmp_path, corpus, changes, words):
+    refused(tmp_path, settings(corpus, tmp_path / "run", **changes), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_settings(tmp_path, corpus):
+    flags = settings(corpus, tmp_path / "run")
+    words = ("ranks 0 and 1", "optimizer.lr is 0.003 and 0.5")
+    first, second = refused(tmp_path, flags, *words, other=[*flags, "--optimizer.lr", "0.5"])
+    assert first == second
+    refused(tmp_path, flags, "chunk_tokens is 0", other=settings(corpus, tmp_path / "run", chunks__chunk_tokens=0))
+
+
+def test_a_checkpoint_of_something_else_is_refused_and_stays(tmp_path, corpus):
+    def flags(**changes):
+        return settings(corpus, tmp_path / "run", run__steps=2, **changes)
+
+    assert errors_of(tmp_path, flags()) == [None, None]
+    assert (tmp_path / "run" / "summary.json").exists()
+    refused(tmp_path, flags(model__hidden_size=64), "another model", "model.", "was [", "--fresh true")
+    refused(tmp_path, flags(model__num_layers=3), "another model", "layers.2", "is not in it")
+    refused(tmp_path, flags(chunks__global_batch=5), "global_batch was 4 and is 5")
+    (corpus / "file00.py").write_text("changed = True\n" * 3)
+    refused(tmp_path, flags(), "data.files was")
+
+
+def test_a_folder_in_use_is_refused(tmp_path, corpus):
+    with (tmp_path / "run.lock").open("w") as lock:
+        lock.write("process 12 on host\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(tmp_path, settings(corpus, tmp_path / "run", fresh=True), "another job (process 12 on host)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_printed_as_one_line(capsys):
+    assert report_error(1, LaunchError("no data")) == 2
+    assert report_error(0, TrainingError("nan")) == 1
+    assert capsys.readouterr().err == "rank 1: error: no data\nrank 0: error: nan\n"

@@ -1,0 +1,188 @@
+"""Processes finding each other, answering each other, and agreeing to stop."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.board import Board
+from launch.config import FinetuneConfig
+from launch.env import Processes, joined, read_processes
+from launch.errors import ConfigError, DataError, LaunchError, WorldError
+from launch.mesh import AXES, make_mesh
+from launch.model import build_model, share_weights
+from launch.recipe import agreed_config
+from launch.stop import StopSignals
+from tests.spawn import run_ranks
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+def test_who_this_process_is():
+    assert read_processes({}) == Processes()
+    assert read_processes({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}) == Processes(
+        rank=1, world_size=4, local_rank=1, restarts=2, launched=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"LOCAL_RANK": None}, "LOCAL_RANK not set"),
+        ({"RANK": "one"}, "no whole number"),
+        ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE is 4"),
+    ],
+)
+def test_half_an_environment_is_refused(change, text):
+    environ = {name: value for name, value in {**TORCHRUN, **change}.items() if value is not None}
+    with pytest.raises(WorldError, match=text) as error:
+        read_processes(environ)
+    assert "torchrun" in str(error.value)
+
+
+def test_one_process_is_a_world():
+    with joined(Processes(), timeout_s=20) as world:
+        assert (world.rank, world.world_size, dist.get_world_size()) == (0, 1, 1)
+        assert world.board.gather("hello", {"a": 1}) == [{"a": 1}]
+    assert not dist.is_initialized()
+
+
+def board(info, folder, timeout_s=20.0):
+    store = dist.FileStore(os.path.join(folder, "store"), info.world_size)
+    return Board(store, rank=info.rank, world_size=info.world_size, timeout_s=timeout_s)
+
+
+def ask_around(info, folder):
+    place = board(info, folder)
+    first = place.gather("first", info.rank * 10)
+    return first, place.gather("second", f"rank {info.rank}")
+
+
+def test_every_rank_hears_every_answer(tmp_path):
+    assert run_ranks(ask_around, 2, str(tmp_path)) == [([0, 10], ["rank 0", "rank 1"])] * 2
+
+
+def fail_together(info, folder):
+    def work():
+        if info.rank == 1:
+            raise DataError("line 3 is bad")
+        return info.rank
+
+    place = board(info, folder)
+    errors = []
+    for topic in ("alone", "again"):
+        try:
+            place.together(topic, work)
+        except LaunchError as error:
+            errors.append(str(error))
+    return errors, place.together("fine", lambda: info.rank)
+
+
+def test_what_fails_on_one_rank_fails_on_all(tmp_path):
+    first, second = run_ranks(fail_together, 2, str(tmp_path))
+    assert first == (["on rank 1: line 3 is bad"] * 2, 0)
+    assert second == (["line 3 is bad"] * 2, 1)
+
+
+def take_turns(info, folder):
+    path = os.path.join(folder, "cache")
+
+    def work():
+        if info.rank == 0:
+            time.sleep(0.3)
+            open(path, "w").close()
+        return os.path.exists(path)
+
+    def fails():
+        raise DataError("no data")
+
+    place = board(info, folder)
+    found = place.rank0_first("data", work)
+    try:
+        place.rank0_first("bad", fails)
+    except LaunchError as error:
+        return found, str(error)
+
+
+def test_rank_0_goes_first_and_its_error_is_everyone_s(tmp_path):
+    assert run_ranks(take_turns, 2, str(tmp_path)) == [(True, "no data")] * 2
+
+
+def silence(info, folder):
+    if info.rank == 1:
+        return None
+    try:
+        board(info, folder, timeout_s=0.5).gather("weather", "fine")
+    except WorldError as error:
+        return str(error)
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path):
+    text = run_ranks(silence, 2, str(tmp_path))[0]
+    assert text.startswith("rank 1 did not answer about 'weather' within 0.5 s")
+
+
+def different_settings(info, folder, flags):
+    try:
+        agreed_config(flags[info.rank], board(info, folder), prog="finetune", description="")
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("flags", "texts"),
+    [
+        ([["--run.seed", "1"], ["--run.seed", "2"]], ["run.seed is 1 and 2"] * 2),
+        ([[], ["--chunks.chunk_tokens", "0"]], ["on rank 1: chunk_tokens is 0"] * 2),
+        ([["--chunks.chunk_tokens", "0"]] * 2, ["chunk_tokens is 0"] * 2),
+    ],
+)
+def test_settings_are_compared_before_anything_else(tmp_path, flags, texts):
+    for found, text in zip(run_ranks(different_settings, 2, str(tmp_path), flags), texts, strict=True):
+        assert text in found
+
+
+def agree_to_stop(info):
+    stop = StopSignals()
+    agreed = []
+    with stop:
+        for turn in range(3):
+            if turn == 1 and info.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            agreed.append(stop.agreed(torch.device("cpu")))
+    return agreed
+
+
+def test_one_rank_s_signal_stops_all_at_the_same_step():
+    assert run_ranks(agree_to_stop, 2) == [[False, True, True]] * 2
+
+
+def test_signals_are_noted_and_handlers_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def mesh_and_weights(info):
+    mesh = make_mesh("cpu", info.world_size)
+    torch.manual_seed(info.rank)
+    model = build_model(FinetuneConfig().model, None, torch.device("cpu"))
+    before = float(sum(param.sum() for param in model.parameters()))
+    share_weights(model)
+    after = float(sum(param.sum() for param in model.parameters()))
+    return mesh.mesh_dim_names, tuple(mesh.shape), dist.get_world_size(mesh.get_group("dp")), before, after
+
+
+def test_the_mesh_and_the_same_weights_everywhere():
+    first, second = run_ranks(mesh_and_weights, 2)
+    assert first[:3] == second[:3] == (AXES, (1, 2, 1, 1), 2)
+    assert first[3] != second[3]
+    assert first[4] == second[4] == first[3]

@@ -60,11 +60,11 @@ class ModelConfig:
     """Width of the small Llama."""
     intermediate_size: int = 384
     """Width of its MLP."""
-    num_layers: int = 4
+    num_layers: int = 2
     """Its decoder layers."""
-    num_heads: int = 4
+    num_heads: int = 2
     """Its attention heads."""
-    num_kv_heads: int = 2
+    num_kv_heads: int = 1
     """Its key and value heads; num_heads must be a multiple."""
     max_positions: int = 1_048_576
     """Its longest sequence, in tokens."""
@@ -141,7 +141,7 @@ class ChunksConfig:
 class OptimizerConfig:
     """AdamW, and the clipping before it."""
 
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Highest learning rate, reached after the warm-up."""
     beta1: float = 0.9
     """Decay of the mean of the gradient."""
@@ -168,7 +168,7 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """How it falls after the warm-up."""
-    warmup_steps: int = 4
+    warmup_steps: int = 5
     """Steps in which it rises from near 0 to optimizer.lr."""
     final_ratio: float = 0.1
     """Where it ends, as a part of optimizer.lr."""

@@ -11,12 +11,12 @@ from chunkflow.collate import collate
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError, PlanError, SourceError
 from chunkflow.packed import check_packable, packed_step
-from chunkflow.place import resolve_place
 from chunkflow.plan import StepPlan, plan_step
 from chunkflow.prefetch import Prefetcher
 from chunkflow.records import StepBatch
 from chunkflow.sampler import global_batch, steps_per_epoch
 from chunkflow.sources import Source
+from chunkflow.world import resolve_place
 
 T = TypeVar("T")
 

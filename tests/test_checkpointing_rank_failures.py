@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
-from checkpointing.errors import RankError, SaveError, StateError
+from checkpointing.control import Outcome
+from checkpointing.control_store import StoreControl
+from checkpointing.errors import IntegrityError, RankError, SaveError, StateError
+from checkpointing.folder import Folder
 from checkpointing.storage.local import LocalStorage
 from tests.flat_states import Flat, same
 from tests.spawn import run_ranks
@@ -222,3 +225,47 @@ def test_a_dead_or_stopped_rank_is_named_and_the_old_checkpoint_stays(tmp_path, 
         back = Flat({})
         assert ckpt.restore(back).step == 1
     assert same(back.loaded, {"a": torch.ones(5)})
+
+
+def see_another_folder(info, path):
+    with Checkpointer(path / "run", timeout_s=20) as ckpt, pytest.MonkeyPatch.context() as patch:
+        ckpt.save(1, Flat({"a": 1})).wait()
+        if info.rank == 1:
+            with Checkpointer(path / "other", group=SINGLE) as other:
+                other.save(1, Flat({"a": 2})).wait()
+            patch.setattr(Folder, "at", lambda self, step: path / "other" / "step-1")
+        back = Flat({})
+        with pytest.raises(IntegrityError) as caught:
+            ckpt.restore(back)
+        return str(caught.value), back.loaded
+
+
+def test_a_rank_that_sees_another_folder_under_the_same_path_loads_nothing(tmp_path):
+    first, second = run_ranks(see_another_folder, 2, tmp_path)
+    assert first == second
+    assert first[1] is None
+    assert "restore failed: rank 1: " in first[0]
+    assert "is another checkpoint on rank 0; is this a shared folder?" in first[0]
+
+
+def live_in_another_call(info):
+    """Rank 1 has given the first call up; what it does in the second is no sign of life in the first."""
+    control = StoreControl(dist.group.WORLD, 0.5)
+    start = time.monotonic()
+    control.begin("first")
+    if info.rank == 1:
+        control.begin("second")
+        while time.monotonic() - start < 4:
+            control.alive()
+            time.sleep(0.05)
+        waited, answer = 0.0, None
+    else:
+        answer = control.exchange("only", Outcome("first", body={}), lambda bodies: bodies).error
+        waited = time.monotonic() - start
+    dist.barrier()
+    control.close()
+    return answer, waited < 3
+
+
+def test_signs_of_life_count_only_in_their_own_call():
+    assert run_ranks(live_in_another_call, 2)[0] == ("first failed: rank 1 did not report in time", True)

@@ -135,7 +135,7 @@ def test_two_steps_without_zero_grad_add_up(oracle):
 
 
 def rank_step(info, name, num_chunks, retain, wrapped, repeats):
-    """Rank 0 trains the long group, rank 1 the standalone chunk; or all of it on rank 1 where there is one chunk."""
+    """Rank 0 trains the long sequence, rank 1 the standalone chunk."""
     model, _ = make(name)
     sequences, chunks = step_of(num_chunks)
     batch = batch_of(sequences, chunks[1:] if info.rank == 0 else chunks[:1])
@@ -145,11 +145,16 @@ def rank_step(info, name, num_chunks, retain, wrapped, repeats):
     return losses, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "ddp"])
-@pytest.mark.parametrize(("num_chunks", "retain"), [(1, 1), (3, 1), (3, 3), (7, 2), (7, 7)])
-def test_two_ranks_equal_one(num_chunks, retain, wrapped, oracle):
-    loss, reference = oracle("llama-tied", num_chunks)
-    results = run_ranks(rank_step, 2, "llama-tied", num_chunks, retain, wrapped, 1)
+TWO_RANKS = [
+    *((name, 3, 3, "plain") for name in MODELS),
+    *(("llama-tied", n, k, kind) for n, k in [(1, 1), (3, 1), (3, 3), (7, 2), (7, 7)] for kind in ("plain", "ddp")),
+]
+
+
+@pytest.mark.parametrize(("name", "num_chunks", "retain", "kind"), TWO_RANKS)
+def test_two_ranks_equal_one(name, num_chunks, retain, kind, oracle):
+    loss, reference = oracle(name, num_chunks)
+    results = run_ranks(rank_step, 2, name, num_chunks, retain, kind == "ddp", 1)
     for losses, grads in results:
         assert abs(losses[0] / loss - 1) < EXACT
         for ours, parameter in zip(grads, reference.parameters(), strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chunkflow.config import PlannerConfig
-from chunkflow.errors import PlanError, SourceError, StateError
+from chunkflow.errors import ChunkflowError, PlanError, SourceError, StateError
 from chunkflow.index import StoredSource
 from chunkflow.loader import ChunkLoader
 from chunkflow.records import StepBatch
@@ -318,7 +318,7 @@ def test_without_a_process_group_it_is_one_process(tmp_path, monkeypatch):
     loader = ChunkLoader(long_tail(tmp_path), chunk_tokens=8, global_batch=4)
     assert (loader.rank, loader.world_size) == (0, 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(PlanError, match=r"started by torchrun and torch\.distributed is not initialised.*call"):
+    with pytest.raises(ChunkflowError, match=r"started by torchrun and torch\.distributed is not initialised.*call"):
         ChunkLoader(loader.source, chunk_tokens=8, global_batch=4)
     assert make(loader.source, rank=1, world_size=2).rank == 1
 

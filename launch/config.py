@@ -127,7 +127,7 @@ class ChunksConfig:
     pair_cost: float = 0.0013
     """Time of one (query, key) pair of attention relative to the rest of the work for one token; about
     1 / (6 * hidden size)."""
-    global_batch: int = 6
+    global_batch: int = 4
     """Samples in one optimizer step, over all ranks."""
     prefetch: int = 2
     """Steps that are planned and loaded ahead of the training."""
@@ -141,7 +141,7 @@ class ChunksConfig:
 class OptimizerConfig:
     """AdamW, and the clipping before it."""
 
-    lr: float = 3e-3
+    lr: float = 4e-3
     """Highest learning rate, reached after the warm-up."""
     beta1: float = 0.9
     """Decay of the mean of the gradient."""

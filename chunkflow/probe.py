@@ -20,6 +20,8 @@ from chunkflow.rng import replay, rng_state
 from chunkflow.state import GroupState
 
 _TOKENS, _BORDER, _STRANGER = 12, 5, 4
+_LARGE_LOGIT, _MOST_SCALE = 256.0, 1000.0
+"""Logits are looked at this large: at their size in a fresh model a cap of 15 is less than the rounding."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Relative to the largest value; fp64 allows for norms that cast to fp32 inside."""
 
@@ -37,8 +39,9 @@ def probe(parts: CausalParts) -> None:
     model.eval()
     try:
         with replay(rng_state(device), device):
-            logits, whole = _run_whole(parts, ids)
-            _compare_head(parts, logits, whole[-1])
+            whole = _run_whole(parts, ids)
+            _check_finite(parts, whole)
+            _compare_head(parts, ids, whole[-1])
             state = GroupState(capacity=_BORDER)
             chunked = _run_chunks(parts, ids, state)
     finally:
@@ -48,14 +51,12 @@ def probe(parts: CausalParts) -> None:
     _compare_layers(parts, whole, chunked)
 
 
-def _run_whole(parts: CausalParts, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the model's logits, and the output of every layer and of the base model."""
+def _run_whole(parts: CausalParts, ids: Tensor) -> list[Tensor]:
+    """Return the output of every layer and of the base model."""
     positions = torch.arange(len(ids), device=ids.device)
     with _outputs_of(parts) as outputs:
-        output = parts.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-        del outputs[:]
         hidden = parts.base(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state
-    return output.logits, [*outputs, hidden]
+    return [*outputs, hidden]
 
 
 def _run_chunks(parts: CausalParts, ids: Tensor, state: GroupState) -> list[Tensor]:
@@ -94,8 +95,26 @@ def _check_called(parts: CausalParts, state: GroupState) -> None:
             )
 
 
-def _compare_head(parts: CausalParts, logits: Tensor, hidden: Tensor) -> None:
-    if not _close(parts.head(hidden), logits):
+def _check_finite(parts: CausalParts, whole: list[Tensor]) -> None:
+    if not bool(whole[-1].isfinite().all()):
+        raise UnsupportedModelError(
+            f"{type(parts.model).__name__} gives hidden states that are not finite for a few tokens, whole and with "
+            "its own attention; its weights are damaged, or were never loaded"
+        )
+
+
+def _compare_head(parts: CausalParts, ids: Tensor, hidden: Tensor) -> None:
+    """Compare the model's logits with what our loss makes them from: hidden states, weight and bias alone."""
+    head = parts.head
+    size = nn.functional.linear(hidden, head.weight, head.bias).abs().max().float()
+    scale = (_LARGE_LOGIT / size).clamp(max=_MOST_SCALE).to(hidden.dtype)
+    positions = torch.arange(len(ids), device=ids.device)
+    enlarge = head.register_forward_pre_hook(lambda _module, args: (args[0] * scale, *args[1:]))
+    try:
+        logits = parts.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits
+    finally:
+        enlarge.remove()
+    if not _close(nn.functional.linear(hidden * scale, head.weight, head.bias), logits):
         raise UnsupportedModelError(
             f"{type(parts.model).__name__}: its logits are not what its output projection gives for the last hidden "
             "state (it caps or scales them), so our loss would be another one"
@@ -123,7 +142,7 @@ def _outputs_of(parts: CausalParts) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple | list) else output)
 
     handles = [layer.register_forward_hook(keep) for layer in parts.layers.values()]
     try:

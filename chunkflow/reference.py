@@ -95,7 +95,7 @@ class _KeepFloat64(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
-            if func is Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")):
+            if func in (Tensor.to, Tensor.type) and torch.float32 in (*args[1:], kwargs.get("dtype")):
                 return args[0]
         return func(*args, **kwargs)
 

@@ -12,8 +12,9 @@ from chunkflow.attention.interface import attention_of
 from chunkflow.errors import ChunkflowError, SourceError
 from chunkflow.executor import StepExecutor
 from chunkflow.program import operations
-from chunkflow.records import StepBatch
+from chunkflow.records import Chunk, StepBatch
 from chunkflow.reduce import sum_gradients
+from chunkflow.sources import NO_TARGET
 from chunkflow.support import require_exact
 from chunkflow.world import resolve_group
 
@@ -88,14 +89,20 @@ class ChunkRunner:
         return loss.cpu()
 
     def _check_tokens(self, batch: StepBatch) -> None:
-        vocabulary = self._parts.vocabulary
         for chunk in batch.chunks:
-            ids = chunk.tensors()["input_ids"]
-            wrong = ((ids < 0) | (ids >= vocabulary)).nonzero()
-            if len(wrong):
-                at = int(wrong[0, 1])
-                segment = next(s for s in chunk.segments if s.offset <= at < s.offset + s.length)
-                raise SourceError(
-                    f"sample {segment.sample}, token {segment.start + at - segment.offset}: id {int(ids[0, at])} is "
-                    f"outside the model's vocabulary of {vocabulary}; the data was made with another tokenizer"
-                )
+            tensors = chunk.tensors()
+            labels, weights = tensors["shift_labels"], tensors["loss_weights"]
+            targets = labels.masked_fill((labels == NO_TARGET) | (weights == 0), 0)
+            _check_ids(chunk, "id", tensors["input_ids"], self._parts.vocabulary)
+            _check_ids(chunk, "target", targets, self._parts.head.weight.shape[0])
+
+
+def _check_ids(chunk: Chunk, what: str, ids: Tensor, vocabulary: int) -> None:
+    wrong = ((ids < 0) | (ids >= vocabulary)).nonzero()
+    if len(wrong):
+        at = int(wrong[0, 1])
+        segment = next(s for s in chunk.segments if s.offset <= at < s.offset + s.length)
+        raise SourceError(
+            f"sample {segment.sample}, token {segment.start + at - segment.offset}: {what} {int(ids[0, at])} is "
+            f"outside the model's vocabulary of {vocabulary}; the data was made with another tokenizer"
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 
 from chunkflow.errors import SourceError
-from chunkflow.sources import Sample, Selection, Skipped, manifest_of
+from chunkflow.sources import NO_TARGET, Sample, Selection, Skipped, manifest_of
 
 
 class MemorySource:
@@ -28,8 +28,9 @@ class MemorySource:
             )
             raise SourceError(f"{where}; a source needs at least one sample, and each of them 2 tokens or more")
         self.weights = np.array([s.loss_weights.sum(dtype=np.float64) for s in self._samples])
-        self.min_token_id = min(int(s.input_ids.min()) for s in self._samples)
-        self.max_token_id = max(int(s.input_ids.max()) for s in self._samples)
+        bounds = [_bounds(sample) for sample in self._samples]
+        self.min_token_id = min(low for low, _ in bounds)
+        self.max_token_id = max(high for _, high in bounds)
         digest = xxhash.xxh3_128()
         for sample in self._samples:
             for array in (sample.input_ids, sample.shift_labels, sample.loss_weights):
@@ -48,3 +49,9 @@ class MemorySource:
     def select(self, indices: Iterable[int]) -> Selection:
         """Return some of the samples, in a given order."""
         return Selection(self, indices)
+
+
+def _bounds(sample: Sample) -> tuple[int, int]:
+    """Return the smallest and the largest token or target."""
+    ids = np.concatenate([sample.input_ids, sample.shift_labels[sample.shift_labels != NO_TARGET]])
+    return int(ids.min()), int(ids.max())

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chunkflow.errors import UnsupportedModelError
+
 
 class LayerState:
     """Buffers `[2, Hk, S, D]` of one attention layer: keys and values, and their gradients once there are any."""
@@ -20,6 +22,8 @@ class LayerState:
         heads, _, width = like.shape
         self.kv = like.new_empty(2, heads, capacity, width)
         self.grad: Tensor | None = None
+        self.written = 0
+        """Rows `0 .. written` hold keys and values; the others are raw memory."""
 
     def gradients(self) -> Tensor:
         """Return the accumulators [2, Hk, S, D], zero at first."""
@@ -42,14 +46,25 @@ class GroupState:
             return
         if layer not in self.layers:
             self.layers[layer] = LayerState(self.capacity, k)
-        kv = self.layers[layer].kv
-        kv[0, :, start : start + k.shape[1]] = k
-        kv[1, :, start : start + k.shape[1]] = v
+        kept, stop = self.layers[layer], start + k.shape[1]
+        kept.kv[0, :, start:stop] = k
+        kept.kv[1, :, start:stop] = v
+        if start <= kept.written < stop:
+            kept.written = stop
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return views of the keys and values [Hk, stop - start, D] of tokens `start .. stop`."""
-        kv = self.layers[layer].kv
-        return kv[0, :, start:stop], kv[1, :, start:stop]
+        """Return views of the keys and values [Hk, stop - start, D] of tokens `start .. stop`.
+
+        Raises UnsupportedModelError when the layer has not run for all of them.
+        """
+        kept = self.layers.get(layer)
+        written = 0 if kept is None else kept.written
+        if kept is None or written < stop:
+            raise UnsupportedModelError(
+                f"attention layer {layer} ran for {written} of the {stop} tokens before its chunk; a layer that is "
+                "skipped at random has no keys and values for later chunks: turn layer dropout off"
+            )
+        return kept.kv[0, :, start:stop], kept.kv[1, :, start:stop]
 
     def add_gradient(self, layer: int, start: int, dk: Tensor, dv: Tensor) -> None:
         """Add what a later chunk sends to the keys and values of tokens `start ..`."""

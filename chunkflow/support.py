@@ -18,6 +18,8 @@ FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 _REFUSED_CONFIG = {
     "sliding_window": "a window over earlier chunks is not exact yet; sliding_window=None is full attention",
     "attention_chunk_size": "attention in chunks of its own would not see our prefix",
+    "layerdrop": "a layer that is skipped for one chunk has no keys and values for the next; set it to 0",
+    "decoder_layerdrop": "a layer that is skipped for one chunk has no keys and values for the next; set it to 0",
     "output_router_logits": "the router's auxiliary loss is not a sum over tokens; turn it off",
 }
 """Settings that would make chunks another model, and why."""

@@ -8,6 +8,7 @@ from chunkflow.attention.dropout import BLOCK, AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
+from chunkflow.errors import UnsupportedModelError
 from chunkflow.state import GroupState
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -67,6 +68,16 @@ def test_the_last_chunk_is_nobodys_prefix():
     state.write(0, 4, k, k)  # beyond the capacity: not kept
     assert state.layers[0].kv.shape == (2, 1, 4, 2)
     assert state.gradient(0, 4, 4) is None
+
+
+@pytest.mark.parametrize("ran_for", [[], [0], [4]], ids=str)
+def test_a_layer_that_did_not_run_for_an_earlier_chunk_is_an_error(ran_for):
+    """Raw memory in place of its keys would train, and give nonsense."""
+    state = GroupState(capacity=8)
+    for start in ran_for:
+        state.write(1, start, torch.zeros(1, 4, 2), torch.zeros(1, 4, 2))
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 ran for [04] of the 8 tokens"):
+        state.read(1, 0, 8)
 
 
 def test_merge_is_one_softmax_over_both_parts():

@@ -21,10 +21,15 @@ def test_an_exact_model_is_called_exact_and_left_alone():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "opt"])
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "opt"])
 def test_other_families(family):
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if family == "mixtral":
+    if family == "glm4_moe":  # its router casts by `.type`
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        config = tf.Glm4MoeConfig(
+            **sizes, **experts, num_key_value_heads=2, intermediate_size=48, head_dim=8, first_k_dense_replace=1
+        )
+    elif family == "mixtral":
         config = tf.MixtralConfig(**sizes, num_key_value_heads=2, intermediate_size=48, sliding_window=None)
     else:
         config = tf.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=512)

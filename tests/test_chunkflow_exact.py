@@ -194,3 +194,14 @@ def test_token_outside_the_vocabulary_is_named():
     with pytest.raises(SourceError, match=r"sample 0, token 24: id 97 .* vocabulary of 97"):
         ChunkRunner(model, group=SINGLE).forward_backward(batch_of(sequences, chunks))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("label", [-1, 97])
+def test_target_outside_the_vocabulary_is_named_before_anything_runs(label):
+    sequences, chunks = step_of(3)
+    chunks[2].tensors()["shift_labels"][0, [0, 4]] = label
+    chunks[2].tensors()["loss_weights"][0, [0, 4]] = torch.tensor([0.0, 1.0])
+    model, _ = make("llama")
+    with pytest.raises(SourceError, match=rf"sample 0, token 24: target {label} .* vocabulary of 97"):
+        ChunkRunner(model, group=SINGLE).forward_backward(batch_of(sequences, chunks))
+    assert all(p.grad is None for p in model.parameters())

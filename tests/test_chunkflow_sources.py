@@ -15,6 +15,7 @@ from chunkflow.errors import SourceError
 from chunkflow.index import StoredSource, check_length
 from chunkflow.sources import Sample, Source, fetch
 from chunkflow.sources_jsonl import JsonLines
+from chunkflow.sources_memory import MemorySource
 from chunkflow.sources_text import TextFolder
 from tests.spawn import run_ranks
 from tests.tokenizers_fixture import tiny_tokenizer
@@ -312,6 +313,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from chunkflow.sources_jsonl import JsonLines
+from chunkflow.sources_memory import MemorySource
 def stall(done, total):
     if done > total // 2:
         print("half", flush=True)
@@ -403,3 +405,9 @@ def test_a_sample_that_is_not_what_was_announced(tmp_path, ids, labels, weights,
     source.sample = Sample(np.array(ids), np.array(labels), np.array(weights, dtype=np.float32))
     with pytest.raises(SourceError, match=message):
         fetch(source, 0)
+
+
+def test_bounds_of_samples_in_memory_count_the_targets():
+    weights = np.array([1, 0], dtype=np.float32)
+    source = MemorySource([Sample(np.array([5, 6]), np.array([label, -100]), weights) for label in (2, 9)])
+    assert (source.min_token_id, source.max_token_id) == (2, 9)

@@ -16,6 +16,25 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def with_another_head():
+    model = tiny_model()
+    model.lm_head = Halved(32, 97, bias=False).double()
+    return model
+
+
+def with_a_nan():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    return model
+
+
 REFUSED = {
     "dynamic RoPE": (
         lambda: tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
@@ -65,6 +84,22 @@ REFUSED = {
         ),
         r"router's auxiliary loss",
     ),
+    "capped logits that are small yet": (
+        lambda: tf.NanoChatForCausalLM(tf.NanoChatConfig(**SIZES)).bfloat16(),
+        r"logits are not what its output projection gives",
+    ),
+    "an output projection that does more": (with_another_head, r"logits are not what its output projection gives"),
+    "layer dropout": (
+        lambda: tf.OPTForCausalLM(
+            tf.OPTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, layerdrop=0.1)
+        ),
+        r"model\.decoder\.layers\.0: config\.layerdrop = 0\.1: .* set it to 0",
+    ),
+    "layers that give lists": (
+        lambda: tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4)),
+        r"transformer\.h\.0 \(Block\) did not call our attention",
+    ),
+    "weights that are not finite": (with_a_nan, r"hidden states that are not finite"),
     "no output projection": (lambda: tf.LlamaModel(tf.LlamaConfig(**SIZES)), r"must be a causal LM"),
     "not transformers": (lambda: torch.nn.Linear(2, 2), r"Linear is not a transformers model"),
 }
@@ -100,4 +135,16 @@ def test_a_layer_that_looks_beyond_its_chunk_is_found_by_running():
     original = layer.mlp.forward
     layer.mlp.forward = lambda x: original(x) + x.cumsum(1) * 0.1
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1: hidden states .* differ"):
+        ChunkRunner(model)
+
+
+def test_a_fresh_output_projection_of_zeros_is_no_reason_to_refuse():
+    model = tiny_model(dtype=torch.bfloat16)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    ChunkRunner(model)
+
+
+def test_autocast_is_refused_with_what_to_do_instead():
+    model = tiny_model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match=r"layer 0 .* convert the"):
         ChunkRunner(model)

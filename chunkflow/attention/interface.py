@@ -45,6 +45,11 @@ def chunk_attention(
     for feature in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if features.get(feature) is not None:
             raise UnsupportedModelError(f"{name} uses {feature}, which is not trained exactly in chunks yet")
+    if not query.dtype == key.dtype == value.dtype:
+        raise UnsupportedModelError(
+            f"{name} got queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}; they must be of "
+            "one dtype: instead of running under autocast, convert the model, for example model.to(torch.bfloat16)"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = ChunkAttention.apply(query[0], key[0], value[0], LayerCall(chunk_view, layer, scale, dropout))
     assert isinstance(out, Tensor)

@@ -3,6 +3,8 @@ PYTHON ?= python3
 RECIPE ?= quickstart
 NPROC  ?= 2
 BIN    := .venv/bin
+# Threads of one rank. torchrun would choose 1 too, and warn.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: finetune test test-all lint format bench clean help
 

@@ -127,7 +127,7 @@ class ChunksConfig:
     pair_cost: float = 0.0013
     """Time of one (query, key) pair of attention relative to the rest of the work for one token; about
     1 / (6 * hidden size)."""
-    global_batch: int = 4
+    global_batch: int = 3
     """Samples in one optimizer step, over all ranks."""
     prefetch: int = 2
     """Steps that are planned and loaded ahead of the training."""

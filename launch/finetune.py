@@ -135,7 +135,7 @@ def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resum
         resumed_from=resumed_from,
         peak_memory_bytes=peak,
         checkpoint=saver.path,
-        model=folder.model,
+        model=folder.model.absolute(),
     )
     write_json(folder.summary, summary)
     print_summary(console, summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,8 @@ T = TypeVar("T")
 
 _POLL_S = 0.1
 _JOIN_S = 30.0
+_MOST_WAIT_S = 1800.0
+"""A batch is made in milliseconds; one that takes this long will not come."""
 
 
 class Prefetcher(Generic[T]):
@@ -52,13 +55,15 @@ class Prefetcher(Generic[T]):
         raise StopIteration
 
     def _take(self) -> tuple[str, Any]:
-        while True:
+        deadline = time.monotonic() + _MOST_WAIT_S
+        while time.monotonic() < deadline:
             alive = self._thread.is_alive()  # asked first: a thread that has ended puts nothing after an empty get
             try:
                 return self._ready.get(timeout=_POLL_S)
             except queue.Empty:
                 if not alive:
                     raise ChunkflowError("the thread that prepares batches is gone without an error") from None
+        raise ChunkflowError(f"no batch was ready within {_MOST_WAIT_S:g} s; is storage stuck?")
 
     def close(self) -> None:
         """End the thread, waiting for the item it is at; raises ChunkflowError if that takes over 30 s."""

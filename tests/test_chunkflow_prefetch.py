@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from chunkflow.errors import StateError
+from chunkflow.errors import ChunkflowError, StateError
 from chunkflow.prefetch import Prefetcher
 
 
@@ -89,3 +89,19 @@ print(next(ahead))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_a_batch_that_never_comes_is_an_error(monkeypatch):
+    monkeypatch.setattr("chunkflow.prefetch._MOST_WAIT_S", 0.3)
+    release = threading.Event()
+
+    def stuck():
+        release.wait(timeout=20)
+        yield 1
+
+    with Prefetcher(stuck(), depth=1) as ahead:
+        try:
+            with pytest.raises(ChunkflowError, match=r"no batch was ready within 0\.3 s; is storage stuck\?"):
+                next(ahead)
+        finally:
+            release.set()

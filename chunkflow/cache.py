@@ -24,19 +24,26 @@ from chunkflow.sources import manifest_of
 def open_or_build(cache_dir: Path, description: Mapping[str, Any], make_rows: Callable[[], Iterable[Row]]) -> Path:
     """Return the folder of this description's store, building it when there is none that is whole.
 
-    Waits for another process that builds the same store, for as long as it lives.
+    Waits for another process that builds the same store, for as long as it lives. Raises SourceError when the store
+    cannot be written.
     """
     manifest = manifest_of(description)
     folder = cache_dir / manifest
     if is_whole(folder, manifest=manifest):
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir / f"{manifest}.lock") as alone:
-        if is_whole(folder, manifest=manifest):  # built while this process waited
-            return folder
-        if alone:
-            _remove_leftovers(cache_dir, manifest)
-        _build(folder, cache_dir / f".{manifest}.{uuid.uuid4().hex}", description, manifest, make_rows)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _alone(cache_dir / f"{manifest}.lock") as alone:
+            if is_whole(folder, manifest=manifest):  # built while this process waited
+                return folder
+            if alone:
+                _remove_leftovers(cache_dir, manifest)
+            _build(folder, cache_dir / f".{manifest}.{uuid.uuid4().hex}", description, manifest, make_rows)
+    except OSError as error:
+        raise SourceError(
+            f"the token store cannot be written under {cache_dir}: {error}; make it a folder with room that this "
+            "process may write to, or give another cache_dir"
+        ) from error
     if not is_whole(folder, manifest=manifest):
         raise SourceError(f"{folder} was just built and does not read back; check the disk and its free space")
     return folder

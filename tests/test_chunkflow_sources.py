@@ -1,7 +1,9 @@
 """Folders and JSON lines as sources: whole samples, shifted once, identified by content, cached safely."""
 
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chunkflow.cache import open_or_build
 from chunkflow.errors import SourceError
 from chunkflow.index import StoredSource, check_length
-from chunkflow.sources import Sample, Source, fetch
+from chunkflow.sources import Sample, Source, fetch, manifest_of
 from chunkflow.sources_jsonl import JsonLines
 from chunkflow.sources_memory import MemorySource
 from chunkflow.sources_text import TextFolder
@@ -433,3 +436,13 @@ def test_bounds_of_samples_in_memory_count_the_targets():
     weights = np.array([1, 0], dtype=np.float32)
     source = MemorySource([Sample(np.array([5, 6]), np.array([label, -100]), weights) for label in (2, 9)])
     assert (source.min_token_id, source.max_token_id) == (2, 9)
+
+
+def test_a_builder_that_never_ends_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("chunkflow.cache._MOST_WAIT_S", 0.3)
+    description = {"kind": "x"}
+    lock = tmp_path / f"{manifest_of(description)}.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SourceError, match=rf"another process has held {re.escape(str(lock))} for 0\.3 s"):
+            open_or_build(tmp_path, description, list)

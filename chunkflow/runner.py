@@ -43,6 +43,11 @@ class ChunkRunner:
         self._retain = retain
         self._seed = seed
 
+    @property
+    def num_positions(self) -> int | None:
+        """Tokens that the longest sequence may have, where the model has learned its positions; None for no limit."""
+        return self._parts.num_positions
+
     def forward_backward(self, batch: StepBatch) -> Tensor:
         """Run one step's forward and backward; return the step's mean loss over all ranks, fp64, 0-d, detached.
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launch.env import World
-from launch.errors import FolderInUseError
+from launch.errors import FolderError, FolderInUseError
 from launch.files import RunFolder
 
 
@@ -17,17 +17,29 @@ from launch.files import RunFolder
 def claimed(folder: RunFolder, world: World, *, fresh: bool) -> Iterator[Path | None]:
     """Hold the folder of a run; move an earlier run aside if `fresh`, and yield where to. Every rank calls.
 
-    Raises FolderInUseError on every rank when another job holds it.
+    Raises FolderInUseError on every rank when another job holds it, and FolderError for what the system refuses, then
+    or inside `with`.
     """
-    with ExitStack() as held:
+    with ExitStack() as held, _writing(folder):
 
         def claim() -> Path | None:
             if world.rank != 0:
                 return None
-            held.enter_context(_locked(folder))
-            return folder.move_aside() if fresh else None
+            with _writing(folder):
+                held.enter_context(_locked(folder))
+                return folder.move_aside() if fresh else None
 
         yield world.board.together("claim", claim)
+
+
+@contextmanager
+def _writing(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"run.folder {folder.path} cannot be written: {error}; make room there, or use another run.folder"
+        ) from error
 
 
 @contextmanager
@@ -36,7 +48,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
     with folder.lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise FolderInUseError(
                 f"another job ({file.read().strip() or 'unknown'}) is writing to {folder.path}; wait for it, end it, "

@@ -6,6 +6,7 @@ The classes have no slots: jsonargparse reads the defaults of nested ones throug
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from chunkflow.config import PlannerConfig
@@ -38,13 +39,16 @@ class RunConfig:
     """Optimizer steps between two printed lines where there is no terminal for a progress bar."""
 
     def __post_init__(self) -> None:
-        _at_least(0, run__seed=self.seed)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"run.seed is {self.seed}; it must be at least 0 and below 2**63")
         _at_least(
             1, run__epochs=self.epochs, run__steps=self.steps, run__eval_every=self.eval_every,
             run__log_every=self.log_every,
         )  # fmt: skip
-        if not self.folder:
-            raise ConfigError("run.folder is empty; give the folder that the run may write to")
+        if Path(self.folder).name in ("", ".."):
+            raise ConfigError(
+                f"run.folder is {self.folder!r}; give a folder with a name, of its own, for the run to write to"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,11 @@ class FolderChoice:
 def choose_files(data: DataConfig) -> FolderChoice:
     """Return the files that a recipe takes. Raises DataError when a file of long_files is not among them."""
     root = Path(sysconfig.get_path("stdlib")) if data.path == STDLIB else Path(data.path)
-    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.glob(data.pattern)
-             if path.is_file()}  # fmt: skip
+    try:
+        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.glob(data.pattern)
+                 if path.is_file()}  # fmt: skip
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"data.pattern is {data.pattern!r}, no glob relative to {root}: {error}") from error
     sizes = {name: sizes[name] for name in sorted(sizes) if not any(fnmatchcase(name, ex) for ex in data.exclude)}
     lost = [name for name in data.long_files if name not in sizes]
     if lost:

@@ -46,6 +46,8 @@ def load_data(config: FinetuneConfig) -> Data:
             tokenizer, source = _open_lines(config)
     except SourceError as error:
         raise DataError(f"data.path {data.path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"data.path {data.path}, cached in data.cache {data.cache}: {error}") from error
     notes += [str(skipped) for skipped in source.skipped]
     train, held_out = split_held_out(source, count=data.held_out, seed=config.run.seed, keep=len(data.long_files))
     return Data(train, held_out, tokenizer, tuple(notes))
@@ -94,6 +96,16 @@ def split_held_out(source: Source, *, count: int, seed: int, keep: int) -> tuple
     chosen = np.random.default_rng(seed).choice(candidates, size=count, replace=False)
     rest = np.setdiff1d(np.arange(len(source)), chosen)
     return source.select(rest), source.select(np.sort(chosen))
+
+
+def check_lengths(source: Source, positions: int | None) -> None:
+    """Raise DataError when a sample is longer than the model has positions; None for no limit."""
+    longest = int(source.lengths.max())
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"the longest sample has {longest} tokens, and the model has learned {positions} positions; leave such "
+            "samples out, or use a model whose positions are computed"
+        )
 
 
 def check_vocabulary(source: Source, vocab_size: int) -> None:

@@ -117,4 +117,5 @@ def _meet(processes: Processes, timeout_s: float) -> Store:
         )
     except (dist.DistError, ValueError) as error:
         raise WorldError(f"the job's store could not be reached within {timeout_s:g} s: {error}") from error
-    return store
+    # torchrun keeps its store when it starts the ranks again, with addresses and answers of ranks that are gone.
+    return PrefixStore(f"attempt/{processes.restarts}", store)

@@ -5,6 +5,7 @@ LaunchError
 ├── WorldError       the processes of the job did not find each other, or one stopped answering
 ├── DataError        there is nothing to train on, or the model does not know its tokens
 ├── ModelError       the model or its tokenizer cannot be loaded
+├── FolderError      the run's folder cannot be written: no room, no rights, no folder
 ├── FolderInUseError another job is writing to the run's folder
 ├── ResumeError      a checkpoint belongs to another model, optimizer or run
 └── TrainingError    training itself went wrong: the loss is no number any more
@@ -36,6 +37,10 @@ class DataError(LaunchError):
 
 class ModelError(LaunchError):
     """The model or its tokenizer cannot be loaded; the message names the path."""
+
+
+class FolderError(LaunchError):
+    """The run's folder cannot be written; the message names it, and says why."""
 
 
 class FolderInUseError(LaunchError):

@@ -30,7 +30,7 @@ from launch.recipe import agreed_config, record_config
 from launch.report import Report, describe_job, make_console
 from launch.saving import Saver
 from launch.stop import StopSignals
-from launch.summary import peak_resident_bytes, print_summary, summarize
+from launch.summary import peak_resident_bytes, print_summary, summarize, summed_up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
         saver = Saver(checkpoints, job.state, timeout_s=timeout_s)
         resumed_from = resume(saver, console)
-        if resumed_from is not None and resumed_from >= job.total_steps and folder.summary.exists():
+        if resumed_from is not None and resumed_from >= job.total_steps and summed_up(folder.summary, resumed_from):
             console.print(
                 f"This run is finished: see {folder.summary}. To start over: FRESH=1 make finetune, or --fresh true"
             )

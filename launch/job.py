@@ -16,7 +16,7 @@ from chunkflow import ChunkLoader, ChunkRunner, StepBatch
 from chunkflow.plan import StepPlan
 from chunkflow.sources import Source
 from launch.config import FinetuneConfig
-from launch.data import Data, check_vocabulary, load_data
+from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World
 from launch.errors import TrainingError
 from launch.gradnorm import clip_, global_grad_norm
@@ -127,6 +127,9 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, group: ProcessGr
     check_vocabulary(data.train, vocabulary_size(model))
     loader = _loader(data.train, config, world, epochs=config.run.epochs)
     runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+    for source in (data.train, data.held_out):
+        if source is not None:
+            check_lengths(source, runner.num_positions)
     optimizer = build_optimizer(model, config.optimizer)
     place = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
     state = TrainState(model, optimizer, loader, seed=config.run.seed, **place)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from chunkflow.errors import PlanError
 from launch.board import Board
@@ -29,11 +30,25 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
     parser.add_argument("--config", action="config", help="A recipe: a YAML file of the settings below.")
     parser.add_class_arguments(FinetuneConfig)
     try:
-        values = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
+        parsed = parser.parse_args(None if argv is None else list(argv))
+        _check_filled(FinetuneConfig, parsed)
+        values = parser.instantiate(parsed)
         return FinetuneConfig(**{entry.name: values[entry.name] for entry in fields(FinetuneConfig)})
-    except (ArgumentError, PlanError) as error:
+    except (ArgumentError, PlanError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{text}; see --help for the settings") from error
+
+
+def _check_filled(section: type, values: Namespace, prefix: str = "") -> None:
+    """Raise ConfigError on what the parser lets through: null where a value is needed, and sections that are none."""
+    for name, kind in get_type_hints(section).items():
+        key, value = f"{prefix}{name}", values[name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            if not isinstance(value, Namespace):
+                raise ConfigError(f"{key} is {value!r}; it must be a section with the settings {key}.*; see --help")
+            _check_filled(kind, value, f"{key}.")
+        elif value is None and NoneType not in get_args(kind):
+            raise ConfigError(f"{key} is null; give it a value, or leave it out for its default")
 
 
 def agreed_config(argv: Sequence[str] | None, board: Board, *, prog: str, description: str) -> FinetuneConfig:
@@ -91,7 +106,7 @@ def record_config(path: Path, config: FinetuneConfig) -> list[str]:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            before = {}  # not ours, or cut off: nothing to compare with
+            before = {}  # cut off: nothing to compare with
     write_json(path, asdict(replace(config, fresh=False)))
     old, new = _dotted(before), flatten_config(replace(config, fresh=False))
     return [f"{key} was {old[key]!r} and is {new[key]!r}" for key in new if key in old and old[key] != new[key]]

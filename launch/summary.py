@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
@@ -44,6 +45,14 @@ def summarize(
         "checkpoint": str(checkpoint),
         "model": str(model),
     }
+
+
+def summed_up(path: Path, step: int) -> bool:
+    """Return whether this summary is that of a run of so many steps; one of fewer is left by a run that went on."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["steps"] == step
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:

@@ -19,7 +19,9 @@ _VERSION = 1
 
 
 def pretrained_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model's folder."""
+    """Return the tokenizer in a model's folder. Raises ModelError; nothing is looked for elsewhere."""
+    if not Path(path).is_dir():
+        raise ModelError(f"model.path {path!r} is no folder; download the model, and give the folder it is in")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -31,7 +33,8 @@ def trained_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """Return a byte-level byte-pair tokenizer of these texts, from `cache` if it was trained before.
 
-    `texts` is called twice: to identify the texts, and to train on them. Returns None when there are none.
+    `texts` is called twice: to identify the texts, and to train on them. Returns None when there are none. What is in
+    the cache and does not load is trained again.
     """
     digest, count = xxhash.xxh3_128(f"{_VERSION} {vocab_size} {EOS}".encode()), 0
     for text in texts():
@@ -40,9 +43,19 @@ def trained_tokenizer(
     if not count:
         return None
     folder = cache / "tokenizers" / digest.hexdigest()
+    if folder.exists() and not _loads(folder):
+        shutil.rmtree(folder)
     if not folder.exists():
         _publish(_train(iter(texts()), vocab_size), folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _loads(folder: Path) -> bool:
+    try:
+        PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception:  # noqa: BLE001 (tokenizers raises nothing more special for a damaged file)
+        return False
+    return True
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -157,3 +157,11 @@ def test_autocast_is_refused_with_what_to_do_instead():
     model = tiny_model(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match=r"layer 0 .* convert the"):
         ChunkRunner(model)
+
+
+def test_which_models_have_learned_positions():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = tf.OPTForCausalLM(tf.OPTConfig(**sizes, word_embed_proj_dim=32))
+    assert ChunkRunner(tiny_model("gpt2")).num_positions == 512
+    assert ChunkRunner(opt).num_positions == opt.config.max_position_embeddings == 2048
+    assert ChunkRunner(tiny_model()).num_positions is None

@@ -1,7 +1,10 @@
 """What users get wrong: one clear error on every rank, no hang, nothing overwritten."""
 
+import errno
 import fcntl
 import json
+import os
+import shutil
 from uuid import uuid4
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from launch.board import Board
-from launch.env import World
-from launch.errors import KNOWN_ERRORS, LaunchError, TrainingError, report_error
+from launch.claim import claimed
+from launch.env import Processes, World, joined
+from launch.errors import KNOWN_ERRORS, FolderError, LaunchError, TrainingError, report_error
+from launch.files import RunFolder
 from launch.finetune import run
 from launch.stop import StopSignals
 from tests.launch_jobs import settings, snapshot, write_corpus
@@ -125,6 +130,33 @@ def test_a_folder_in_use_is_refused(tmp_path, corpus):
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(tmp_path, settings(corpus, tmp_path / "run", fresh=True), "another job (process 12 on host)")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path, corpus):
+    (tmp_path / "file").write_text("")
+    words = (f"run.folder {tmp_path / 'file' / 'run'} cannot be written", "File exists")
+    refused(tmp_path, settings(corpus, tmp_path / "file" / "run"), *words)
+
+
+def test_what_the_system_refuses_while_writing_names_the_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    words = r"run.folder .*run cannot be written: .*No space"
+    with joined(Processes()) as world, pytest.raises(FolderError, match=words), claimed(folder, world, fresh=False):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_run_that_went_on_is_finished_again(tmp_path, corpus):
+    run = tmp_path / "run"
+    for steps in (1, 2):
+        assert errors_of(tmp_path, settings(corpus, run, run__steps=steps)) == [None, None]
+        if steps == 1:
+            first = (run / "summary.json").read_text()
+    model = snapshot(run / "model")
+    (run / "summary.json").write_text(first)  # as if killed before the second summary
+    shutil.rmtree(run / "model")
+    assert errors_of(tmp_path, settings(corpus, run, run__steps=2)) == [None, None]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert snapshot(run / "model") == model
 
 
 def test_errors_are_printed_as_one_line(capsys):

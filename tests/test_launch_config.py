@@ -61,7 +61,10 @@ def test_help_says_what_every_setting_means(capsys):
         (["--chunks.retain", "0"], "retain is 0"),
         (["--chunks.global_batch", "0"], "chunks.global_batch is 0; it must be at least 1"),
         (["--run.steps", "0"], "run.steps is 0; it must be at least 1"),
-        (["--run.folder", ""], "run.folder is empty"),
+        (["--run.folder", ""], "run.folder is ''; give a folder with a name"),
+        (["--run.folder", "."], "run.folder is '.'; give a folder with a name"),
+        (["--run.folder", "runs/.."], "run.folder is 'runs/..'; give a folder with a name"),
+        (["--run.seed", str(2**63)], "run.seed is 9223372036854775808; it must be at least 0 and below 2**63"),
         (["--model.vocab_size", "100"], "model.vocab_size is 100; it must be at least 257"),
         (["--model.num_heads", "3"], "multiple of twice model.num_heads"),
         (["--model.num_kv_heads", "7"], "model.num_heads is 2; it must be a multiple of 7"),
@@ -88,6 +91,26 @@ def test_an_unknown_key_of_a_recipe_is_refused(tmp_path):
     recipe.write_text("chunks:\n  chunk_token: 3\n")
     with pytest.raises(ConfigError, match="chunk_token"):
         read("--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"run:\n  epochs: null\n", "run.epochs is null; give it a value"),
+        (b"optimizer:\n  beta1: null\n", "optimizer.beta1 is null"),
+        (b"data:\n  exclude: null\n", "data.exclude is null"),
+        (b"optimizer: 5\n", "optimizer is 5; it must be a section"),
+        (b"run: null\n", "run is None; it must be a section"),
+        (b"\xff\xfe\x00", "utf-8"),
+    ],
+)
+def test_a_recipe_without_values_is_refused(tmp_path, text, words):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(text)
+    with pytest.raises(ConfigError) as error:
+        read("--config", str(recipe))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_ranks_must_agree():

@@ -8,7 +8,7 @@ import pytest
 
 from launch.config import DataConfig, FinetuneConfig, ModelConfig
 from launch.corpus import choose_files, jsonl_texts
-from launch.data import check_vocabulary, load_data, split_held_out
+from launch.data import check_lengths, check_vocabulary, load_data, split_held_out
 from launch.errors import DataError, ModelError
 from launch.tokenizer import EOS, trained_tokenizer
 
@@ -75,6 +75,15 @@ def test_a_vocabulary_is_trained_once_and_always_the_same(tmp_path):
     trained_tokenizer(lambda: TEXTS[:2], vocab_size=300, cache=tmp_path / "a")
     trained_tokenizer(lambda: TEXTS, vocab_size=290, cache=tmp_path / "a")
     assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["", "{", None])
+def test_a_damaged_vocabulary_is_trained_again(tmp_path, damage):
+    before = trained_tokenizer(lambda: TEXTS, vocab_size=300, cache=tmp_path)
+    (file,) = (tmp_path / "tokenizers").glob("*/tokenizer.json")
+    file.unlink() if damage is None else file.write_text(damage)
+    after = trained_tokenizer(lambda: TEXTS, vocab_size=300, cache=tmp_path)
+    assert after.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
 
 
 def test_any_text_survives_the_vocabulary(tmp_path):
@@ -150,6 +159,33 @@ def test_token_ids_outside_the_vocabulary(tmp_path):
     check_vocabulary(source, source.max_token_id + 1)
     with pytest.raises(DataError, match=f"token id {source.max_token_id}, outside the model's vocabulary of"):
         check_vocabulary(source, source.max_token_id)
+
+
+def test_samples_longer_than_the_model_has_positions(tmp_path):
+    source = load_data(config(tmp_path, folder(tmp_path), max_file_bytes=None)).train
+    longest = int(source.lengths.max())
+    check_lengths(source, longest)
+    check_lengths(source, None)
+    with pytest.raises(DataError, match=f"has {longest} tokens, and the model has learned {longest - 1} positions"):
+        check_lengths(source, longest - 1)
+
+
+@pytest.mark.parametrize("pattern", ["", "/etc/*", "**x"])
+def test_a_pattern_that_is_no_relative_glob(tmp_path, pattern):
+    with pytest.raises(DataError, match=r"data.pattern is .*no glob relative to"):
+        load_data(config(tmp_path, folder(tmp_path), pattern=pattern))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data.cache .*file: .*Not a directory"):
+        load_data(config(tmp_path, folder(tmp_path), cache=str(tmp_path / "file")))
+
+
+def test_a_model_by_its_name_is_looked_for_nowhere(tmp_path):
+    settings = replace(config(tmp_path, folder(tmp_path)), model=ModelConfig(path="gpt2"))
+    with pytest.raises(ModelError, match=r"model.path 'gpt2' is no folder; download"):
+        load_data(settings)
 
 
 def test_a_model_folder_without_a_tokenizer(tmp_path):

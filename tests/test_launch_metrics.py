@@ -10,7 +10,7 @@ from launch.files import RunFolder, replace_folder, write_lines
 from launch.job import require_finite
 from launch.metrics import MetricsLog, StepMetrics, read_metrics
 from launch.report import Report, describe
-from launch.summary import peak_resident_bytes, summarize
+from launch.summary import peak_resident_bytes, summarize, summed_up
 
 
 def step(number, **values):
@@ -56,6 +56,22 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
     assert written(path, [4], after_step=3) == 1
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 4]
+
+
+def test_a_damaged_line_and_all_behind_it_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written(path, [1, 2, 3])
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\xff" + second + third)
+    assert [line["step"] for line in read_metrics(path)] == [1]
+
+
+def test_a_summary_is_of_the_steps_it_names(tmp_path):
+    path = tmp_path / "summary.json"
+    assert not summed_up(path, 4)
+    for text, found in (('{"steps": 4}', True), ('{"steps": 3}', False), ('{"st', False), ("[]", False)):
+        path.write_text(text)
+        assert summed_up(path, 4) == found
 
 
 def test_replacing_a_file_or_a_folder_leaves_no_rest(tmp_path):

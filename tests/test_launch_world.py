@@ -50,6 +50,23 @@ def test_one_process_is_a_world():
     assert not dist.is_initialized()
 
 
+def start_twice(info):
+    dist.destroy_process_group()
+    answers = []
+    for restarts in (0, 1):
+        place = Processes(rank=info.rank, world_size=info.world_size, restarts=restarts, launched=True)
+        with joined(place, timeout_s=20) as world:
+            time.sleep(0.3 * info.rank * restarts)  # late the second time, when its first answer may still be there
+            answers.append(world.board.gather("attempt", [restarts, info.rank]))
+    return answers
+
+
+def test_ranks_that_torchrun_starts_again_do_not_hear_those_before():
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's own: it outlives ranks
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert run_ranks(start_twice, 2, env=env) == [[[[0, 0], [0, 1]], [[1, 0], [1, 1]]]] * 2
+
+
 def board(info, folder, timeout_s=20.0):
     store = dist.FileStore(os.path.join(folder, "store"), info.world_size)
     return Board(store, rank=info.rank, world_size=info.world_size, timeout_s=timeout_s)

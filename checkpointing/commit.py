@@ -120,7 +120,6 @@ class Committer:
         if place.name in self._storage.names(self._folder.root):
             # Garbage by definition, or `open` would have refused; moved aside, for whoever wants to look at it.
             self._storage.rename(place, place.with_name(f"{place.name}.bad-{uuid.uuid4().hex[:8]}"))
-            self.known_bad.discard(self._step)
         self._storage.rename(self._tmp, place)
         try:
             self._storage.sync_folder(self._folder.root)
@@ -128,6 +127,7 @@ class Committer:
             # It may or may not survive a power cut, so it must not count: take it back, and let the save fail.
             self._storage.rename(place, self._tmp)
             raise
+        self.known_bad.discard(self._step)
 
     def _release(self) -> None:
         lock, self._lock, self._plan = self._lock, None, None
@@ -143,7 +143,7 @@ class Committer:
 
     def _prune(self) -> None:
         intact = [step for step, found in self._folder.committed().items() if found.run_id == self._run_id]
-        for step in plan_pruning(self._keep, intact, self.known_bad):
+        for step in plan_pruning(self._keep, intact, self.known_bad, saved=self._step):
             # Renamed first: a checkpoint is whole or absent while it is deleted, too.
             gone = self._folder.at(step).with_name(f"step-{step}.{self._nonce()}")
             self._storage.rename(self._folder.at(step), gone)

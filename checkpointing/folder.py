@@ -15,15 +15,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from checkpointing import manifest as manifests
-from checkpointing.errors import IntegrityError
+from checkpointing.errors import IntegrityError, StateError
 from checkpointing.records import Manifest, Summary
 from checkpointing.storage.local import LocalStorage
 from checkpointing.transfer import check_length, verify_file
 
 _Found = TypeVar("_Found", Manifest, Summary)
 
+_MAX_STEP = 10**18
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
+
+
+def check_step(step: object) -> None:
+    """Raise StateError unless `step` can be that of a checkpoint."""
+    if type(step) is not int or not 0 <= step < _MAX_STEP:
+        raise StateError(f"step is {step!r}; it must be an int from 0 to 10**18 - 1")
 
 
 @dataclass(frozen=True, slots=True)

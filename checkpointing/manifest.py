@@ -20,8 +20,8 @@ from checkpointing.manifest_fields import (
     read_aliases,
     read_files,
     read_int,
+    read_run_id,
     read_tensors,
-    read_text,
     read_values,
 )
 from checkpointing.records import Manifest, Summary
@@ -59,7 +59,7 @@ def loads(data: bytes) -> Manifest:
     tensors = read_tensors(body, files)
     aliases = read_aliases(body, tensors)
     return Manifest(
-        run_id=read_text(body, "run_id"),
+        run_id=read_run_id(body),
         step=read_int(body, "step"),
         world_size=read_int(body, "world_size", low=1),
         files=files,
@@ -75,7 +75,7 @@ def loads_summary(data: bytes) -> Summary:
     Raises IntegrityError.
     """
     body = _body(data)
-    return Summary(read_text(body, "run_id"), read_int(body, "step"), read_files(body))
+    return Summary(read_run_id(body), read_int(body, "step"), read_files(body))
 
 
 def _body(data: bytes) -> Mapping[str, Any]:

@@ -19,6 +19,8 @@ _MAX_DIMS = 64
 # No separators, no leading dot: a name that can only mean a file in the folder. And never a pickle.
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{16}", re.ASCII)
+# A part of it becomes a part of folder names.
+_RUN = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 _FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (FileEntry, TensorEntry)}
@@ -40,6 +42,14 @@ def read_text(record: Mapping[str, Any], field: str) -> str:
     if not isinstance(value, str) or not value:
         raise IntegrityError(f"manifest: {field} is {value!r}; a string was expected")
     return value
+
+
+def read_run_id(body: Mapping[str, Any]) -> str:
+    """Return the run id: 32 hex digits."""
+    run_id = body.get("run_id")
+    if not isinstance(run_id, str) or not _RUN.fullmatch(run_id):
+        raise IntegrityError(f"manifest: run_id is {str(run_id)[:40]!r}; 32 hex digits were expected")
+    return run_id
 
 
 def read_files(body: Mapping[str, Any]) -> tuple[FileEntry, ...]:
@@ -122,7 +132,10 @@ def _int(value: object, what: str, low: int) -> int:
 def _dims(value: object, name: str) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MAX_DIMS:
         raise IntegrityError(f"manifest: a shape of tensor {name!r} is not a list of at most {_MAX_DIMS} integers")
-    return tuple(_int(dim, f"a dim of tensor {name!r}", 0) for dim in value)
+    dims = tuple(_int(dim, f"a dim of tensor {name!r}", 0) for dim in value)
+    if prod(max(dim, 1) for dim in dims) > _MAX:  # also of a tensor without elements: torch could not make it
+        raise IntegrityError(f"manifest: the shape of tensor {name!r} is too large to be one")
+    return dims
 
 
 def _hash(value: object, what: str) -> str:

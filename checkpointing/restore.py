@@ -9,7 +9,7 @@ from typing import Any
 from checkpointing.control import Control, run_round, told_as
 from checkpointing.datafile import empty_tensor
 from checkpointing.errors import CheckpointError, IntegrityError
-from checkpointing.folder import Folder
+from checkpointing.folder import Folder, check_step
 from checkpointing.records import Manifest, RestoreInfo, Stateful, TensorEntry
 from checkpointing.state import State, parts_of, under
 from checkpointing.transfer import read_tensor
@@ -23,6 +23,8 @@ def restore(
     read: dict[str, Any] = {}
 
     def ready() -> dict[str, Any]:
+        if step is not None:
+            check_step(step)
         parts.update(parts_of(state))
         return {}
 

@@ -23,15 +23,16 @@ class KeepLast:
         return set(sorted(steps)[-self.count :])
 
 
-def plan_pruning(keep: KeepLast, intact: Collection[int], known_bad: Collection[int]) -> tuple[int, ...]:
+def plan_pruning(keep: KeepLast, intact: Collection[int], known_bad: Collection[int], *, saved: int) -> tuple[int, ...]:
     """Return the steps to delete, oldest first.
 
     `intact` are the steps of this run whose manifest reads and whose files have their lengths; `known_bad` those of
     them in which a full read found other bytes. Bad ones do not count towards `keep`, so that they never push a good
-    one out, and are deleted only when they are older than everything kept. The newest good one always stays.
+    one out, and are deleted only when they are older than everything kept. The newest good one always stays, and so
+    does the one just `saved`: a run that went back to an earlier step saves below what it left behind.
     """
     good = set(intact) - set(known_bad)
     if not good:
         return ()
-    kept = keep.kept(good) | {max(good)}
+    kept = keep.kept(good) | {max(good), saved}
     return tuple(sorted(step for step in intact if step not in kept and (step in good or step < min(kept))))

@@ -10,14 +10,12 @@ from typing import Any
 from checkpointing.commit import Committer
 from checkpointing.control import Control, run_round, told_as
 from checkpointing.datafile import bytes_of, file_name, layout
-from checkpointing.errors import CheckpointError, RankError, SaveError, StateError
-from checkpointing.folder import Folder
+from checkpointing.errors import CheckpointError, RankError, SaveError
+from checkpointing.folder import Folder, check_step
 from checkpointing.manifest import FORMAT_VERSION
 from checkpointing.records import FileEntry, SaveProgress, TensorSpec
 from checkpointing.state import FlatState, State, flatten
 from checkpointing.transfer import write_file
-
-_MAX_STEP = 10**18
 
 
 @dataclass(slots=True)
@@ -40,7 +38,7 @@ def save(
     flat: list[FlatState] = []
 
     def describe() -> dict[str, Any]:
-        _check_step(step)
+        check_step(step)
         with told_as(SaveError):
             flat.append(flatten(state))
         return _description(flat[0])
@@ -57,11 +55,6 @@ def save(
         raise
     meter.done = True
     return folder.at(step)
-
-
-def _check_step(step: int) -> None:
-    if type(step) is not int or not 0 <= step < _MAX_STEP:
-        raise StateError(f"step is {step!r}; it must be an int from 0 to 10**18")
 
 
 def _description(flat: FlatState) -> dict[str, Any]:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from checkpointing.errors import IntegrityError, StateError
 
 _MAX_DEPTH = 100
 _MAX_INT_BITS = 4096
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""Two characters of Python's, and one once they have been through JSON."""
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_MARKS = [{"$float": text} for text in _NOT_FINITE]
 
 
 def encode(name: str, value: object) -> Any:
@@ -24,20 +28,26 @@ def encode(name: str, value: object) -> Any:
 
 def decode(encoded: Any) -> Any:
     """Return the value that was encoded. Raises IntegrityError on what `encode` never writes."""
-    if isinstance(encoded, list):
-        return [decode(item) for item in encoded]
-    if not isinstance(encoded, dict):
-        return encoded
-    if "$float" in encoded:
-        if len(encoded) != 1 or encoded["$float"] not in _NOT_FINITE:
-            raise IntegrityError(f"{encoded!r} is not a number; the manifest was not written by this library")
-        return _NOT_FINITE[encoded["$float"]]
-    return {_decode_key(key): decode(item) for key, item in encoded.items()}
+    return _decode(encoded, 0)
 
 
 def canonical(encoded: Any) -> str:
     """Return one text per value: equal texts, equal values (1, 1.0 and True differ; the order of keys does not)."""
     return json.dumps(encoded, sort_keys=True, allow_nan=False)
+
+
+def _decode(encoded: Any, depth: int) -> Any:
+    if not isinstance(encoded, list | dict):
+        return encoded
+    if depth > _MAX_DEPTH:
+        raise IntegrityError(f"a value is nested deeper than {_MAX_DEPTH} levels; it was not written by this library")
+    if isinstance(encoded, list):
+        return [_decode(item, depth + 1) for item in encoded]
+    if "$float" in encoded:
+        if encoded not in _MARKS:
+            raise IntegrityError(f"{encoded!r} is not a number; the manifest was not written by this library")
+        return _NOT_FINITE[encoded["$float"]]
+    return {_decode_key(key): _decode(item, depth + 1) for key, item in encoded.items()}
 
 
 def _decode_key(key: str) -> str:
@@ -50,8 +60,10 @@ def _decode_key(key: str) -> str:
 
 def _encode(name: str, where: str, value: object, depth: int) -> Any:
     # Exact types only: a subclass (np.float64, IntEnum) would come back as something else.
-    if value is None or type(value) in (bool, str):
+    if value is None or type(value) is bool:
         return value
+    if type(value) is str:
+        return _encode_text(name, where, value)
     if type(value) is int:
         return _encode_int(name, where, value)
     if type(value) is float:
@@ -80,7 +92,17 @@ def _encode_key(name: str, where: str, key: object) -> str:
             f"{name!r}{_at(where)} has the key {key!r} of type {type(key).__name__}; keys are strings, and a state is "
             "flat: {name: Tensor | JSON value}. A torch optimizer: use launch.TrainState"
         )
+    key = _encode_text(name, where, key)
     return f"${key}" if key.startswith("$") else key
+
+
+def _encode_text(name: str, where: str, text: str) -> str:
+    if pair := _PAIR.search(text):
+        raise StateError(
+            f"{name!r}{_at(where)} holds the surrogate pair {pair[0]!r}, which JSON gives back as one character; save "
+            "text that is valid Unicode"
+        )
+    return text
 
 
 def _at(where: str) -> str:

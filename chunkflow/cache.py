@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,23 +21,32 @@ from chunkflow.errors import SourceError
 from chunkflow.index import Row, is_whole, write_store
 from chunkflow.sources import manifest_of
 
+_MOST_WAIT_S, _POLL_S = 4 * 3600.0, 0.2
+
 
 def open_or_build(cache_dir: Path, description: Mapping[str, Any], make_rows: Callable[[], Iterable[Row]]) -> Path:
     """Return the folder of this description's store, building it when there is none that is whole.
 
-    Waits for another process that builds the same store, for as long as it lives.
+    Waits for another process that builds the same store, for hours if need be. Raises SourceError when it takes longer,
+    or the store cannot be written.
     """
     manifest = manifest_of(description)
     folder = cache_dir / manifest
     if is_whole(folder, manifest=manifest):
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir / f"{manifest}.lock") as alone:
-        if is_whole(folder, manifest=manifest):  # built while this process waited
-            return folder
-        if alone:
-            _remove_leftovers(cache_dir, manifest)
-        _build(folder, cache_dir / f".{manifest}.{uuid.uuid4().hex}", description, manifest, make_rows)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _alone(cache_dir / f"{manifest}.lock") as alone:
+            if is_whole(folder, manifest=manifest):  # built while this process waited
+                return folder
+            if alone:
+                _remove_leftovers(cache_dir, manifest)
+            _build(folder, cache_dir / f".{manifest}.{uuid.uuid4().hex}", description, manifest, make_rows)
+    except OSError as error:
+        raise SourceError(
+            f"the token store cannot be written under {cache_dir}: {error}; make it a folder with room that this "
+            "process may write to, or give another cache_dir"
+        ) from error
     if not is_whole(folder, manifest=manifest):
         raise SourceError(f"{folder} was just built and does not read back; check the disk and its free space")
     return folder
@@ -80,11 +90,21 @@ def _alone(lock: Path) -> Iterator[bool]:
     """Hold a file's lock; yields False where the file system has none."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
+        yield _locked(descriptor, lock)
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, lock: Path) -> bool:
+    deadline = time.monotonic() + _MOST_WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(_POLL_S)
+        except OSError:
+            return False
+    raise SourceError(
+        f"another process has held {lock} for {_MOST_WAIT_S:g} s; see whether it still builds, end it if it does not"
+    )

@@ -181,7 +181,7 @@ def is_whole(folder: Path, *, manifest: str) -> bool:
         if expected != (index["format_version"], index["manifest"], manifest) or set(index["files"]) != _FILES:
             return False
         return all(digest_file(folder / name) == digest for name, digest in index["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -27,13 +27,19 @@ def resume_step(state: Mapping[str, Any], expected: Mapping[str, Any], steps_per
     missing = [key for key in (*expected, "epoch", "step") if key not in state]
     if missing:
         raise StateError(f"the loader's saved state lacks {', '.join(missing)}; it is not the state of a ChunkLoader")
+    kinds = {"description": Mapping, "planner": Mapping, "epoch": int, "step": int}
+    for key, kind in kinds.items():
+        if not isinstance(state[key], kind):
+            raise StateError(
+                f"{key} is {state[key]!r} in the loader's saved state; it is not the state of a ChunkLoader"
+            )
     changes = list(_changes(state, expected))
     if changes:
         raise StateError(
             "the saved loader state belongs to other steps: " + "; ".join(changes) + ". Go back to the saved values, "
             "or start a loader of its own without the state"
         )
-    epoch, place = int(state["epoch"]), int(state["step"])
+    epoch, place = state["epoch"], state["step"]
     step = epoch * steps_per_epoch + place
     if epoch < 0 or not 0 <= place < steps_per_epoch or step > num_steps:
         raise StateError(

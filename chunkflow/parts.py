@@ -27,6 +27,15 @@ class CausalParts:
         assert isinstance(embedding.weight, Tensor)
         return embedding.weight.shape[0]
 
+    @property
+    def num_positions(self) -> int | None:
+        """Positions the model has learned embeddings for; None where it computes them, as with RoPE."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        tokens = self.model.get_input_embeddings()
+        tables = [m.num_embeddings for m in self.base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+        # Some keep a row or two for padding.
+        return limit if limit is not None and any(0 <= rows - limit <= 2 for rows in tables) else None
+
 
 def parts_of(model: nn.Module) -> CausalParts:
     """Take a model apart; raise UnsupportedModelError where it is not a transformers causal LM."""

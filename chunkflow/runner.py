@@ -90,11 +90,22 @@ class ChunkRunner:
 
     def _check_tokens(self, batch: StepBatch) -> None:
         for chunk in batch.chunks:
+            _check_positions(chunk, self._parts.num_positions)
             tensors = chunk.tensors()
             labels, weights = tensors["shift_labels"], tensors["loss_weights"]
             targets = labels.masked_fill((labels == NO_TARGET) | (weights == 0), 0)
             _check_ids(chunk, "id", tensors["input_ids"], self._parts.vocabulary)
             _check_ids(chunk, "target", targets, self._parts.head.weight.shape[0])
+
+
+def _check_positions(chunk: Chunk, num_positions: int | None) -> None:
+    for segment in chunk.segments:
+        stop = segment.start + segment.length
+        if num_positions is not None and stop > num_positions:
+            raise SourceError(
+                f"sample {segment.sample} has {stop} tokens or more, and the model has learned positions for "
+                f"{num_positions}; leave longer samples out, or divide them"
+            )
 
 
 def _check_ids(chunk: Chunk, what: str, ids: Tensor, vocabulary: int) -> None:

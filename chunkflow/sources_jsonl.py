@@ -68,7 +68,7 @@ def _item(name: str, line: bytes, field: str, tokenizer: PreTrainedTokenizerBase
         return Row(name, np.empty(0, dtype=np.int64), skip="blank line")
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{name}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise SourceError(f"{name}: a {type(values).__name__}; each line must be one JSON object")

@@ -45,11 +45,11 @@ class TextFolder(StoredSource):
         root, cache = Path(path), Path(cache_dir)
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         files = [_identify(root, name) for name in _find(root, pattern, exclude, cache)]
-        contents = "\n".join(f"{file.digest} {file.name}" for file in files)
+        contents = "\n".join(f"{file.digest} {file.name}" for file in files).encode(errors="surrogateescape")
         description = {
             "kind": "TextFolder",
             "format": FORMAT_VERSION,
-            "files": f"{len(files)} files, {xxhash.xxh3_128_hexdigest(contents.encode())}",
+            "files": f"{len(files)} files, {xxhash.xxh3_128_hexdigest(contents)}",
             "tokenizer": tokenizer_digest(tokenizer),
         }
         super().__init__(open_or_build(cache, description, lambda: encode(_texts(root, files, progress), tokenizer)))
@@ -69,7 +69,11 @@ def _find(root: Path, pattern: str, exclude: list[str], cache: Path) -> list[str
     if not root.is_dir():
         raise SourceError(f"{root} is not a folder; TextFolder needs the folder that holds the text files")
     cache = cache.resolve()
-    files = [p for p in root.glob(pattern) if p.is_file() and cache not in p.resolve().parents]
+    try:
+        matches = list(root.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(f"the pattern {pattern!r} is not a glob relative to {root}: {error}") from error
+    files = [p for p in matches if p.is_file() and cache not in p.resolve().parents]
     names = sorted(p.relative_to(root).as_posix() for p in files)
     names = [name for name in names if not any(fnmatchcase(name, glob) for glob in exclude)]
     if not names:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from chunkflow import ChunkLoader, ChunkRunner, StepBatch
+from chunkflow.parts import parts_of
 from chunkflow.plan import StepPlan
 from chunkflow.sources import Source
 from launch.config import FinetuneConfig
@@ -22,7 +23,7 @@ from launch.errors import TrainingError
 from launch.gradnorm import clip_, global_grad_norm
 from launch.mesh import make_mesh
 from launch.metrics import StepMetrics
-from launch.model import build_model, learned_positions, share_weights, vocabulary_size
+from launch.model import build_model, share_weights, vocabulary_size
 from launch.optimizer import apply_settings, build_optimizer
 from launch.rng import seed_rngs
 from launch.schedule import learning_rate
@@ -127,7 +128,7 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, group: ProcessGr
     check_vocabulary(data.train, vocabulary_size(model))
     for source in (data.train, data.held_out):
         if source is not None:
-            check_lengths(source, learned_positions(model))
+            check_lengths(source, parts_of(model).num_positions)
     loader = _loader(data.train, config, world, epochs=config.run.epochs)
     runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
     optimizer = build_optimizer(model, config.optimizer)

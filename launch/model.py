@@ -40,14 +40,6 @@ def pretrained_model(path: str) -> PreTrainedModel:
     return model
 
 
-def learned_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model has learned embeddings for; None when it computes them."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    sizes = [table.num_embeddings for table in tables if table is not model.get_input_embeddings()]
-    return limit if limit is not None and any(0 <= size - limit <= 2 for size in sizes) else None  # OPT's has 2 more
-
-
 def llama_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> LlamaConfig:
     """Return the small Llama: fp32, tied embeddings."""
     eos = getattr(tokenizer, "eos_token_id", None)

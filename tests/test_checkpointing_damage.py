@@ -175,3 +175,15 @@ def test_a_path_that_is_a_file(tmp_path):
             ckpt.restore(Flat({}))
         with pytest.raises(CheckpointError, match="NotADirectoryError"):
             ckpt.steps()
+
+
+def test_a_bad_checkpoint_that_was_removed_and_saved_anew_is_good(two):
+    data = two / "step-20" / DATA
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    with Checkpointer(two, group=SINGLE) as ckpt:
+        assert ckpt.restore({"run": Flat({})}).step == 10
+        shutil.rmtree(two / "step-20")
+        ckpt.save(20, {"run": Flat({"anew": 1})}).wait()
+        with pytest.raises(CheckpointError, match="step-20 exists already"):
+            ckpt.save(20, {"run": Flat({"again": 1})})
+    assert restored(two)[1] == {"anew": 1}

@@ -17,7 +17,8 @@ from tests.test_checkpointing_values import values
 HASH = "0123456789abcdef"
 FILE = FileEntry("rank-00000.safetensors", 4096 + 24, HASH)
 TENSOR = TensorEntry("w", "F32", (2, 3), (0, 0), (2, 3), FILE.path, 4096, 4120, HASH)
-MANIFEST = Manifest("run", 20, 1, (FILE,), (TENSOR,), {"v": "w"}, {"seed": 3})
+RUN = "0123456789abcdef" * 2
+MANIFEST = Manifest(RUN, 20, 1, (FILE,), (TENSOR,), {"v": "w"}, {"seed": 3})
 
 
 def sealed(body: dict) -> bytes:
@@ -41,7 +42,7 @@ def test_round_trip(name, shape, value, step):
     for dim in shape:
         size *= dim
     tensor = TensorEntry(name, "BF16", tuple(shape), (0,) * len(shape), tuple(shape), FILE.path, 8, 8 + size, HASH)
-    given_ = Manifest("r", step, 3, (replace(FILE, length=8 + size),), (tensor,), {}, {f"{name}!": value})
+    given_ = Manifest(RUN, step, 3, (replace(FILE, length=8 + size),), (tensor,), {}, {f"{name}!": value})
     back = loads(dumps(given_))
     assert same(back.values, given_.values)
     assert replace(back, values={}) == replace(given_, values={})
@@ -79,7 +80,8 @@ CHANGES = [
     (set_in(["step"], 1.0), r"step is 1\.0"),
     (set_in(["step"], 2**63), "step is 9223372036854775808"),
     (set_in(["world_size"], 0), "world_size is 0"),
-    (set_in(["run_id"], ""), "run_id is ''; a string was expected"),
+    (set_in(["run_id"], ""), "run_id is ''; 32 hex digits were expected"),
+    (set_in(["run_id"], "/../../x"), "run_id is '/../../x'; 32 hex digits were expected"),
     (set_in(["files"], {}), "files is not a list"),
     (set_in(["files", 0, "path"], "../x.safetensors"), r"file '../x.safetensors' is not a plain name"),
     (set_in(["files", 0, "path"], "/etc/x.safetensors"), "is not a plain name"),
@@ -105,6 +107,7 @@ CHANGES = [
     (set_in(["tensors", 0, "shape"], [-2, -3]), "a dim of tensor 'w' is -2"),
     (set_in(["tensors", 0, "shape"], "23"), "a shape of tensor 'w' is not a list"),
     (set_in(["tensors", 0, "shape"], [1] * 65), "is not a list of at most 64"),
+    (set_in(["tensors", 0, "shape"], [0, 2**62, 2**62]), "the shape of tensor 'w' is too large"),
     (set_in(["tensors", 0, "begin"], 4095), r"'w', F32 \[2, 3\], cannot have 25 bytes"),
     (set_in(["tensors", 0, "begin"], 5000), "cannot have -880 bytes"),
     (set_in(["tensors", 0, "end"], 4121), "'w' lies outside of the files"),
@@ -132,7 +135,7 @@ def test_sealed_but_wrong_manifests_are_refused(change, text):
 def test_sizes_that_overflow_64_bits_are_refused():
     body = body_of()
     body["tensors"][0] |= {"global_shape": [2**40, 2**40], "shape": [2**40, 2**40], "begin": 8, "end": 8}
-    with pytest.raises(IntegrityError, match="cannot have 0 bytes"):
+    with pytest.raises(IntegrityError, match="the shape of tensor 'w' is too large"):
         loads(sealed(body))
 
 

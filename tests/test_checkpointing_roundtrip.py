@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -140,6 +141,13 @@ def test_steps_are_numbers_and_old_ones_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-10", "step-100"]
 
 
+def test_a_save_below_an_abandoned_step_stays(tmp_path):
+    with Checkpointer(tmp_path, group=SINGLE, keep=KeepLast(1)) as ckpt:
+        for step in (100, 5, 6):
+            assert ckpt.save(step, Flat({"step": step})).wait().is_dir()
+        assert ckpt.steps() == [6, 100]
+
+
 def test_a_later_process_continues_the_run(tmp_path):
     first = json.loads((saved(tmp_path, Flat({"a": 1}), step=1) / "manifest.json").read_text())
     second = json.loads((saved(tmp_path, Flat({"a": 1}), step=2) / "manifest.json").read_text())
@@ -165,6 +173,9 @@ def test_an_exact_step_can_be_asked_for(tmp_path):
         assert (info.step, info.path, info.skipped, back.loaded) == (1, tmp_path / "step-1", (), {"step": 1})
         with pytest.raises(CheckpointError, match=r"no step 3 in .*; there are: \[1, 2\]"):
             ckpt.restore(Flat({}), step=3)
+        for step in (True, 1.0, "1", np.int64(1)):
+            with pytest.raises(CheckpointError, match="it must be an int from 0 to"):
+                ckpt.restore(Flat({}), step=step)
 
 
 def test_latest_is_only_a_hint(tmp_path):

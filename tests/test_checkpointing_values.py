@@ -13,7 +13,8 @@ from checkpointing.errors import IntegrityError, StateError
 from checkpointing.values import canonical, decode, encode
 from tests.flat_states import same
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
+texts = st.text(st.characters()).filter(lambda text: json.loads(json.dumps(text)) == text)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("$float"), inner))
 
 
@@ -52,6 +53,8 @@ def endless():
         (Colour.RED, r"'x' is of type Colour"),
         (object(), r"'x' is of type object; save tensors and JSON values \(None, bool"),
         (1 << 5000, r"'x' is an int of 5001 bits; save it as a string"),
+        (["\ud83d\ude00"], r"'x' at \[0\] holds the surrogate pair '.*', which JSON gives back as one"),
+        ({"\ud83d\ude00": 1}, r"'x' holds the surrogate pair"),
         (endless(), r"'x' is nested deeper than 100 levels \(or holds itself\)"),
     ],
 )
@@ -60,7 +63,14 @@ def test_what_is_not_json_is_refused_by_name(value, text):
         encode("x", value)
 
 
-@pytest.mark.parametrize("encoded", [{"$float": "1.0"}, {"$float": "nan", "a": 1}, {"$new": 1}])
+def nested(levels):
+    return [nested(levels - 1)] if levels else [{"$float": "nan"}]
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [{"$float": "1.0"}, {"$float": ["nan"]}, {"$float": "nan", "a": 1}, {"$new": 1}, nested(100), nested(900)],
+)
 def test_marks_we_never_write_are_refused(encoded):
     with pytest.raises(IntegrityError):
         decode(encoded)

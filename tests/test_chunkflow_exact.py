@@ -187,6 +187,13 @@ def test_a_rank_without_chunks_takes_part_and_unused_parameters_stay_without_gra
     assert None not in results[0][:-1]
 
 
+def test_a_sequence_beyond_learned_positions_is_named():
+    model = tiny_model("gpt2", n_positions=2 * CHUNK_TOKENS)
+    with pytest.raises(SourceError, match=r"sample 0 has 53 tokens or more, .* learned positions for 40"):
+        ChunkRunner(model, group=SINGLE).forward_backward(batch_of(*step_of(3)))
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_token_outside_the_vocabulary_is_named():
     sequences, chunks = step_of(3)
     chunks[2].tensors()["input_ids"][0, 4] = 97

@@ -227,6 +227,9 @@ def test_a_state_that_does_not_fit(tmp_path):
     assert [batch.step for batch in more] == [10, 11, 12, 13, 14]
     with pytest.raises(StateError, match=r"lacks manifest, description, .*step; it is not the state of a ChunkLoader"):
         loader.load_state_dict({"epoch": 0})
+    for key, wrong in {"step": 1.5, "epoch": None, "planner": None, "description": "x"}.items():
+        with pytest.raises(StateError, match=f"{key} is {wrong!r} in the loader's saved state"):
+            loader.load_state_dict({**loader.state_dict(), key: wrong})
     with pytest.raises(StateError, match="stands at step 5 of epoch 0"):
         loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": 5})
 

@@ -1,7 +1,9 @@
 """Folders and JSON lines as sources: whole samples, shifted once, identified by content, cached safely."""
 
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chunkflow.cache import open_or_build
 from chunkflow.errors import SourceError
 from chunkflow.index import StoredSource, check_length
-from chunkflow.sources import Sample, Source, fetch
+from chunkflow.sources import Sample, Source, fetch, manifest_of
 from chunkflow.sources_jsonl import JsonLines
 from chunkflow.sources_memory import MemorySource
 from chunkflow.sources_text import TextFolder
@@ -109,6 +112,26 @@ def test_a_file_that_is_not_text(tmp_path):
     assert list((tmp_path / "cache").glob("[!.]*[!k]")) == []
 
 
+def test_a_file_whose_name_is_not_text(tmp_path):
+    write_folder(tmp_path / "data", {os.fsdecode(b"\xff.txt"): "the lazy dog", os.fsdecode(b"\xfe.txt"): ""})
+    source = text_folder(tmp_path)
+    assert len(source) == 1 + len(TEXTS)
+    assert source.skipped[0].examples == ("\udcfe.txt",)
+
+
+def test_a_pattern_that_is_none(tmp_path):
+    for pattern in ("", "/etc/passwd"):
+        with pytest.raises(SourceError, match=f"the pattern '{pattern}' is not a glob relative to .*data"):
+            text_folder(tmp_path, pattern=pattern)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for cache in ("file", "file/below"):
+        with pytest.raises(SourceError, match=f"cannot be written under .*{cache}: .* or give another cache_dir"):
+            text_folder(tmp_path, cache_dir=tmp_path / cache)
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(SourceError, match="absent is not a folder"):
         TextFolder(tmp_path / "absent", tiny_tokenizer(), cache_dir=tmp_path)
@@ -172,6 +195,7 @@ def test_lines_of_text_and_of_tokens(tmp_path):
     ("line", "message"),
     [
         ("{oops", r"x\.jsonl:2: not JSON"),
+        ('{"text": "x", "deep": ' + "[" * 100_000, r"x\.jsonl:2: not JSON \(maximum recursion depth"),
         ("[1, 2]", r"x\.jsonl:2: a list; each line must be one JSON object"),
         ({"body": "x"}, r"x\.jsonl:2: neither 'text' nor 'input_ids' among its fields \['body'\]; set field="),
         ({"text": 3}, r"x\.jsonl:2: 'text' is a int; it must be a string"),
@@ -266,6 +290,7 @@ def test_a_damaged_store_is_built_again(tmp_path):
         "flipped": lambda p: p.write_bytes(p.read_bytes()[:-9] + bytes([p.read_bytes()[-9] ^ 1]) + p.read_bytes()[-8:]),
         "cut": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
         "gone": lambda p: p.unlink(),
+        "nested": lambda p: p.write_bytes(b"[" * 100_000),
     }
     for name in names:
         for kind, damage in damages.items():
@@ -411,3 +436,13 @@ def test_bounds_of_samples_in_memory_count_the_targets():
     weights = np.array([1, 0], dtype=np.float32)
     source = MemorySource([Sample(np.array([5, 6]), np.array([label, -100]), weights) for label in (2, 9)])
     assert (source.min_token_id, source.max_token_id) == (2, 9)
+
+
+def test_a_builder_that_never_ends_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("chunkflow.cache._MOST_WAIT_S", 0.3)
+    description = {"kind": "x"}
+    lock = tmp_path / f"{manifest_of(description)}.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SourceError, match=rf"another process has held {re.escape(str(lock))} for 0\.3 s"):
+            open_or_build(tmp_path, description, list)

@@ -128,6 +128,15 @@ def test_accepted_and_left_as_it_was(family, dtype):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_positions_that_are_ignored_are_seen_in_low_precision():
+    """Blenderbot counts positions by itself, from 0 in every call."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = tf.BlenderbotSmallConfig(vocab_size=97, d_model=32, **layers)
+    model = tf.BlenderbotSmallForCausalLM(config).to(torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="differ from the whole run"):
+        ChunkRunner(model)
+
+
 def test_a_layer_that_looks_beyond_its_chunk_is_found_by_running():
     """No setting gives this one away: a layer that mixes tokens by itself, besides its attention."""
     model = tiny_model()

@@ -103,8 +103,8 @@ def test_bad_settings(tmp_path, corpus, changes, words):
 
 
 def test_ranks_with_different_settings(tmp_path, corpus):
-    flags = settings(corpus, tmp_path / "run", optimizer__lr=0.003)
-    words = ("ranks 0 and 1", "optimizer.lr is 0.003 and 0.5")
+    flags = settings(corpus, tmp_path / "run", optimizer__lr=0.01)
+    words = ("ranks 0 and 1", "optimizer.lr is 0.01 and 0.5")
     first, second = refused(tmp_path, flags, *words, other=[*flags, "--optimizer.lr", "0.5"])
     assert first == second
     refused(tmp_path, flags, "chunk_tokens is 0", other=settings(corpus, tmp_path / "run", chunks__chunk_tokens=0))

@@ -115,11 +115,16 @@ def test_a_recipe_without_values_is_refused(tmp_path, text, words):
 
 def test_ranks_must_agree():
     ours = flatten_config(FinetuneConfig())
-    theirs = {**ours, "run.seed": 1, "optimizer.lr": 0.5}
+    theirs = {**ours, "run.seed": ours["run.seed"] + 1, "optimizer.lr": 0.5}
     require_agreement([(None, ours), (None, dict(ours))])
     with pytest.raises(ConfigError) as error:
         require_agreement([(None, ours), (None, ours), (None, theirs)])
-    for word in ("ranks 0 and 2", "optimizer.lr is 0.004 and 0.5", "run.seed is 0 and 1", "same recipe"):
+    for word in (
+        "ranks 0 and 2",
+        f"optimizer.lr is {ours['optimizer.lr']} and 0.5",
+        "run.seed is 0 and 1",
+        "same recipe",
+    ):
         assert word in str(error.value)
     with pytest.raises(ConfigError, match=r"^on rank 1: no such key"):
         require_agreement([(None, ours), ("no such key", {})])

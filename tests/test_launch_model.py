@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
 
 from launch.config import ModelConfig
 from launch.errors import ModelError
-from launch.model import build_model, learned_positions
+from launch.model import build_model
 from tests.tiny import tiny_model
 
 
@@ -48,10 +47,3 @@ def test_weights_of_another_model_are_refused(folder, change, text):
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ModelError, match=text):
         build(folder)
-
-
-def test_which_models_have_learned_positions():
-    opt = OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2)
-    assert learned_positions(tiny_model("gpt2")) == 512
-    assert learned_positions(OPTForCausalLM(opt)) == opt.max_position_embeddings == 2048
-    assert learned_positions(tiny_model()) is None

@@ -49,7 +49,8 @@ def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float64, **c
     """Make a two-layer random model with grouped-query attention; the same weights every time."""
     torch.manual_seed(0)
     if family == "gpt2":
-        config = GPT2Config(vocab_size=VOCABULARY, n_positions=512, n_embd=32, n_layer=2, n_head=4, **changes)
+        sizes = {"vocab_size": VOCABULARY, "n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        config = GPT2Config(**{**sizes, **changes})
         return GPT2LMHeadModel(config).to(dtype)
     kind, config_kind = _FAMILIES[family]
     return kind(config_kind(**{**_SIZES, **changes})).to(dtype)

@@ -37,6 +37,8 @@ class FolderChoice:
 def choose_files(data: DataConfig) -> FolderChoice:
     """Return the files that a recipe takes. Raises DataError when a file of long_files is not among them."""
     root = Path(sysconfig.get_path("stdlib")) if data.path == STDLIB else Path(data.path)
+    if not root.is_dir():
+        raise DataError(f"data.path {data.path} is no folder; give one with text files, or {STDLIB!r}")
     try:
         sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.glob(data.pattern)
                  if path.is_file()}  # fmt: skip
@@ -47,7 +49,7 @@ def choose_files(data: DataConfig) -> FolderChoice:
     if lost:
         raise DataError(
             f"data.long_files names {lost}, not among the {len(sizes)} files of {root} that match {data.pattern!r}; "
-            "give paths relative to that folder"
+            "give paths relative to that folder, or --data.long_files '[]' for none"
         )
     limit = data.max_file_bytes
     large = [name for name, size in sizes.items() if limit is not None and size > limit and name not in data.long_files]

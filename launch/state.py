@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from chunkflow.world import resolve_place
 from launch.errors import ResumeError
 from launch.optim_state import NamedOptimizer
 from launch.rng import rng_state, seed_rngs, set_rng_state
@@ -38,7 +39,8 @@ class Position(Protocol):
 class TrainState:
     """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
 
-    The optimizer may be any of torch's; it must be made from the model's parameters.
+    The optimizer may be any of torch's; it must be made from the model's parameters. `rank` and `world_size` default to
+    those of the default process group, or to one process where there is none.
     """
 
     def __init__(
@@ -47,8 +49,8 @@ class TrainState:
         optimizer: Optimizer,
         loader: Position,
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         seed: int = 0,
         device: torch.device | None = None,
     ) -> None:
@@ -56,7 +58,8 @@ class TrainState:
         self.notes: tuple[str, ...] = ()
         """What the last load_state_dict could not restore, in words."""
         self._model, self._loader = model, loader
-        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._rank, self._world_size = resolve_place(rank, world_size)
+        self._seed = seed
         self._device = device or torch.device("cpu")
         self._optimizer = NamedOptimizer(optimizer, {param: name for name, param in model.named_parameters()})
 

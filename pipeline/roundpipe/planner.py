@@ -17,13 +17,14 @@ from pipeline.errors import PlanError
 from pipeline.roundpipe.search import Problem, Tables, even_cuts, search
 from pipeline.roundpipe.slots import LayerCosts, Op, Partition, check_model, rounds_of
 
-SURVEY_OPS, SETTLE_OPS = 300_000_000, 1_500_000_000
+SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 1_500_000_000
 """Simulated operations for looking at every setting, and for the best one: some seconds together."""
-READY_SHARE = 1 / 25
+READY_SHARE = 1 / 20
 """What of these ready-first dispatch gets: an operation of its simulation takes that much longer."""
-HOT = (1e-1, 1e-2, 3e-3)
-"""First temperatures, in shares of the ideal makespan: from a coarse search to one that keeps most of its start."""
-STARTS = 4
+HOT = (0.32, 0.12)
+"""First temperatures, in shares of the ideal makespan of a layer: a coarse search, one that keeps more of its start."""
+STARTS, SETTLED = 1, 4
+"""Even cuts to start from, for each number of fused layers; results of the survey to search from longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +109,9 @@ def anneal_all(
     found = []
     for i, (start, temperature) in enumerate(runs):
         evaluations = int(share / (sum(problem.rounds) * start.num_slots))
-        found.append(search(problem, start, seed=seed + i, evaluations=evaluations, hot=temperature))
+        found.append(
+            search(problem, start, seed=seed + i, evaluations=evaluations, hot=temperature / problem.costs.num_layers)
+        )
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -147,14 +150,14 @@ def plan(
     settings = [replace(base, rounds=r, open_slots=k) for r, k in product(deals, sorted(set(open_slots)))]
     survey = []
     for problem in settings:
-        cuts = even_cuts(problem, STARTS - 1)
+        cuts = even_cuts(problem, STARTS)
         found = anneal_all(problem, cuts, HOT, seed=seed, operations=effort * SURVEY_OPS / len(settings))
-        survey.append((found[0][0], problem, found, cuts))
-    _, problem, found, cuts = min(survey, key=lambda entry: entry[0])
-    starts = [found[0][1], *cuts[: STARTS - 2]]
-    settled = anneal_all(problem, starts, HOT[-1:], seed=seed + STARTS * len(HOT), operations=effort * SETTLE_OPS)
+        survey.append((found[0][0], problem, found))
+    _, problem, found = min(survey, key=lambda entry: entry[0])
+    starts = list(dict.fromkeys(cut for _, cut in found))[:SETTLED]
+    settled = anneal_all(problem, starts, HOT[-1:], seed=seed + 1000, operations=effort * SETTLE_OPS)
     best = evaluate(problem, min(settled[0], found[0], key=lambda pair: pair[0])[1])
-    others = [(t, p) for t, p, _, _ in survey if p is not problem]
+    others = [(t, p) for t, p, _ in survey if p is not problem]
     return replace(best, reasons=reasons(best, others, costs))
 
 

@@ -14,6 +14,8 @@ from pipeline.roundpipe.anneal import anneal, peak_bytes, scan_even
 from pipeline.roundpipe.slot_sim import fill_tables, ready_makespan
 from pipeline.roundpipe.slots import LayerCosts, Partition, even_sizes
 
+MOST_FUSED = 2
+"""Even cuts are tried with up to so many fused layers; the search may fuse more."""
 COLD = 2e-5
 """Last temperature, in shares of the ideal makespan."""
 SCANNED = {True: 128, False: 24}
@@ -108,8 +110,13 @@ def search(problem: Problem, start: Partition, *, seed: int, evaluations: int, h
 
 
 def even_cuts(problem: Problem, num: int) -> list[Partition]:
-    """Return a coarse even cut and the best `num` of all even cuts, no two with the same number of backward slots."""
-    fused = problem.fused or 1
+    """Return, for few fused layers, the best `num` of all even cuts and a coarse one."""
+    most = max(1, min(MOST_FUSED, problem.costs.num_layers - 1))
+    fused = [problem.fused] if problem.fused else range(1, most + 1)
+    return [cut for f in fused for cut in _even_cuts(problem, f, num)]
+
+
+def _even_cuts(problem: Problem, fused: int, num: int) -> list[Partition]:
     body = problem.costs.num_layers - fused
     if body < 1:
         raise PlanError(

@@ -115,11 +115,15 @@ class LayerLoad:
     expert_rows: float
     gradient_bytes: float = 0.0
     """Dense gradients that are ready by this layer's backward and belong to its plan."""
+    slice_bytes: float = 1 << 20
+    """They go in slices of this size, each an all-reduce of its own."""
 
     def __post_init__(self) -> None:
         for name in ("exchange_bytes", "gather_bytes", "expert_rows", "gradient_bytes"):
             if not getattr(self, name) >= 0:
                 raise PlanError(f"{name} is {getattr(self, name)!r}; a load is a number of at least 0")
+        if not self.slice_bytes > 0:
+            raise PlanError(f"slice_bytes is {self.slice_bytes!r}; a slice has more than no bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,12 @@ class StageTimes:
     gradient: Any = 0.0
 
 
+def gradient_time(profile: Profile, load: LayerLoad) -> float:
+    """Return the seconds of the load's gradients, slice by slice."""
+    whole, rest = divmod(load.gradient_bytes, load.slice_bytes)
+    return whole * profile.all_reduce(load.slice_bytes) + profile.all_reduce(rest)
+
+
 def stage_times(profile: Profile, load: LayerLoad, chunks: int, *, backward: bool) -> StageTimes:
     """Return what one of `chunks` chunks takes; gradients count in backward only."""
     expert = profile.expert_backward if backward else profile.expert_forward
@@ -141,7 +151,7 @@ def stage_times(profile: Profile, load: LayerLoad, chunks: int, *, backward: boo
         gather=profile.all_gather(load.gather_bytes / chunks),
         expert=expert(load.expert_rows / chunks),
         scatter=profile.reduce_scatter(load.gather_bytes / chunks),
-        gradient=profile.all_reduce(load.gradient_bytes) if backward else 0.0,
+        gradient=gradient_time(profile, load) if backward else 0.0,
     )
 
 

@@ -84,7 +84,7 @@ class TwoLevelExchange:
         return all_to_all(rows, to_all, from_first, self.intra)
 
 
-def gather_rows(rows: Tensor, sizes: Ints, group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(rows: Tensor, sizes: Ints | Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
     """Return the rows of all ranks of the `esp` axis, in their order; `sizes[s]` of rank s."""
     if group is None:
         return rows
@@ -92,7 +92,7 @@ def gather_rows(rows: Tensor, sizes: Ints, group: dist.ProcessGroup | None) -> T
     return all_to_all(copies, [len(rows)] * group.size(), sizes, group)
 
 
-def scatter_sum(rows: Tensor, sizes: Ints, group: dist.ProcessGroup | None) -> Tensor:
+def scatter_sum(rows: Tensor, sizes: Ints | Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
     """Return the rows that came from this rank, summed over the ranks of the `esp` axis: the way back of `gather_rows`.
 
     An all-to-all and a sum here, because the reduce-scatter of gloo moves the bytes twice.

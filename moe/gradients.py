@@ -3,7 +3,7 @@
     reducer = GradientReducer(model.named_parameters(), group=dp_group, queue=inter_queue)
     with reducer.accumulate():            # all micro-batches but the last
         loss(model, first).backward()
-    loss(model, last).backward()          # MoE layers call reducer.drain(plan.gradient_bytes) on their way
+    loss(model, last).backward()          # MoE layers call reducer.drain on their way
     reducer.flush()                       # what is left; gradients are final after this
     reducer.clip_grad_norm_(1.0)
     optimizer.step()
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from moe.errors import MoeConfigError
 from moe.issue import IssueQueue, Ticket
+from moe.plan import LayerPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +128,19 @@ class GradientReducer:
         finally:
             self._armed = before
 
-    def drain(self, nbytes: int, *, layer: str = "") -> int:
-        """Issue the next slices, whole ones of at most `nbytes` together; returns how many bytes. Does not wait.
+    def drain(self, layer: str, plan: LayerPlan) -> None:
+        """Issue the next slices, whole ones of at most `plan.gradient_bytes` together. Does not wait.
 
-        Called by the backward of an MoE layer between its last dispatch and its first combine, on every rank.
+        Called by the backward of an MoE layer between its last dispatch and its first combine, on every rank: give it
+        to the layer as `runner.drain`.
         """
         if not self._armed:
-            return 0
+            return
         self._drained_ready.append(self._ready_prefix())
         used = 0
-        while self._next < len(self.slices) and used + self.slices[self._next].nbytes <= nbytes:
+        while self._next < len(self.slices) and used + self.slices[self._next].nbytes <= plan.gradient_bytes:
             used += self.slices[self._next].nbytes
             self._send(self.slices[self._next], layer)
-        return used
 
     def flush(self) -> None:
         """Send the rest, wait for everything, and put the results into `.grad`. Every rank calls, once a step.

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moe.cost import MAX_CHUNKS, PAIRS, LayerLoad, Profile, StageTimes, lane_bound, layer_time, serial_time, stage_times
+from moe.cost import (
+    MAX_CHUNKS,
+    PAIRS,
+    LayerLoad,
+    Profile,
+    StageTimes,
+    gradient_time,
+    lane_bound,
+    layer_time,
+    serial_time,
+    stage_times,
+)
 from moe.errors import PlanError
 from moe.plan import LayerPlan, Order, intra_order
 from moe.simulate import makespan, peak_bytes, predict
@@ -78,7 +89,7 @@ def fixed_time(profile: Profile, load: LayerLoad, chunks: int) -> tuple[float, f
     """Return the forward and backward time of one r for both, fifo, gradients afterwards."""
     bare = replace(load, gradient_bytes=0)
     forward, backward = (direction_time(profile, bare, chunks, backward=b) for b in (False, True))
-    return forward, backward + profile.all_reduce(load.gradient_bytes)
+    return forward, backward + gradient_time(profile, load)
 
 
 def best_fixed(profile: Profile, load: LayerLoad, *, max_chunks: int = MAX_CHUNKS) -> tuple[int, float]:

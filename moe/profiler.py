@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moe.cost import FREE, PAIRS, Cost, Profile
+from moe.dispatch import all_to_all, gather_rows, scatter_sum
 from moe.errors import MoeConfigError
 from moe.fit import fit_cost
 from moe.issue import IssueQueue
@@ -55,36 +56,35 @@ class Links:
     """The two links of a layer: a queue with its own group each; `intra` is None without expert sharding."""
 
     inter: IssueQueue
+    ep: dist.ProcessGroup
     intra: IssueQueue | None = None
-    gradients: dist.ProcessGroup | None = None
-    """Group of the dense gradients' all-reduce, on the inter-node link; None: that of `inter`."""
+    esp: dist.ProcessGroup | None = None
+    gradients: dist.ProcessGroup
+    """Group of the dense gradients' all-reduce, which runs on the inter-node link."""
 
 
-def exchange(group: dist.ProcessGroup | None, nbytes: int) -> Job:
+def exchange(group: dist.ProcessGroup, nbytes: int) -> Job:
     """Return an all-to-all of `nbytes` a rank, evenly split."""
-    size = dist.get_world_size(group)
-    sent = torch.zeros(max(1, nbytes // size) * size, dtype=torch.uint8)
-    received = torch.empty_like(sent)
-    return lambda: dist.all_to_all_single(received, sent, group=group)
+    each = max(1, nbytes // group.size())
+    rows, sizes = torch.zeros(each * group.size(), dtype=torch.uint8), [each] * group.size()
+    return lambda: all_to_all(rows, sizes, sizes, group)
 
 
-def gather(group: dist.ProcessGroup | None, nbytes: int) -> Job:
-    """Return an all-gather that puts out `nbytes`."""
-    size = dist.get_world_size(group)
-    part = torch.zeros(max(1, nbytes // size), dtype=torch.uint8)
-    whole = torch.empty(part.numel() * size, dtype=torch.uint8)
-    return lambda: dist.all_gather_single(whole, part, group=group)
+def gather(group: dist.ProcessGroup, nbytes: int) -> Job:
+    """Return the all-gather of the layer, which puts out `nbytes`."""
+    each = max(1, nbytes // group.size())
+    rows, sizes = torch.zeros(each, dtype=torch.uint8), [each] * group.size()
+    return lambda: gather_rows(rows, sizes, group)
 
 
-def scatter(group: dist.ProcessGroup | None, nbytes: int) -> Job:
-    """Return a reduce-scatter of `nbytes` of input: an all-to-all and a local sum, for gloo's own moves twice that."""
-    size = dist.get_world_size(group)
-    sent = torch.zeros(size, max(1, nbytes // (4 * size)), dtype=torch.float32)
-    received = torch.empty_like(sent)
-    return lambda: (dist.all_to_all_single(received, sent, group=group), received.sum(0))
+def scatter(group: dist.ProcessGroup, nbytes: int) -> Job:
+    """Return the reduce-scatter of the layer, which takes in `nbytes`."""
+    each = max(1, nbytes // (4 * group.size()))
+    rows, sizes = torch.zeros(each * group.size()), [each] * group.size()
+    return lambda: scatter_sum(rows, sizes, group)
 
 
-def reduce(group: dist.ProcessGroup | None, nbytes: int) -> Job:
+def reduce(group: dist.ProcessGroup, nbytes: int) -> Job:
     """Return an all-reduce of `nbytes`."""
     values = torch.zeros(max(1, nbytes // 4), dtype=torch.float32)
     return lambda: dist.all_reduce(values, group=group)
@@ -129,17 +129,15 @@ def make_profile(
     """
     sizes = log_spaced(config.least_bytes, config.most_bytes, config.sizes)
     rows = log_spaced(config.least_rows, config.most_rows, config.sizes)
-    gradients = links.gradients if links.gradients is not None else links.inter.group
     jobs: dict[str, tuple[Callable[[int], Job], Sequence[int], IssueQueue | None]] = {
-        "all_to_all": (lambda n: exchange(links.inter.group, n), sizes, links.inter),
-        "all_reduce": (lambda n: reduce(gradients, n), sizes, links.inter),
+        "all_to_all": (lambda n: exchange(links.ep, n), sizes, links.inter),
+        "all_reduce": (lambda n: reduce(links.gradients, n), sizes, links.inter),
         "expert_forward": (expert_forward, rows, None),
         "expert_backward": (expert_backward, rows, None),
     }
-    if links.intra is not None:
-        intra = links.intra
-        jobs["all_gather"] = (lambda n: gather(intra.group, n), sizes, intra)
-        jobs["reduce_scatter"] = (lambda n: scatter(intra.group, n), sizes, intra)
+    if (esp := links.esp) is not None:
+        jobs["all_gather"] = (lambda n: gather(esp, n), sizes, links.intra)
+        jobs["reduce_scatter"] = (lambda n: scatter(esp, n), sizes, links.intra)
     costs: dict[str, Cost] = {"all_gather": FREE, "reduce_scatter": FREE}
     residuals: dict[str, float] = {}
     for name, (make, points, queue) in jobs.items():
@@ -163,12 +161,11 @@ def measure_slowdowns(
 ) -> dict[str, float]:
     """Return how much longer two lanes take together than the longer alone; pairs under `least` are left out."""
     lanes: dict[str, tuple[Callable[[int], Job], Cost, IssueQueue | None, float]] = {
-        INTER: (lambda n: exchange(links.inter.group, n), profile.all_to_all, links.inter, config.most_bytes),
+        INTER: (lambda n: exchange(links.ep, n), profile.all_to_all, links.inter, config.most_bytes),
         COMPUTE: (expert, profile.expert_forward, None, config.most_rows),
     }
-    if links.intra is not None:
-        intra = links.intra
-        lanes[INTRA] = (lambda n: gather(intra.group, n), profile.all_gather, intra, config.most_bytes)
+    if (esp := links.esp) is not None:
+        lanes[INTRA] = (lambda n: gather(esp, n), profile.all_gather, links.intra, config.most_bytes)
     found = {}
     for one, other in (pair for pair in PAIRS if set(pair) <= lanes.keys()):
         # As long as each other, so that they overlap all the time.

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe.cost import LayerLoad, Profile
+from moe.cost import LayerLoad, Profile, gradient_time
 from moe.errors import PlanError
 from moe.plan import LayerPlan
 from moe.planner import best_choice, plan_layer
@@ -73,7 +73,12 @@ def plan_model(
         return known[load, sent]
 
     costs = [lambda sent, load=load: seconds(load, sent) for load in loads]
-    sent = spread(ready, costs, profile.all_reduce, quantum=quantum)
+    bare = replace(loads[0], gradient_bytes=0) if loads else None
+
+    def flush(left: int) -> float:
+        return gradient_time(profile, replace(bare, gradient_bytes=left)) if bare else 0.0
+
+    sent = spread(ready, costs, flush, quantum=quantum)
     return [plan_layer(profile, replace(load, gradient_bytes=b)) for load, b in zip(loads, sent, strict=True)]
 
 

@@ -12,6 +12,7 @@ from moe.cost import LayerLoad, Line, Profile
 from moe.errors import MoeConfigError, PlanError
 from moe.gradients import GradientReducer, cut
 from moe.issue import IssueQueue, own_group
+from moe.plan import LayerPlan
 from moe.spread import plan_model, spread
 from tests.spawn import run_ranks
 
@@ -98,7 +99,7 @@ class Drain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         if ctx.reducer is not None:
-            ctx.reducer.drain(ctx.nbytes, layer="moe")
+            ctx.reducer.drain("moe", LayerPlan(1, 1, gradient_bytes=ctx.nbytes))
         return grads[0], None, None
 
 

@@ -3,13 +3,23 @@
 import time
 
 import torch
-import torch.distributed as dist
 
 from moe.cost import LayerLoad, Profile
 from moe.issue import IssueQueue, own_group
 from moe.plan import LayerPlan
 from moe.planner import plan_layer
-from moe.profiler import Links, ProfileConfig, agree_on_plans, log_spaced, make_profile, measure
+from moe.profiler import (
+    Links,
+    ProfileConfig,
+    agree_on_plans,
+    exchange,
+    gather,
+    log_spaced,
+    make_profile,
+    measure,
+    reduce,
+    scatter,
+)
 from tests.spawn import run_ranks
 
 CONFIG = ProfileConfig(most_bytes=1 << 20, least_rows=16, most_rows=128, sizes=4, tries=3)
@@ -20,7 +30,7 @@ def profiled(info):
     intra = IssueQueue(own_group(None, timeout_s=30), "intra", timeout_s=30)
     steps = []
     profile = make_profile(
-        Links(inter=inter, intra=intra),
+        Links(inter=inter, ep=inter.group, intra=intra, esp=intra.group, gradients=inter.group),
         expert_forward=lambda rows: lambda: time.sleep(rows * 2e-5),
         expert_backward=lambda rows: lambda: time.sleep(rows * 4e-5),
         config=CONFIG,
@@ -62,16 +72,14 @@ def test_the_slowest_rank_counts():
 
 
 def sums(info):
-    """What stands in for gloo's reduce-scatter in the profile has the cost of the real thing: same bytes, same sum."""
-    from moe.profiler import gather, reduce, scatter
-
-    for make in (gather, reduce, scatter):
-        make(None, 4096)()
-    return dist.get_world_size()
+    group = own_group(None)
+    outputs = [make(group, 4096)() for make in (exchange, gather, scatter)]
+    reduce(group, 4096)()
+    return [out.numel() * out.element_size() for out in outputs]
 
 
-def test_jobs_run_on_any_group():
-    assert run_ranks(sums, 2) == [2, 2]
+def test_jobs_move_the_bytes_they_are_asked_for():
+    assert run_ranks(sums, 2) == [[4096, 4096, 2048]] * 2
 
 
 def test_sizes_are_log_spaced():

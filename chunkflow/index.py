@@ -23,7 +23,8 @@ from datasets import Dataset, Features, LargeList, Value
 from datasets.arrow_writer import ArrowWriter
 
 from chunkflow.errors import SourceError
-from chunkflow.sources import MAX_SAMPLE_TOKENS, NO_TARGET, Sample, Selection, Skipped, manifest_of
+from chunkflow.records import MAX_SAMPLE_TOKENS
+from chunkflow.sources import NO_TARGET, Sample, Selection, Skipped, manifest_of
 
 FORMAT_VERSION = 1
 _TOKENS, _LENGTHS, _WEIGHTS, _INDEX = "tokens.arrow", "lengths.npy", "weights.npy", "index.json"

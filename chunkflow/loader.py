@@ -95,8 +95,8 @@ class ChunkLoader:
             )
         return plan_step(
             step,
-            samples.tolist(),
-            self.source.lengths[samples].tolist(),
+            samples,
+            self.source.lengths[samples],
             config=self.config,
             world_size=self.world_size,
             denominator=denominator,
@@ -130,7 +130,7 @@ class ChunkLoader:
     def _load(self, step: int) -> StepBatch:
         plan = self.plan(step)
         chunks = collate(plan.ranks[self.rank], self.source)
-        return StepBatch(step, chunks, plan.denominator, plan.program, plan.samples)
+        return StepBatch(step, chunks, plan.denominator, lambda: plan.program, plan.samples)
 
     def _load_packed(self, step: int) -> tuple[int, list[dict[str, Any]]]:
         plan = self.plan(step)

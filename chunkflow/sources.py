@@ -18,8 +18,6 @@ from chunkflow.errors import SourceError
 
 NO_TARGET = -100
 """A label that is no target, as torch's and transformers' losses have it."""
-MAX_SAMPLE_TOKENS = 2**31 - 1
-"""Attention kernels count tokens in int32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ def test_the_state_advances_with_the_loop_not_with_the_thread(tmp_path):
     assert places == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
     assert set(state) == {"manifest", "description", "planner", "seed", "global_batch", "epoch", "step"}
     assert state["manifest"] == source.manifest
-    assert state["planner"] == {"chunk_tokens": CHUNK, "retain": 1, "pair_cost": 1 / 4096}
+    assert state["planner"] == {"chunk_tokens": CHUNK, "retain": 1, "pair_cost": 1 / 4096, "max_tokens": None}
 
 
 def test_a_break_and_a_second_iterator_go_on(tmp_path):

@@ -88,7 +88,7 @@ class Folder:
         for file in found.files:
             tensors = [tensor for tensor in found.tensors if tensor.file == file.path]
             try:
-                verify_file(self.storage, self.at(step), file, tensors, alive)
+                verify_file(self.storage, self.at(step), file, tensors, found.piece_bytes, alive)
             except OSError as error:
                 raise IntegrityError(f"{self.at(step).name}/{file.path}: {error.strerror}") from error
         return found

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+
 from checkpointing.control import Control, run_round, told_as
 from checkpointing.datafile import empty_tensor
 from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.folder import Folder, check_step
+from checkpointing.objects import load_object
 from checkpointing.records import Manifest, RestoreInfo, Stateful, TensorEntry
 from checkpointing.state import State, parts_of, under
 from checkpointing.transfer import read_tensor
@@ -78,7 +82,8 @@ def _verdict(control: Control, folder: Folder, known_bad: set[int], step: int | 
 
 
 def _identity(found: Manifest) -> list[str]:
-    return [found.run_id, *(f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)]
+    hashes = xxhash.xxh3_64_hexdigest("".join(one for entry in found.tensors for one in entry.hashes).encode())
+    return [found.run_id, hashes, *(f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)]
 
 
 @told_as(CheckpointError)
@@ -106,10 +111,20 @@ def _read_tensors(control: Control, folder: Folder, found: Manifest, entries: Se
         fd = folder.storage.open(folder.at(found.step) / file.path)
         try:
             for entry in sorted((one for one in entries if one.file == file.path), key=lambda one: one.begin):
-                tensors[entry.name], memory = empty_tensor(entry.dtype, entry.shape)
+                tensor, memory = empty_tensor(entry.dtype, entry.shape)
                 where = f"step-{found.step}/{file.path}"
-                read_tensor(folder.storage, fd, where, entry, memory)
+                read_tensor(folder.storage, fd, where, entry, found.piece_bytes, memory)
+                if entry.shape != entry.global_shape:
+                    tensor = _put(tensors.get(entry.name), entry, tensor)
+                tensors[entry.name] = load_object(entry.name, memory) if entry.name in found.objects else tensor
                 control.alive()
         finally:
             folder.storage.close(fd)
     return tensors
+
+
+def _put(whole: torch.Tensor | None, entry: TensorEntry, part: torch.Tensor) -> torch.Tensor:
+    if whole is None:
+        whole, _ = empty_tensor(entry.dtype, entry.global_shape)
+    whole[tuple(slice(at, at + size) for at, size in zip(entry.offset, entry.shape, strict=True))] = part
+    return whole

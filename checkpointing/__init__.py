@@ -1,9 +1,33 @@
-"""checkpointing: checkpoints that are whole or absent, verified on load."""
+"""checkpointing: checkpoints that are whole or absent, verified on load.
 
-from checkpointing.checkpointer import SINGLE, Checkpointer
-from checkpointing.errors import CheckpointError
-from checkpointing.handle import SaveHandle
-from checkpointing.records import RestoreInfo
-from checkpointing.retention import KeepLast
+Names are loaded on first use, so that `checkpoint verify` and its like run without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpointing.checkpointer import SINGLE, Checkpointer
+    from checkpointing.errors import CheckpointError
+    from checkpointing.handle import SaveHandle
+    from checkpointing.records import RestoreInfo
+    from checkpointing.retention import KeepLast
 
 __all__ = ["SINGLE", "CheckpointError", "Checkpointer", "KeepLast", "RestoreInfo", "SaveHandle"]
+
+_HOMES = {
+    "SINGLE": "checkpointer",
+    "Checkpointer": "checkpointer",
+    "CheckpointError": "errors",
+    "SaveHandle": "handle",
+    "RestoreInfo": "records",
+    "KeepLast": "retention",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'checkpointing' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"checkpointing.{_HOMES[name]}"), name)

@@ -19,6 +19,7 @@ from checkpointing.control_store import StoreControl
 from checkpointing.errors import CheckpointError, StateError
 from checkpointing.folder import Folder
 from checkpointing.handle import SaveHandle
+from checkpointing.load import Exchange, GroupExchange, NoExchange
 from checkpointing.records import RestoreInfo
 from checkpointing.restore import restore
 from checkpointing.retention import KeepLast
@@ -60,6 +61,7 @@ class Checkpointer:
         config = CheckpointConfig(keep=keep if keep is not None else KeepLast(3), timeout_s=timeout_s)
         self._folder = Folder(Path(path).absolute(), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
+        self._exchange = _open_exchange(group, self._control)
         self._committer = Committer(self._folder, config.keep)
         self._owed: list[SaveHandle] = []
         # At exit too: others may not have read rank 0's last answer, and a failed save must not go unheard.
@@ -101,7 +103,7 @@ class Checkpointer:
         """
         what = "restore" if step is None else f"restore of step {step!r}"
         self._begin(what)
-        return restore(self._control, self._folder, self._committer.known_bad, what, state, step)
+        return restore(self._control, self._exchange, self._folder, self._committer.known_bad, what, state, step)
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None. A look at the folder by this rank alone; reads no tensor."""
@@ -171,6 +173,14 @@ def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Co
     if members is None or dist.get_rank(members) < 0:
         raise CheckpointError("this process is not in the group it was given; make the checkpointer on members only")
     return StoreControl(members, timeout_s) if dist.get_world_size(members) > 1 else Alone()
+
+
+def _open_exchange(group: dist.ProcessGroup | str | None, control: Control) -> Exchange:
+    if control.world_size == 1:
+        return NoExchange()
+    members = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
+    assert members is not None
+    return GroupExchange(members)
 
 
 def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:

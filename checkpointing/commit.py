@@ -17,6 +17,7 @@ from checkpointing import manifest as manifests
 from checkpointing.control import told_as
 from checkpointing.errors import IntegrityError, SaveError, StateError
 from checkpointing.folder import Folder
+from checkpointing.pieces import PIECE_BYTES
 from checkpointing.plan import RankState, SavePlan, plan_save
 from checkpointing.records import FileEntry, Manifest, TensorEntry, TensorSpec
 from checkpointing.retention import KeepLast, plan_pruning
@@ -109,9 +110,11 @@ class Committer:
             run_id=self._run_id,
             step=self._step,
             world_size=len(bodies),
+            piece_bytes=PIECE_BYTES,
             files=files,
-            tensors=tuple(sorted(tensors, key=lambda entry: entry.name)),
+            tensors=tuple(sorted(tensors, key=lambda entry: (entry.name, entry.offset))),
             aliases=self._plan.aliases,
+            objects={},
             values={name: decode(value) for name, value in self._plan.values.items()},
         )
 
@@ -168,6 +171,5 @@ def _rank_state(body: Mapping[str, Any]) -> RankState:
     return RankState(tuple(specs), body["values"])
 
 
-def _entry(spec: TensorSpec, file: str, begin: int, end: int, xxh3_64: str) -> TensorEntry:
-    whole = (0,) * len(spec.shape)
-    return TensorEntry(spec.name, spec.dtype, spec.shape, whole, spec.shape, file, begin, end, xxh3_64)
+def _entry(spec: TensorSpec, file: str, begin: int, end: int, hashes: Sequence[str]) -> TensorEntry:
+    return TensorEntry(spec.name, spec.dtype, spec.whole_shape, spec.begin, spec.shape, file, begin, end, tuple(hashes))

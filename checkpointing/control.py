@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
-from checkpointing.errors import CheckpointError, IntegrityError, RankError, SaveError, StateError
+from checkpointing.errors import CheckpointError, IntegrityError, RankError, SaveError, StateError, VersionError
 
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, StateError, SaveError, IntegrityError, RankError)}
+_TREE = (CheckpointError, StateError, SaveError, IntegrityError, VersionError, RankError)
+_KINDS = {kind.__name__: kind for kind in _TREE}
 
 Decide = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_64_hexdigest
+
 from checkpointing.commit import Committer
 from checkpointing.control import Control, run_round, told_as
 from checkpointing.datafile import bytes_of, file_name, layout
@@ -78,9 +80,12 @@ def _write(
 
     name = file_name(control.rank)
     blocks = [lambda: placed.head, *(_block(flat, spec) for spec in specs)]
-    whole, hashes = write_file(folder.storage, folder.root / task["folder"] / name, placed.length, blocks, wrote)
+    hashes = write_file(folder.storage, folder.root / task["folder"] / name, placed.length, blocks, wrote)
     places = [[begin, end, one] for (begin, end), one in zip(placed.ranges, hashes[1:], strict=True)]
-    return {"file": asdict(FileEntry(name, placed.length, whole)), "places": places}
+    return {
+        "file": asdict(FileEntry(name, placed.length, len(placed.head), xxh3_64_hexdigest(placed.head))),
+        "places": places,
+    }
 
 
 def _block(flat: FlatState, spec: TensorSpec) -> Callable[[], memoryview | bytes]:

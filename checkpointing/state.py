@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from checkpointing.dtypes import NAMES
 from checkpointing.errors import StateError
 from checkpointing.records import Stateful, TensorSpec
+from checkpointing.torch_dtypes import NAMES
 from checkpointing.values import encode
 
 State: TypeAlias = Stateful | Mapping[str, Stateful]

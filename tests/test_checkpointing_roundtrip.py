@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
-from checkpointing.dtypes import DTYPES
+from checkpointing.torch_dtypes import DTYPES
 from tests.flat_states import Flat, assorted, same
 
 GOLDEN = Path(__file__).parent / "data" / "checkpoint-v1"
@@ -93,14 +93,15 @@ def test_the_file_reads_as_safetensors_and_the_manifest_as_json(tmp_path):
     assert same(dict(sorted(expected.items())), dict(sorted(tensors.items())))
     raw = (place / "manifest.json").read_bytes()
     manifest = json.loads(raw)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["xxh3_64"] == xxhash.xxh3_64_hexdigest(raw[len('{"xxh3_64":"0123456789abcdef",') :])
     data = (place / "rank-00000.safetensors").read_bytes()
-    assert manifest["files"] == [
-        {"path": "rank-00000.safetensors", "length": len(data), "xxh3_64": xxhash.xxh3_64_hexdigest(data)}
-    ]
-    for entry in manifest["tensors"]:
-        assert entry["xxh3_64"] == xxhash.xxh3_64_hexdigest(data[entry["begin"] : entry["end"]])
+    (file,) = manifest["files"]
+    head = 8 + int.from_bytes(data[:8], "little")
+    assert (file["path"], file["length"], file["head_bytes"]) == ("rank-00000.safetensors", len(data), head)
+    assert file["xxh3_64"] == xxhash.xxh3_64_hexdigest(data[:head])
+    placed = sorted((entry["begin"], entry["end"]) for entry in manifest["tensors"] if entry["begin"] < entry["end"])
+    assert file["pieces"] == "".join(xxhash.xxh3_64_hexdigest(data[begin:end]) for begin, end in placed)
 
 
 def test_tensors_are_aligned_to_their_elements(tmp_path):

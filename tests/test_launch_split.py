@@ -1,0 +1,130 @@
+"""A model against the row of its layers: loss and gradients to the bit."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from launch.errors import ModelError
+from launch.split import DecoderArguments, call_decoder, split, stage_bounds
+from tests.tiny import tiny_model
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-dropout": (LlamaForCausalLM, LlamaConfig, {"attention_dropout": 0.2}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+    "qwen3-sliding": (
+        Qwen3ForCausalLM, Qwen3Config, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
+    "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, EXPERTS),
+    "gemma": (GemmaForCausalLM, GemmaConfig, {}),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, EXPERTS),
+}  # fmt: skip
+
+
+def make(name, **changes):
+    kind, config_kind, settings = MODELS[name]
+    torch.manual_seed(0)
+    return kind(config_kind(**{**SIZES, **settings, **changes})).train()
+
+
+def loss_by_layers(model, ids, positions, labels):
+    layers = split(model)
+    hidden = layers[0].module(ids)
+    arguments = iter(DecoderArguments(model).of(hidden, positions))
+    for layer in layers[1:]:
+        decodes = layer.kind == "decoder"
+        hidden = call_decoder(layer.module, hidden, next(arguments)) if decodes else layer.module(hidden)
+    return model.loss_function(logits=hidden, labels=None, shift_labels=labels, vocab_size=model.config.vocab_size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_model(name):
+    whole, pieces = make(name), make(name)
+    ids = torch.randint(0, 97, (1, 19), generator=torch.Generator().manual_seed(1))
+    positions, labels = torch.arange(19)[None], ids.roll(-1, 1)
+    torch.manual_seed(5)
+    expected = whole(input_ids=ids, position_ids=positions, labels=labels, shift_labels=labels, use_cache=False).loss
+    torch.manual_seed(5)
+    loss = loss_by_layers(pieces, ids, positions, labels)
+    assert torch.equal(loss, expected)
+    expected.backward()
+    loss.backward()
+    for (parameter, p), q in zip(pieces.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), parameter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_carry_every_parameter_under_its_original_name(name):
+    model = make(name)
+    layers = split(model)
+    assert [layer.kind for layer in layers] == ["embedding", *["decoder"] * 4, "norm", "head"]
+    assert [layer.name for layer in layers[:2]] == ["model.embed_tokens", "model.layers.0"]
+    names = [n for layer in layers for n in layer.param_names]
+    tied = ["model.embed_tokens.weight"] if name in ("llama-tied", "gemma") else []
+    assert sorted(names) == sorted([*(n for n, _ in model.named_parameters()), *tied])
+
+
+def test_the_model_is_left_as_it_was():
+    model = make("qwen3")
+    before = {name: id(module) for name, module in model.named_modules()}
+    split(model)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert copy.deepcopy(model)(torch.tensor([[1, 2]])).logits.shape == (1, 2, 97)
+
+
+def test_the_skeleton_holds_no_weights():
+    assert not list(DecoderArguments(make("llama")).skeleton.parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_the_routers_auxiliary_loss_is_refused(name):
+    with pytest.raises(ModelError, match="output_router_logits adds the routers' auxiliary loss"):
+        split(make(name, output_router_logits=True))
+
+
+def test_models_that_are_more_than_their_layers_are_refused():
+    torch.manual_seed(0)
+    granite = GraniteForCausalLM(GraniteConfig(**SIZES, embedding_multiplier=2.0))
+    with pytest.raises(ModelError, match="changes the hidden states before its decoder layer 0"):
+        split(granite)
+    cohere = CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5))
+    with pytest.raises(ModelError, match="its layers one after another do not give its logits"):
+        split(cohere)
+    with pytest.raises(ModelError, match=r"has \['wpe', 'ln_f'\] beside its embedding"):
+        split(tiny_model("gpt2"))
+    with pytest.raises(ModelError, match="Linear is not a transformers model"):
+        split(torch.nn.Linear(2, 2))
+
+
+def test_stages_are_cut_where_the_heaviest_is_lightest():
+    assert stage_bounds([1, 1, 1, 1], 2) == (0, 2, 4)
+    assert stage_bounds([0, 1, 1, 1, 1, 0, 4], 2) == (0, 5, 7)
+    assert stage_bounds([1, 1, 1, 1, 1, 1, 8], 4) == (0, 2, 4, 6, 7)
+    with pytest.raises(ModelError, match="3 layers do not make 4 stages"):
+        stage_bounds([1, 1, 1], 4)

@@ -59,20 +59,25 @@ class _Deferring(TorchFunctionMode):
         if func is torch.nn.functional.linear and torch.is_grad_enabled() and len(args) >= 2 and not kwargs:
             x, weight, bias = args if len(args) == 3 else (*args, None)
             if weight.requires_grad and weight.is_leaf and x.ndim >= 2:
-                out = _DeferredLinear.apply(x, weight, self._jobs)
-                return out if bias is None else out + bias
+                return _DeferredLinear.apply(x, weight, bias, self._jobs)
         return func(*args, **kwargs)
 
 
 class _DeferredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, jobs: list[WeightJob]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, jobs: list[WeightJob]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.jobs = jobs
-        return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        wants_x, _, wants_bias, _ = ctx.needs_input_grad
         ctx.jobs.append(WeightJob(weight, x.detach(), grads[0]))
-        return (grads[0] @ weight if ctx.needs_input_grad[0] else None), None, None
+        return (
+            grads[0] @ weight if wants_x else None,
+            None,
+            grads[0].flatten(0, -2).sum(0) if wants_bias else None,
+            None,
+        )

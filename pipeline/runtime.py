@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.actions import Action, Op, Phase
 from pipeline.errors import ScheduleError, WatchdogError
 from pipeline.schedule import Schedule
-from pipeline.trace import Trace
+from pipeline.tracing import Trace
 from pipeline.transport.base import Message, Transport
 from pipeline.units import StageModule, Unit
 

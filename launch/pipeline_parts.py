@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from launch.chunk_stage import ChunkLayers
 from launch.partial import PartialModel, WholeModel
-from launch.split import DecoderArguments, Layer, split, stage_bounds
+from launch.split import DecoderArguments, Layer, split
 from pipeline.config import PipelineConfig
+from pipeline.schedules.build import balanced_stages
 from pipeline.stage import GraphStage
 
 
@@ -19,8 +20,8 @@ class RankParts:
     """One rank's part of a model."""
 
     rank: int
-    bounds: tuple[int, ...]
-    """Stage s has the layers bounds[s] .. bounds[s + 1]."""
+    bounds: tuple[tuple[int, int], ...]
+    """First layer and one past the last, of every stage."""
     layers: Mapping[int, ChunkLayers]
     """Of each stage held here."""
     stages: Mapping[int, GraphStage]
@@ -45,12 +46,12 @@ def cut(model: PreTrainedModel, config: PipelineConfig, *, rank: int) -> RankPar
     """Return what a rank of the pipeline holds; what it does not is free once the caller drops `model`. Pure otherwise.
 
     Layers are cut where the heaviest stage is lightest, by the products a token passes through.
-    Raises ModelError for a model that cannot be split, or into so many stages.
+    Raises ModelError for a model that cannot be split, and ScheduleError for more stages than layers.
     """
     layers, whole = split(model), WholeModel.of(model)
-    bounds = stage_bounds([layer_weight(layer) for layer in layers], config.num_stages)
+    bounds = balanced_stages([layer_weight(layer) for layer in layers], config.num_stages)
     place = devices_of(config)
-    pieces = [layers[lo:hi] for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    pieces = [layers[lo:hi] for lo, hi in bounds]
     trained = [any(p.requires_grad for layer in piece for p in layer.module.parameters()) for piece in pieces]
     first_trained = trained.index(True) if any(trained) else len(pieces)
     arguments, mine, stages = DecoderArguments(model), {}, {}

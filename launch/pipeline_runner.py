@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -70,7 +69,7 @@ class PipelineRunner:
     @property
     def description(self) -> str:
         """Return the cut in words."""
-        cuts = ", ".join(f"{lo}-{hi - 1}" for lo, hi in pairwise(self._parts.bounds))
+        cuts = ", ".join(f"{lo}-{hi - 1}" for lo, hi in self._parts.bounds)
         return (
             f"pipeline {self._config.schedule} of {self._config.ranks} ranks and {self._config.num_stages} stages, "
             f"which hold the layers {cuts} (0 is the embedding, the last two are norm and head)"
@@ -100,7 +99,7 @@ class PipelineRunner:
             return self._over_ranks(self._run(batch, scoring=True))
 
     def grad_norm(self) -> Tensor:
-        """Return the norm of the whole model's gradient, each parameter counted once, on every rank. Every rank calls."""
+        """Return the norm of the whole model's gradient, each parameter counted once. Every rank calls."""
         return global_grad_norm([self._parameters[name] for name in self._parts.counted()], group=self._group)
 
     def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:

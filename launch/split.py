@@ -66,6 +66,7 @@ class DecoderArguments:
         self._recorders = [_Recorder() for _ in parts.layers]
         self._after = _Recorder()
         place = next(iter(parts.layers)).rpartition(".")[0].removeprefix(f"{parts.model.base_model_prefix}.")
+        assert isinstance(parts.base, PreTrainedModel)
         self.skeleton = copy.copy(parts.base)
         """The base model without its weights: its `config` decides which attention the layers call."""
         norm = _norm_of(parts)[0]
@@ -113,32 +114,6 @@ def call_decoder(module: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]
     """Return the hidden states [1, T, D] behind one decoder layer."""
     output = module(hidden, **arguments)
     return output[0] if isinstance(output, tuple | list) else output
-
-
-def stage_bounds(weights: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Return borders 0 = b0 < b1 < ... < b[stages] = len(weights): the contiguous cut with the lightest heaviest stage.
-
-    Of such cuts, the one whose squares sum to least, so that what is free to balance is balanced.
-    """
-    if not 1 <= stages <= len(weights):
-        raise ModelError(
-            f"{len(weights)} layers do not make {stages} stages: a stage would have no layer; ask for at most "
-            f"{len(weights)}"
-        )
-    # best[end] = (heaviest, sum of squares, borders) of layers 0 .. end in the stages so far
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, (0,))}
-    for stage in range(stages):
-        following = {}
-        for end in range(stage + 1, len(weights) - (stages - stage - 1) + 1):
-            candidates = []
-            for begin, (heaviest, squares, borders) in best.items():
-                if begin < end:
-                    load = sum(weights[begin:end])
-                    candidates.append((max(heaviest, load), squares + load * load, (*borders, end)))
-            if candidates:
-                following[end] = min(candidates)
-        best = following
-    return best[len(weights)][2]
 
 
 def _layers_of(parts: CausalParts) -> list[Layer]:

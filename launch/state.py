@@ -65,7 +65,7 @@ class TrainState:
         self._seed = seed
         self._device = device or torch.device("cpu")
         self._elsewhere = set() if whole is None else set(whole.shapes) - set(self._tensors())
-        names = {param: name for name, param in model.named_parameters()}
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         self._optimizer = NamedOptimizer(optimizer, names, groups=None if whole is None else whole.groups())
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class PipelineConfig:
     @property
     def num_stages(self) -> int:
         """Stages of the model."""
-        if self.schedule in ("interleaved", "looped_bfs"):
+        if self.looped:
             return self.stages or 2 * self.ranks
         return 2 * self.ranks if self.schedule == "zbv" else self.ranks
+
+    @property
+    def looped(self) -> bool:
+        """Whether a rank may hold any number of stages."""
+        return self.schedule in ("interleaved", "looped_bfs")

@@ -30,7 +30,8 @@ class Schedule:
 
     `stages[s]` is the layer range (first, one past the last) of stage s. Micro-batches are numbered through all
     `steps` optimizer steps of the schedule, the same number in each; `units`, where given, describes each of them.
-    `staleness` is how many optimizer steps the weights of a micro-batch may lag behind.
+    `staleness` is how many optimizer steps the weights of a micro-batch may lag behind. Layers before
+    `first_trainable` are frozen and have no backward. In RoundPipe the micro-batches of a step pass in `rounds`.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Schedule:
     units: tuple[Unit, ...] | None = None
     steps: int = 1
     staleness: int = 0
+    first_trainable: int = 0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if not self.devices or not self.stages or self.num_microbatches < 1 or self.steps < 1:
@@ -54,6 +57,11 @@ class Schedule:
                 raise ScheduleError(f"stage {stage} has layers {lo}:{hi}; a stage holds at least one layer")
         if self.units is not None and len(self.units) != self.num_microbatches:
             raise ScheduleError(f"{len(self.units)} units are given for {self.num_microbatches} micro-batches")
+        if not 1 <= self.rounds <= self.num_microbatches // self.steps:
+            raise ScheduleError(
+                f"{self.rounds} rounds for {self.num_microbatches // self.steps} micro-batches a step; "
+                "a round needs at least one"
+            )
         object.__setattr__(self, "devices", tuple(self._stamped(d, row) for d, row in enumerate(self.devices)))
 
     def _stamped(self, device: int, row: Iterable[Action]) -> tuple[Action, ...]:
@@ -95,6 +103,16 @@ class Schedule:
         """The optimizer step, counted from 0, that a micro-batch belongs to."""
         return microbatch * self.steps // self.num_microbatches
 
+    def round(self, microbatch: int) -> int:
+        """The round of its step that a micro-batch belongs to; the first rounds are the longer ones."""
+        size, extra = divmod(self.num_microbatches // self.steps, self.rounds)
+        m = microbatch % (self.num_microbatches // self.steps)
+        return m // (size + 1) if m < extra * (size + 1) else extra + (m - extra * (size + 1)) // size
+
+    def version(self, action: Action) -> int:
+        """Optimizer steps in the weights that a compute action or UPLOAD uses; by default, all before its own step."""
+        return self.step(action.microbatch or 0) if action.version is None else action.version
+
     def devices_of_stage(self) -> dict[int, int]:
         """Stage to device, of a weight-bound schedule.
 
@@ -135,7 +153,8 @@ class Schedule:
         """Header, then one line a device; `from_text` reads it back."""
         head = [
             f"schedule {self.name}",
-            f"microbatches {self.num_microbatches} steps {self.steps} staleness {self.staleness}",
+            f"microbatches {self.num_microbatches} steps {self.steps} staleness {self.staleness} "
+            f"first_trainable {self.first_trainable} rounds {self.rounds}",
             "stages " + " ".join(f"{lo}:{hi}" for lo, hi in self.stages),
         ]
         if self.units is not None:
@@ -165,6 +184,8 @@ class Schedule:
             "num_microbatches": self.num_microbatches,
             "steps": self.steps,
             "staleness": self.staleness,
+            "first_trainable": self.first_trainable,
+            "rounds": self.rounds,
             "stages": [list(s) for s in self.stages],
             "units": None if self.units is None else [str(u) for u in self.units],
             "devices": [[a.text(device=False) for a in row] for row in self.devices],
@@ -191,8 +212,8 @@ def _read_line(line: str, fields: dict[str, Any]) -> None:
     elif key == "microbatches":
         words = line.split()
         values = {k: int(v) for k, v in zip(words[::2], words[1::2], strict=True)}
-        fields |= {"num_microbatches": values["microbatches"], "steps": values["steps"]}
-        fields["staleness"] = values["staleness"]
+        fields["num_microbatches"] = values.pop("microbatches")
+        fields |= values
     elif key == "stages":
         fields["stages"] = tuple((int(lo), int(hi)) for lo, hi in (s.split(":") for s in rest.split()))
     elif key == "units":

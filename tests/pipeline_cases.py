@@ -51,10 +51,7 @@ def runner(layers, batch):
 
     def run(x, mb):
         for layer in layers:
-            if isinstance(layer, nn.Embedding):
-                x = layer(batch[mb][0])
-            else:
-                x = layer(x)
+            x = layer(batch[mb][0]) if isinstance(layer, nn.Embedding) else layer(x)
         if isinstance(layers[-1], nn.Linear):
             return nn.functional.cross_entropy(x, batch[mb][1], reduction="sum") / targets
         return x
@@ -134,7 +131,7 @@ def in_threads(model, place, batch, schedule, *, halves=False, first_trained=0, 
             stages = stages_of(model, place, rank, batch, halves=halves, first_trained=first_trained)
             runtime = PipelineRuntime(stages, hub.transport(rank), rank=rank, timeout_s=20, trace=trace)
             losses.update(runtime.run(schedule, step=0))
-        except Exception as error:  # raised below, in the test's own thread
+        except Exception as error:  # noqa: BLE001  (raised below, in the test's own thread)
             errors.append(error)
 
     threads = [threading.Thread(target=rank_runs, args=(rank,)) for rank in range(max(place) + 1)]

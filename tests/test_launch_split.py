@@ -22,9 +22,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from typer.testing import CliRunner
 
 from launch.errors import ModelError
-from launch.split import DecoderArguments, call_decoder, split, stage_bounds
+from launch.layer_costs import app
+from launch.split import DecoderArguments, call_decoder, split
+from pipeline.costs import Costs
 from tests.tiny import tiny_model
 
 SIZES = {
@@ -122,9 +125,18 @@ def test_models_that_are_more_than_their_layers_are_refused():
         split(torch.nn.Linear(2, 2))
 
 
-def test_stages_are_cut_where_the_heaviest_is_lightest():
-    assert stage_bounds([1, 1, 1, 1], 2) == (0, 2, 4)
-    assert stage_bounds([0, 1, 1, 1, 1, 0, 4], 2) == (0, 5, 7)
-    assert stage_bounds([1, 1, 1, 1, 1, 1, 8], 4) == (0, 2, 4, 6, 7)
-    with pytest.raises(ModelError, match="3 layers do not make 4 stages"):
-        stage_bounds([1, 1, 1], 4)
+def test_measured_costs_are_of_every_layer_and_read_back(tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model:\n  hidden_size: 32\n  intermediate_size: 64\n  vocab_size: 3000\n")
+    output = tmp_path / "costs.json"
+    result = CliRunner().invoke(
+        app, ["--config", str(recipe), "--tokens", "40", "--repeats", "1", "--output", str(output)]
+    )
+    assert result.exit_code == 0, result.output
+    costs = Costs.from_json(output.read_text())
+    assert costs.num_layers == 5
+    assert costs.boundary_bytes == (40 * 32 * 4,)
+    assert costs.weight_bytes[0] == costs.weight_bytes[-1] == 3000 * 32 * 4
+    assert all(second > 0 for second in (*costs.forward_s[0], *costs.backward_s[0]))
+    assert costs.activation_bytes[0][1] == costs.activation_bytes[0][2] > 40 * 32 * 4 * 5
+    assert CliRunner().invoke(app, ["--config", str(tmp_path / "none.yaml")]).exit_code == 2

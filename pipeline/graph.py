@@ -78,19 +78,17 @@ def _required(found: Listing, i: int, j: int | None, what: str) -> int:
 def _order(found: Listing, edges: Edges) -> None:
     """The order of each list, and of each queue."""
     compute: int | None = None
-    received: list[int] = []
+    received: int | None = None
     queues: dict[object, int] = {}
     for i, (action, (_, position)) in enumerate(zip(found.actions, found.where, strict=True)):
         if position == 0:
-            compute, received, queues = None, [], {}
-        if compute is not None:
-            edges[i].append((compute, Why.ORDER))
+            compute, received, queues = None, None, {}
+        edges[i] += [(j, Why.ORDER) for j in (compute, received) if j is not None]
         if action.op in COMPUTE or action.op is Op.FREE:
-            edges[i] += [(j, Why.ORDER) for j in received]
-            compute, received = i, []
+            compute, received = i, None
             continue
         if action.op is Op.RECV:
-            received.append(i)
+            received = i
         queue = (action.op, action.peer)
         if queue in queues:
             edges[i].append((queues[queue], Why.QUEUE))
@@ -154,7 +152,7 @@ def _direct(found: Listing, edges: Edges, i: int, maker: int | None, what: str, 
     if maker is None:
         raise found.fail(i, f"nothing makes its {what}")
     near = found.where[maker][0] == found.where[i][0]
-    if has_messages and not near:
+    if has_messages and (not near or found.where[i][0] in found.streamed):
         raise found.fail(
             i, f"its {what} is made on device {found.where[maker][0]} and never arrives; add a RECV or GET"
         )

@@ -7,7 +7,7 @@ its weights are dropped; after the last round the optimizer steps its layers. Ac
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,8 +24,8 @@ Visit = tuple[int, int, int]
 @dataclass(frozen=True, slots=True)
 class _Plan:
     schedule: Schedule
-    gets: dict[int, list[Action]] = field(default_factory=lambda: defaultdict(list))
-    """By consumer, in the numbering of the compute-only schedule."""
+    gets: dict[int, list[tuple[Action, int]]] = field(default_factory=lambda: defaultdict(list))
+    """By consumer, in the numbering of the compute-only schedule, each with its maker."""
     puts: dict[int, list[Action]] = field(default_factory=lambda: defaultdict(list))
     """By maker."""
     finish: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ def with_host(schedule: Schedule) -> Schedule:
     graph = graphs.build(plan.schedule)
     for i, j, at in crossings(graph, Why.HOP, Why.DATA):
         put, get = ends(graph, j, i, at, Op.PUT, Op.GET)
-        plan.gets[i].append(get)
+        plan.gets[i].append((get, j))
         if put not in plan.puts[j]:
             plan.puts[j].append(put)
     for device, row in enumerate(plan.schedule.devices):
@@ -62,31 +62,44 @@ def with_host(schedule: Schedule) -> Schedule:
 
 def _row(plan: _Plan, device: int, row: Sequence[Action], start: int) -> Iterator[Action]:
     """The list of a device; `start` is the number of its first action."""
-    visits = {}
+    first: dict[Visit, Action] = {}
     for action in row:
-        visits.setdefault(plan.visit(action), action)
+        first.setdefault(plan.visit(action), action)
     last = {plan.visit(action): n for n, action in enumerate(row)}
-    uploads = iter([_upload(action) for action in visits.values()])
-    yield from _next(uploads)
-    yield from plan.gets.get(start, [])
+    uploads = deque(first)
     begun: set[Visit] = set()
+    stepped: set[tuple[int, int]] = set()
     for n, action in enumerate(row):
         visit = plan.visit(action)
-        if visit not in begun:
-            begun.add(visit)
-            yield from _next(uploads)
+        begun.add(visit)
+        # One visit ahead; but weights that this device has yet to step come only when they are there.
+        while uploads and (uploads[0] in begun or len(first) - len(uploads) <= len(begun)):
+            if uploads[0] not in begun and not _updates(plan, device, uploads[0]) <= stepped:
+                break
+            yield _upload(first[uploads.popleft()])
+        yield from (get for get, maker in plan.gets.get(start + n, []) if n == 0 or maker == start + n - 1)
         if n + 1 < len(row):
-            yield from plan.gets.get(start + n + 1, [])
+            yield from (get for get, maker in plan.gets.get(start + n + 1, []) if maker != start + n)
         yield action
         yield from plan.puts.get(start + n, [])
         if last[visit] == n:
             yield from _leave(plan, device, visit, action)
+            stepped.add((visit[0], visit[2]))
 
 
-def _next(uploads: Iterator[Action]) -> Iterator[Action]:
-    upload = next(uploads, None)
-    if upload is not None:
-        yield upload
+def _updates(plan: _Plan, device: int, visit: Visit) -> set[tuple[int, int]]:
+    """(step, stage) of the optimizer steps on this device that make the weights of a visit."""
+    step, _, stage = visit
+    made_by = step - 1 - plan.schedule.staleness
+    lo, hi = plan.schedule.stages[stage]
+    return {
+        (s, other)
+        for (s, other), (_, where) in plan.finish.items()
+        if s <= made_by
+        and where == device
+        and plan.schedule.stages[other][0] < hi
+        and lo < plan.schedule.stages[other][1]
+    }
 
 
 def _upload(first: Action) -> Action:

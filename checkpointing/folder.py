@@ -3,6 +3,7 @@
 step-20/                        committed: manifest.json and the files it lists
 step-30.tmp-<run>-<nonce>/      being written, or left by a crash; <run> is the beginning of the run id
 step-30.bad-<nonce>/            did not verify and stood in the way of a save of the same step; never touched again
+request                         asks a running job to save now (`Checkpointer.requested`); gone once it has
 latest                          the name of the newest checkpoint: a hint for people and scripts, never read here
 """
 
@@ -22,6 +23,7 @@ from checkpointing.transfer import check_length, verify_file
 
 _Found = TypeVar("_Found", Manifest, Summary)
 
+REQUEST = "request"
 _MAX_STEP = 10**18
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)

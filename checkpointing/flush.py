@@ -163,5 +163,6 @@ def drain(file: FlushFile, check: Callable[[], None], alive: Callable[[], None],
             alive()
         elif time.monotonic() - since > timeout_s:
             raise SaveError(f"the disk has not finished a write for {timeout_s:g} s")
+    check()
     if file.error is not None:
         raise file.error

@@ -20,6 +20,7 @@ from checkpointing.engine import Engine
 from checkpointing.errors import CheckpointError, NotBegunError
 from checkpointing.folder import REQUEST, Folder
 from checkpointing.handle import SaveHandle
+from checkpointing.load import Exchange, GroupExchange, NoExchange
 from checkpointing.records import RestoreInfo
 from checkpointing.restore import restore
 from checkpointing.retention import Keep, KeepLast
@@ -77,6 +78,7 @@ class Checkpointer:
         self._config = config
         self._folder = Folder(Path(path).absolute(), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
+        self._exchange = _open_exchange(group, self._control)
         self._committer = Committer(self._folder, config.keep)
         self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
@@ -132,7 +134,7 @@ class Checkpointer:
         self._check_open(what)
         self._engine.idle()  # the saves before this call, as on every other rank
         self._control.begin(what)
-        return restore(self._control, self._folder, self._committer.known_bad, what, state, step)
+        return restore(self._control, self._exchange, self._folder, self._committer.known_bad, what, state, step)
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None. A look at the folder by this rank alone; reads no tensor."""
@@ -201,6 +203,14 @@ def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Co
     if members is None or dist.get_rank(members) < 0:
         raise CheckpointError("this process is not in the group it was given; make the checkpointer on members only")
     return StoreControl(members, timeout_s) if dist.get_world_size(members) > 1 else Alone()
+
+
+def _open_exchange(group: dist.ProcessGroup | str | None, control: Control) -> Exchange:
+    if control.world_size == 1:
+        return NoExchange()
+    members = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
+    assert members is not None
+    return GroupExchange(members)
 
 
 def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:

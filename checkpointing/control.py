@@ -18,9 +18,12 @@ from checkpointing.errors import (
     RankError,
     SaveError,
     StateError,
+    VersionError,
 )
 
-_ALL = (CheckpointError, StateError, SaveError, IntegrityError, RankError, NotBegunError, PassedOverError)
+_ALL = (
+    CheckpointError, StateError, SaveError, IntegrityError, VersionError, RankError, NotBegunError, PassedOverError,
+)  # fmt: skip
 _KINDS = {kind.__name__: kind for kind in _ALL}
 
 Decide = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]

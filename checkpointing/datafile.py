@@ -13,9 +13,10 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from checkpointing.dtypes import DTYPES, shape_in_file
+from checkpointing.dtypes import shape_in_file
 from checkpointing.errors import SaveError
 from checkpointing.records import TensorSpec
+from checkpointing.torch_dtypes import DTYPES
 
 _PAGE = 4096
 _MAX_HEADER = 100_000_000  # what the safetensors library accepts

@@ -6,6 +6,8 @@ CheckpointError
 │   ├── NotBegunError     another rank had an older error to raise first
 │   └── PassedOverError   the policy for a busy checkpointer skipped it, or replaced it by a later one
 ├── IntegrityError    bytes on disk are not what was saved: names the file, and the tensor where there is one
+│   └── VersionError  a checkpoint of a newer version of longrail; nothing is wrong with it
+├── FormatError       what was given is not a checkpoint of a format we read, or cannot be written as the one asked for
 └── RankError         a rank did not report in time, or the ranks did not make the same call
 """
 
@@ -32,6 +34,14 @@ class PassedOverError(SaveError):
 
 class IntegrityError(CheckpointError):
     """Bytes on disk are not what was saved; the message names the file, and the tensor where there is one."""
+
+
+class VersionError(IntegrityError):
+    """A checkpoint was written by a newer version; nothing is wrong with it, and it is never set aside."""
+
+
+class FormatError(CheckpointError):
+    """What was given is not a checkpoint we read, or cannot be written in the format asked for; says which and why."""
 
 
 class RankError(CheckpointError):

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from checkpointing.errors import IntegrityError
+from checkpointing.errors import IntegrityError, VersionError
 from checkpointing.manifest_fields import (
     file_fields,
     read_aliases,
@@ -121,7 +121,7 @@ def _body(data: bytes) -> Mapping[str, Any]:
     body = _parse(_proved(data))
     version = read_int(body, "format_version", low=1)
     if version > FORMAT_VERSION:
-        raise IntegrityError(
+        raise VersionError(
             f"manifest has format_version {version} and this library reads up to {FORMAT_VERSION}; upgrade longrail"
         )
     if set(body) != _KEYS[version]:

@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 from math import prod
 from typing import Any
 
-from checkpointing.dtypes import DTYPES, itemsize
+from checkpointing.dtypes import ITEMSIZES, itemsize
 from checkpointing.errors import IntegrityError
 from checkpointing.manifest_fields import read_dims, read_hash, read_list, read_number, read_record, read_text
 from checkpointing.pieces import num_pieces
@@ -79,7 +79,7 @@ def _tensor(found: Mapping[str, Any], lengths: Mapping[str, int]) -> TensorEntry
     name, dtype, file = read_text(found, "name"), read_text(found, "dtype"), read_text(found, "file")
     global_shape, offset, shape = (read_dims(found[field], name) for field in ("global_shape", "offset", "shape"))
     begin, end = (read_number(found[field], f"{field} of tensor {name!r}", 8) for field in ("begin", "end"))
-    if dtype not in DTYPES:
+    if dtype not in ITEMSIZES:
         raise IntegrityError(f"manifest: tensor {name!r} has the dtype {dtype!r}; upgrade longrail, or it is damaged")
     if file not in lengths or end > lengths[file]:
         raise IntegrityError(f"manifest: tensor {name!r} lies outside of the files: {file!r}, bytes {begin}..{end}")

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch.distributed.tensor import DTensor
 
-from checkpointing.dtypes import DTYPES, NAMES
+from checkpointing.dtypes import ITEMSIZES
 from checkpointing.errors import StateError
 from checkpointing.objects import ENCODINGS
 from checkpointing.providers.base import Provider
 from checkpointing.providers.tensors import TensorProvider, slice_of
 from checkpointing.records import Stateful, TensorSpec
+from checkpointing.torch_dtypes import NAMES
 from checkpointing.values import encode
 
 State: TypeAlias = Stateful | Mapping[str, Stateful]
@@ -158,8 +159,8 @@ def _check_provider(name: str, provider: Provider) -> Provider:
         _check_tensor(name, provider.tensor)
     elif provider.encoding is not None and provider.encoding not in ENCODINGS:
         raise StateError(f"{name!r} has the encoding {provider.encoding!r}; there are: {', '.join(ENCODINGS)}")
-    elif provider.dtype not in DTYPES:
-        raise StateError(f"{name!r} has the dtype {provider.dtype!r}; there are: {', '.join(DTYPES)}")
+    elif provider.dtype not in ITEMSIZES:
+        raise StateError(f"{name!r} has the dtype {provider.dtype!r}; there are: {', '.join(ITEMSIZES)}")
     elif provider.encoding is None and provider.shape is None:
         raise StateError(f"{name!r} is a provider without a shape; only objects may leave it open")
     return provider

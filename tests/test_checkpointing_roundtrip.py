@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
-from checkpointing.dtypes import DTYPES
+from checkpointing.torch_dtypes import DTYPES
 from tests.flat_states import Flat, assorted, same
 
 GOLDEN = Path(__file__).parent / "data" / "checkpoint-v1"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from checkpointing.datafile import bytes_of
-from checkpointing.dtypes import NAMES
 from checkpointing.providers.base import Chunk, Cost, Mutability, Place
+from checkpointing.torch_dtypes import NAMES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Not every dtype has a kernel for `cat`, and tensors of several may lie side by side."""

@@ -11,9 +11,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Partial
 
 from checkpointing.datafile import bytes_of
-from checkpointing.dtypes import NAMES
 from checkpointing.errors import StateError
 from checkpointing.providers.base import Chunk, Cost, Mutability, Place
+from checkpointing.torch_dtypes import NAMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,164 @@
+"""What actions cost, in seconds and bytes: the input of the simulator, as JSON from a measured profile or by hand.
+
+Times and activations are rows of one number per layer: one row for all micro-batches, or one row each. A stage costs
+the sum over its layers. Recompute costs a forward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pipeline.errors import PlanError
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Of one model and one set of micro-batches. Rows: `[micro-batch or all][layer]`."""
+
+    forward_s: Rows
+    backward_s: Rows
+    """Gradients of input and weights, without recompute."""
+    input_share: float = 0.5
+    """Of a backward that is its input-gradient half, I; the rest is W."""
+    activation_bytes: Rows = ((0,),)
+    """Kept from a forward to its backward, per layer; one entry stands for every layer."""
+    state_bytes: Rows = ((0,),)
+    """Of a chunk of a group (keys, values and their gradients), kept until the whole group is done, per layer."""
+    boundary_bytes: tuple[float, ...] = (0,)
+    """Of the activation between two layers: per micro-batch, or one for all. Its gradient is as big."""
+    weight_bytes: tuple[float, ...] = (0,)
+    """Per layer, or one for all. Gradients are as big."""
+    hop_s: float = 0.0
+    """Latency of whatever goes from one device to another."""
+    link_bytes_per_s: float = float("inf")
+    """Between two devices, each direction."""
+    host_bytes_per_s: float = float("inf")
+    """Between host and device, each direction."""
+    pcie_roots: tuple[int, ...] | None = None
+    """Root of each device; devices of one root share `host_bytes_per_s`. None: each has its own."""
+    chunk_bytes: float = 64 * 2**20
+    """Weights move in pieces of this size, between which an activation may go first."""
+    optimizer_s: tuple[float, ...] = (0,)
+    """Of one step on the host, per layer, or one for all."""
+    kept_bytes: float = 0.0
+    """Held on every device all the time."""
+
+    def __post_init__(self) -> None:
+        layers = len(self.forward_s[0]) if self.forward_s else 0
+        for name in ("forward_s", "backward_s"):
+            if not layers or any(len(row) != layers for row in getattr(self, name)):
+                raise PlanError(f"{name} has rows of {[len(r) for r in getattr(self, name)]} layers; all need {layers}")
+        for f in fields(self):
+            if any(x < 0 for x in _numbers(getattr(self, f.name))):
+                raise PlanError(f"{f.name} of the costs is negative: {getattr(self, f.name)}")
+
+    @property
+    def num_layers(self) -> int:
+        """Entries in a row."""
+        return len(self.forward_s[0])
+
+    @staticmethod
+    def uniform(layers: int, *, forward_s: float = 1.0, backward_s: float = 2.0, **others: Any) -> Costs:
+        """Every layer and micro-batch the same."""
+        return Costs(forward_s=((forward_s,) * layers,), backward_s=((backward_s,) * layers,), **others)
+
+    def scaled(self, factors: Sequence[float]) -> Costs:
+        """Micro-batch m costs `factors[m]` times the first row, in time, activations and boundary."""
+
+        def rows(r: Rows) -> Rows:
+            return tuple(tuple(f * x for x in r[0]) for f in factors)
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("forward_s", "backward_s", "activation_bytes", "state_bytes"):
+            values[name] = rows(values[name])
+        values["boundary_bytes"] = tuple(f * self.boundary_bytes[0] for f in factors)
+        return Costs(**values)
+
+    def forward(self, microbatch: int, layers: tuple[int, int]) -> float:
+        """Seconds of a forward over layers lo to hi - 1."""
+        return _total(_row(self.forward_s, microbatch), layers)
+
+    def backward(self, microbatch: int, layers: tuple[int, int]) -> float:
+        """Seconds of a backward, without recompute."""
+        return _total(_row(self.backward_s, microbatch), layers)
+
+    def activations(self, microbatch: int, layers: tuple[int, int]) -> float:
+        """Bytes kept between a forward and its backward."""
+        return _total(_row(self.activation_bytes, microbatch), layers)
+
+    def state(self, microbatch: int, layers: tuple[int, int]) -> float:
+        """Bytes of one chunk of a group."""
+        return _total(_row(self.state_bytes, microbatch), layers)
+
+    def boundary(self, microbatch: int) -> float:
+        """Bytes of one activation between layers."""
+        return self.boundary_bytes[microbatch if len(self.boundary_bytes) != 1 else 0]
+
+    def weights(self, layers: tuple[int, int]) -> float:
+        """Bytes of the weights of some layers."""
+        return _total(self.weight_bytes, layers)
+
+    def optimizer(self, layers: tuple[int, int]) -> float:
+        """Seconds of an optimizer step of some layers on the host."""
+        return _total(self.optimizer_s, layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; what is at its default is left out."""
+        values = asdict(self)
+        defaults = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in values.items() if v != defaults[k]}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any] | str) -> Costs:
+        """Read JSON; a row may stand where rows do, and a number where a row of one does.
+
+        Raises PlanError for names it does not know, and for missing ones.
+        """
+        given = json.loads(value) if isinstance(value, str) else dict(value)
+        known = {f.name for f in fields(Costs)}
+        if not isinstance(given, dict) or given.keys() - known or not {"forward_s", "backward_s"} <= given.keys():
+            keys = sorted(given) if isinstance(given, dict) else type(given).__name__
+            raise PlanError(f"costs hold {keys}; they need forward_s and backward_s, and may have {sorted(known)}")
+        rows = ("forward_s", "backward_s", "activation_bytes", "state_bytes")
+        lists = ("boundary_bytes", "weight_bytes", "optimizer_s", "pcie_roots")
+        values = dict(given)
+        for name in given.keys() & {*rows, *lists}:
+            values[name] = _as_rows(given[name]) if name in rows else _as_row(given[name])
+        return Costs(**values)
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, tuple):
+        return [x for item in value for x in _numbers(item)]
+    return [] if value is None else [value]
+
+
+def _row(rows: Rows, microbatch: int) -> tuple[float, ...]:
+    if len(rows) == 1:
+        return rows[0]
+    if microbatch >= len(rows):
+        raise PlanError(f"costs have rows for {len(rows)} micro-batches; the schedule has a micro-batch {microbatch}")
+    return rows[microbatch]
+
+
+def _total(row: tuple[float, ...], layers: tuple[int, int]) -> float:
+    lo, hi = layers
+    if len(row) == 1:
+        return row[0] * (hi - lo)
+    if hi > len(row):
+        raise PlanError(f"costs have {len(row)} layers; the schedule has a stage of layers {lo}:{hi}")
+    return sum(row[lo:hi])
+
+
+def _as_row(value: Any) -> Any:
+    return None if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _as_rows(value: Any) -> Rows:
+    rows = value if isinstance(value, list | tuple) else [value]
+    return tuple(_as_row(r) for r in rows) if isinstance(rows[0], list | tuple) else (_as_row(rows),)

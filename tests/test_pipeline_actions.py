@@ -1,0 +1,99 @@
+"""Actions, units and schedules print themselves and read themselves back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.actions import COMPUTE, MESSAGES, Action, Op, Phase
+from pipeline.errors import PlanError, ScheduleError
+from pipeline.schedule import Schedule
+from pipeline.units import Unit
+
+small = st.integers(0, 99)
+
+
+@st.composite
+def actions(draw):
+    op = draw(st.sampled_from(Op))
+    needs_microbatch = op in COMPUTE or op in MESSAGES
+    lo = draw(small)
+    return Action(
+        op,
+        draw(small),
+        draw(small if needs_microbatch else st.none() | small),
+        draw(st.sampled_from(Phase)) if op in MESSAGES else None,
+        layers=draw(st.none() | st.integers(lo + 1, 120).map(lambda hi: (lo, hi))),
+        device=draw(st.none() | small),
+        version=draw(st.none() | small),
+        bytes=draw(st.none() | small),
+        peer=draw(st.none() | small),
+    )
+
+
+@given(actions())
+def test_an_action_reads_itself_back(action):
+    assert Action.parse(str(action)) == action
+
+
+def test_the_short_form_is_stage_op_microbatch():
+    assert Action.parse("2F0") == Action(Op.F, 2, 0)
+    assert Action.parse("12FB7") == Action(Op.FB, 12, 7)
+    assert str(Action(Op.SEND, 1, 3, Phase.B, peer=0)) == "1SEND_B3[peer=0]"
+    assert Action.parse("3UPLOAD[version=1]").label == "3UPLOAD"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "F0", "2X0", "2F", "2F0[peer]", "2F0[colour=1]", "2F_F0", "1SEND0", "2F0[layers=3]"]
+)
+def test_what_is_no_action_is_refused(text):
+    with pytest.raises(ScheduleError):
+        Action.parse(text)
+
+
+def test_units_read_themselves_back_and_know_what_is_kept():
+    units = [Unit(7), *(Unit(8, 3, i, 4, 2) for i in range(4))]
+    assert [Unit.parse(str(u)) for u in units] == units
+    assert [u.kept for u in units] == [True, False, False, True, True]
+    with pytest.raises(PlanError, match="counts from 0"):
+        Unit(5, 1, 4, 4)
+
+
+@given(st.lists(st.lists(actions(), max_size=5), min_size=1, max_size=3))
+def test_a_schedule_reads_itself_back(rows):
+    rows = [[Action.parse(a.text(device=False)) for a in row] for row in rows]
+    stages = tuple((i, i + 1) for i in range(100))
+    schedule = Schedule(name="any", devices=tuple(map(tuple, rows)), stages=stages, num_microbatches=100, steps=2)
+    assert Schedule.from_text(schedule.to_text()) == schedule
+    assert Schedule.from_json(schedule.to_json()) == schedule
+    assert all(a.device == d for d, row in enumerate(schedule.devices) for a in row)
+
+
+def test_the_table_has_an_arrow_where_it_is_told():
+    rows = (tuple(map(Action.parse, ["0F0", "0B0"])), tuple(map(Action.parse, ["1F0", "1B0"])))
+    schedule = Schedule(name="two", devices=rows, stages=((0, 1), (1, 2)), num_microbatches=1)
+    assert schedule.table(at=(1, 1)).splitlines() == [
+        "      device 0 device 1",
+        "   0: 0F0      1F0",
+        "   1: 0B0      1B0       <-- here, device 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ((0, 0),)}, "a stage holds at least one layer"),
+        ({"devices": ((Action(Op.F, 1, 0),),)}, "has stages 0 to 0"),
+        ({"devices": ((Action(Op.F, 0, 0, device=3),),)}, "stands in the list of device 0"),
+        ({"num_microbatches": 3, "steps": 2}, "do not split over 2 equal steps"),
+        ({"units": (Unit(1), Unit(1))}, "2 units are given for 1"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(changes, message):
+    fields = {"name": "x", "devices": ((),), "stages": ((0, 1),), "num_microbatches": 1} | changes
+    with pytest.raises(ScheduleError, match=message):
+        Schedule(**fields)
+
+
+def test_a_text_that_cannot_be_read_names_its_line():
+    with pytest.raises(ScheduleError, match=r"line 2 .*no action"):
+        Schedule.from_text("schedule x\ndevice 0: 0Q0\n")

@@ -1,4 +1,4 @@
-"""checkpointing: checkpoints that are whole or absent, verified on load.
+"""checkpointing: lazy, asynchronous checkpoints that are whole or absent, verified on load.
 
 Names are loaded on first use, so that `checkpoint verify` and its like run without importing torch.
 """
@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from checkpointing.checkpointer import SINGLE, Checkpointer
     from checkpointing.errors import CheckpointError
     from checkpointing.handle import SaveHandle
+    from checkpointing.providers import (
+        CompositeProvider,
+        Cost,
+        Mutability,
+        ObjectProvider,
+        Place,
+        Provider,
+        TensorProvider,
+    )
     from checkpointing.records import RestoreInfo
-    from checkpointing.retention import KeepLast
+    from checkpointing.retention import KeepBest, KeepEvery, KeepLast
 
-__all__ = ["SINGLE", "CheckpointError", "Checkpointer", "KeepLast", "RestoreInfo", "SaveHandle"]
+__all__ = [
+    "SINGLE", "CheckpointError", "Checkpointer", "CompositeProvider", "Cost", "KeepBest", "KeepEvery", "KeepLast",
+    "Mutability", "ObjectProvider", "Place", "Provider", "RestoreInfo", "SaveHandle", "TensorProvider",
+]  # fmt: skip
 
 _HOMES = {
     "SINGLE": "checkpointer",
@@ -23,7 +35,11 @@ _HOMES = {
     "CheckpointError": "errors",
     "SaveHandle": "handle",
     "RestoreInfo": "records",
-    "KeepLast": "retention",
+    **dict.fromkeys(("KeepBest", "KeepEvery", "KeepLast"), "retention"),
+    **dict.fromkeys(
+        ("CompositeProvider", "Cost", "Mutability", "ObjectProvider", "Place", "Provider", "TensorProvider"),
+        "providers",
+    ),
 }
 
 

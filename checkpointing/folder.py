@@ -26,7 +26,6 @@ from checkpointing.verify import damages, raise_first
 _Found = TypeVar("_Found", Manifest, Summary)
 
 REQUEST = "request"
-
 _MAX_STEP = 10**18
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)

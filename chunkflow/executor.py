@@ -18,7 +18,7 @@ from torch import Tensor
 from chunkflow.attention.base import ChunkView, Span
 from chunkflow.engine import Step
 from chunkflow.loss import tiled_cross_entropy
-from chunkflow.parts import CausalParts
+from chunkflow.parts import Runnable
 from chunkflow.records import Chunk, Segment
 from chunkflow.rng import replay, rng_state
 from chunkflow.sources import NO_TARGET
@@ -31,9 +31,7 @@ class StepExecutor:
     `offload` keeps the keys and values of groups in the host's memory.
     """
 
-    def __init__(
-        self, parts: CausalParts, chunks: Sequence[Chunk], *, dropout_seed: int, offload: bool = False
-    ) -> None:
+    def __init__(self, parts: Runnable, chunks: Sequence[Chunk], *, dropout_seed: int, offload: bool = False) -> None:
         self._parts = parts
         self._chunks = chunks
         self._dropout_seed = dropout_seed

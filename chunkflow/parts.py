@@ -4,16 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from chunkflow.attention.base import ChunkView
 from chunkflow.engine import Engine, forward_as
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.loss import LogitRule
+
+
+class Runnable(Protocol):
+    """What the executor and the runner need of a model."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, for its parameters."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """How its parameters come to be where they are used."""
+        ...
+
+    @property
+    def head(self) -> Any:
+        """What has the output projection's `weight` [V, D] and `bias` [V] or None."""
+        ...
+
+    @property
+    def rule(self) -> LogitRule:
+        """What the model does to the output projection's logits."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the chunks have to be."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """Targets are below this."""
+        ...
+
+    @property
+    def num_positions(self) -> int | None:
+        """Positions the model has learned embeddings for; None where it computes them."""
+        ...
+
+    def hidden(self, *, input_ids: Tensor, position_ids: Tensor, chunk_view: ChunkView) -> Tensor:
+        """Run the model without its head over ids and positions [1, T]; return the last hidden states [1, T, D]."""
+        ...
+
+    def at_head(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Return `compute(hidden)`, run where the head's weight is to be had."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from chunkflow.adapters import unwrap
 from chunkflow.attention.interface import attention_of
 from chunkflow.autocast import without_weight_cache
+from chunkflow.engine import Engine
 from chunkflow.errors import ChunkflowError, SourceError
 from chunkflow.executor import StepExecutor
+from chunkflow.parts import Runnable
 from chunkflow.program import operations
 from chunkflow.records import Chunk, StepBatch
 from chunkflow.sources import NO_TARGET
@@ -39,15 +41,19 @@ class ChunkRunner:
         seed: int = 0,
         offload: bool = False,
     ) -> None:
+        wrapped = unwrap(model, group)
+        ranks = resolve_group(wrapped.group)
+        engine = wrapped.engine(ranks)
+        parts = require_exact(wrapped.model, engine)
+        self._begin(parts, engine, ranks, retain=retain, seed=seed, offload=offload)
+
+    def _begin(
+        self, parts: Runnable, engine: Engine, group: dist.ProcessGroup | None, *, retain: int, seed: int, offload: bool
+    ) -> None:
         if retain < 1:
             raise ChunkflowError(f"retain is {retain}; it must be at least 1, the chunk that is trained now")
-        wrapped = unwrap(model, group)
-        self._group = resolve_group(wrapped.group)
-        self._engine = wrapped.engine(self._group)
-        self._parts = require_exact(wrapped.model, self._engine)
-        self._retain = retain
-        self._seed = seed
-        self._offload = offload
+        self._group, self._engine, self._parts = group, engine, parts
+        self._retain, self._seed, self._offload = retain, seed, offload
 
     @property
     def num_positions(self) -> int | None:

@@ -68,7 +68,7 @@ AttentionInterface.register(NAME, chunk_attention)
 
 
 @contextmanager
-def attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+def attention_of(model: nn.Module, name: str = NAME) -> Iterator[None]:
     """Switch every submodel to the attention called `name`, and back: outside, the model is the user's as it was."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]

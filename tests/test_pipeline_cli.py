@@ -1,7 +1,9 @@
 """`python -m pipeline`: real output, exit codes, and the files it writes."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -133,3 +135,12 @@ def test_costs_read_themselves_back_and_refuse_what_they_do_not_know():
         simulate(SCHEDULES["1f1b"](devices=3, microbatches=3), costs)
     with pytest.raises(PlanError, match="costs have 2 layers; the schedule has a stage of layers 2:3"):
         simulate(SCHEDULES["1f1b"](devices=3, microbatches=3), Costs.uniform(2))
+
+
+def test_the_docs_show_real_output():
+    text = (Path(__file__).parent.parent / "docs" / "pipeline.md").read_text()
+    blocks = re.findall(r"```\n\$ python -m pipeline (.*)\n((?:.*\n)*?)```", text)
+    assert len(blocks) == 2
+    for command, output in blocks:
+        printed = [line.rstrip() for line in call(*command.split()).splitlines()]
+        assert printed == output.splitlines()

@@ -39,6 +39,8 @@ class ProfileConfig:
     most_rows: int = 4096
     sizes: int = 6
     tries: int = 7
+    repeats: int = 3
+    """Back-to-back runs in one try, as chunks follow one another: a link that rested has credit for its first bytes."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,8 +49,10 @@ class ProfileConfig:
                 f"sizes go from {self.least_bytes} to {self.most_bytes} bytes and from {self.least_rows} to "
                 f"{self.most_rows} rows; each needs a smaller and a larger one"
             )
-        if self.sizes < 2 or self.tries < 1:
-            raise MoeConfigError(f"{self.sizes} sizes, {self.tries} tries; give at least 2 and 1")
+        if self.sizes < 2 or self.tries < 1 or self.repeats < 1:
+            raise MoeConfigError(
+                f"{self.sizes} sizes, {self.tries} tries, {self.repeats} repeats; give at least 2, 1 and 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +105,9 @@ def measure(make: Callable[[int], Job], sizes: Sequence[int], config: ProfileCon
     for at, (size, _) in enumerate(order):
         dist.barrier(group)
         began = time.perf_counter()
-        jobs[size]()
-        times[at] = time.perf_counter() - began
+        for _ in range(config.repeats):
+            jobs[size]()
+        times[at] = (time.perf_counter() - began) / config.repeats
     dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
     return [median(t for t, (s, _) in zip(times.tolist(), order, strict=True) if s == size) for size in sizes]
 
@@ -172,8 +177,8 @@ def measure_slowdowns(
         target_s = min(lanes[lane][1](lanes[lane][3]) for lane in (one, other))
         sizes = [_size_for(lanes[lane][1], target_s, lanes[lane][3]) for lane in (one, other)]
         both = [(lanes[lane][0](size), lanes[lane][2]) for lane, size in zip((one, other), sizes, strict=True)]
-        alone = [measure(lambda _, b=b: _together([b]), [1], config, group)[0] for b in both]
-        together = measure(lambda _, both=both: _together(both), [1], config, group)[0]
+        ways = (_together(both[:1]), _together(both[1:]), _together(both))
+        *alone, together = measure(ways.__getitem__, range(3), config, group)
         factor = together / max(alone)
         if factor >= least:
             found["+".join(sorted((one, other)))] = round(factor, 4)

@@ -41,7 +41,9 @@ def test_a_direction_is_the_exhaustive_minimum(profile, load, backward):
     for order, lags in (("fifo", [1]), ("ready", [1, 2, 3, 4])):
         found = best_choice(profile, load, backward=backward, order=order, max_chunks=5)
         every = [simulated(profile, load, r, order, lag, backward) for r in range(1, 6) for lag in lags]
-        assert found.time_s == pytest.approx(min(every), rel=1e-9)
+        assert min(every) * (1 - 1e-9) <= found.time_s <= min(every) * 1.01
+        fewer = [simulated(profile, load, r, order, lag, backward) for r in range(1, found.chunks) for lag in lags]
+        assert all(time_s > min(every) * 1.01 * (1 - 1e-9) for time_s in fewer)
         again = simulated(profile, load, found.chunks, found.order, found.lag, backward)
         assert again == pytest.approx(found.time_s, rel=1e-9)
 
@@ -53,8 +55,8 @@ def test_a_plan_is_never_slower_than_its_peers_and_says_why(profile, load):
     serial_s = sum(serial_time(profile, load, backward=b) for b in (False, True))
     bound = sum(lane_bound(profile, load, backward=b) for b in (False, True))
     assert plan.predicted_serial_s == pytest.approx(serial_s)
-    assert plan.predicted_s <= fixed_s * 1.03
-    assert plan.predicted_s <= serial_s * (1 + 1e-9)
+    assert plan.predicted_s <= fixed_s * 1.03 * 1.01
+    assert plan.predicted_s <= serial_s * 1.01
     if plan.forward_chunks == plan.backward_chunks == fixed_r and not plan.gradient_bytes:
         assert plan.predicted_s == pytest.approx(fixed_s)
     elif plan.schedule != (1, 1, "fifo", 1, 1, 0):
@@ -147,7 +149,7 @@ def test_more_work_never_takes_less(profile, load):
     more = replace(load, gradient_bytes=load.gradient_bytes + 1e6)
     for backward in (False, True):
         one = best_choice(profile, load, backward=backward).time_s
-        assert best_choice(profile, more, backward=backward).time_s >= one * (1 - 1e-9)
+        assert best_choice(profile, more, backward=backward).time_s >= one / 1.01
 
 
 def test_drift():

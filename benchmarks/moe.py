@@ -1,0 +1,172 @@
+"""Planned overlap of MoE layers, beside the best single r and no overlap, on two emulated hosts.
+
+    python -m benchmarks.moe [--quick] [--only grid|models|real] [--json FILE] [--plot FILE]
+
+`grid` and `models`: two network namespaces of two ranks each; the links between and within them are shaped, and the
+communication over them is real and runs through the layer's own autograd function. **The experts' computation is a
+calibrated wait** (four ranks share two cores), the same in all ways. Needs root. Time is that of the slowest rank for
+dispatch, experts, combine, their backward, and the dense gradients; gate and counts are outside, in all ways alike.
+Peers: `fixed` as in Tutel (one r, forward = backward, gradients after; r chosen by measuring), `none` as in
+DeepSpeed-MoE (r = 1, gradients after). `real`: two ranks, real experts, no shaping, beside transformers' and
+DeepSpeed's own layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.claims import print_claims, write_report
+from benchmarks.moe_claims import claims_of
+from moe.netns import TwoHosts, two_hosts, why_not
+
+PARTS = ("grid", "models", "real")
+PORT = 29611
+DEADLINE_S = 3600
+
+
+def run_emulated(parts: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
+    """Run parts on four ranks of two emulated hosts; return their rows."""
+    net = TwoHosts(name=f"b{os.getpid() % 10**6}")
+    options = json.dumps({"quick": quick, "parts": list(parts), "net": net.name})
+    with two_hosts(net), tempfile.TemporaryDirectory(prefix="moe-bench-") as folder, ExitStack() as started:
+        ranks = []
+        for rank in range(4):
+            command = [sys.executable, "-m", "benchmarks.moe_rank", str(rank), str(PORT), folder, options]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": net.interface}
+            process = subprocess.Popen(net.command(rank // 2, command), env=environment)
+            started.callback(process.wait)
+            started.callback(process.kill)
+            ranks.append(process)
+        wait_for(ranks)
+        return json.loads((Path(folder) / "rows.json").read_text())
+
+
+def wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for all ranks; raise as soon as one fails."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        codes = [r.poll() for r in ranks]
+        failed = [i for i, code in enumerate(codes) if code]
+        if failed or time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {failed} failed" if failed else f"not done after {DEADLINE_S} s")
+        if None not in codes:
+            return
+        time.sleep(0.2)
+
+
+def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:
+    """Print one line a row: times, T(r*), gains measured and predicted, and what the hardware model allows."""
+    table = Table(title=f"{part}: ms, medians of interleaved runs; gains are measured (predicted)")
+    for column in ("layer", "comm\nshare", "r fwd/bwd", "fixed\nr", "ours", "T(r*)", "ours/\nT(r*)", "over\nfixed",
+                   "over\nnone", "bound\nover none", "hidden\nof planned"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for row in (r for r in rows if r["part"] == part):
+        chunks = [
+            "/".join(map(str, v if isinstance(v, list) else [v]))
+            for v in (row["forward_chunks"], row["backward_chunks"])
+        ]
+        planned = row["hidden_planned_s"]
+        table.add_row(
+            row["layer"],
+            f"{row['share']:.2f}",
+            f"{chunks[0]} {chunks[1]}{' ready' if row['order'] == 'ready' else ''}",
+            f"{row['fixed_r']}",
+            f"{row['ours_s'] * 1e3:.0f}",
+            f"{row['predicted_s'] * 1e3:.0f}",
+            f"{row['ours_s'] / row['predicted_s']:.3f}",
+            *(
+                f"{row[f'{peer}_s'] / row['ours_s']:.2f} ({row[f'predicted_{peer}_s'] / row['predicted_s']:.2f})"
+                for peer in ("fixed", "none")
+            ),
+            f"{row['none_s'] / row['bound_s']:.2f}",
+            f"{row['hidden_s'] / planned:.2f}" if planned else "-",
+        )
+    Console(width=170).print(table)
+
+
+def print_real(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the layers with real experts."""
+    table = Table(title="real: two ranks, real experts, ms of forward and backward, medians of interleaved runs")
+    for column in ("work", "way", "ms", "ours is", "note"):
+        table.add_column(column)
+    for row in (r for r in rows if r["part"] == "real"):
+        ms = f"{row['seconds'] * 1e3:.1f}" if row["seconds"] is not None else "-"
+        table.add_row(row["work"], row["way"], ms, f"{row['speedup']:.2f}x" if row["speedup"] else "-", row["note"])
+    Console(width=170).print(table)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw measured over predicted gain of every row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 5))
+    for peer, marker in (("fixed", "o"), ("none", "x")):
+        points = [
+            (r[f"predicted_{peer}_s"] / r["predicted_s"], r[f"{peer}_s"] / r["ours_s"])
+            for r in rows
+            if r["part"] != "real"
+        ]
+        axes.plot(*zip(*points, strict=True), marker, linestyle="none", label=f"over {peer}")
+    axes.axline((1, 1), slope=1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("predicted gain")
+    axes.set_ylabel("measured gain")
+    axes.set_title("emulated links, experts as waits")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parse the command line, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer, smaller layers and rounds")
+    parser.add_argument("--only", choices=PARTS, help="run one part")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/moe.json"), metavar="FILE")
+    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="default: beside the JSON, .png")
+    arguments = parser.parse_args()
+    parts = [arguments.only] if arguments.only else list(PARTS)
+    emulated = [part for part in parts if part != "real"]
+    if emulated and (reason := why_not()) is not None:
+        print(f"cannot run {' and '.join(emulated)}: {reason}; run as root on Linux, or --only real", file=sys.stderr)
+        sys.exit(2)
+    # So that hosts and ranks are gone when someone ends this, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rows = run_emulated(emulated, quick=arguments.quick) if emulated else []
+    if "real" in parts:
+        from benchmarks.moe_peers import run_real
+
+        rows += run_real(quick=arguments.quick)
+    for part in emulated:
+        print_rows(rows, part)
+    if "real" in parts:
+        print_real(rows)
+    claims = claims_of(rows, quick=arguments.quick)
+    print_claims(claims)
+    write_report(arguments.json, rows=rows, claims=claims)
+    print(f"rows and claims: {arguments.json}")
+    if emulated:
+        picture = arguments.plot or arguments.json.with_suffix(".png")
+        plot(rows, picture)
+        print(f"plot: {picture}")
+    sys.exit(0 if all(c.met for c in claims) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""One rank of `benchmarks.moe`, on its emulated host: profile the links, plan, run every way in turn, report.
+
+python -m benchmarks.moe_rank RANK PORT FOLDER OPTIONS        (started by benchmarks.moe)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.moe_layers import BenchLayer, grid, models
+from benchmarks.moe_stack import Stack, World, make_world
+from moe.cost import LayerLoad, Profile, gradient_time, lane_bound, serial_time, stage_times
+from moe.issue import Span
+from moe.metrics import covered
+from moe.netns import TwoHosts, reshape
+from moe.plan import COMPUTE, DISPATCH, GRADIENT, INTRA, SCATTER, LayerPlan
+from moe.planner import best_fixed, fixed_time, plan_layer
+from moe.profiler import Links, ProfileConfig, agree_on_plans, make_profile
+from moe.simulate import predict
+from moe.spread import plan_model
+
+SHARES = (0.3, 0.5, 0.7)
+"""Of communication in the serial layer; the links' speeds are swept to get there, the experts stay as they are."""
+MIDDLE = (400.0, 2000.0)
+"""Mbit/s between and within hosts, for a share of 0.5."""
+FIXED = (1, 2, 3, 4, 6, 8, 12)
+"""What the best single r is chosen from."""
+
+
+class Bench:
+    """What all measurements of a rank share."""
+
+    def __init__(self, rank: int, folder: Path, options: dict[str, Any]) -> None:
+        self.rank, self.folder, self.options = rank, folder, options
+        self.quick: bool = options["quick"]
+        self.world: World = make_world()
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def rounds(self) -> int:
+        """Interleaved repetitions of each way."""
+        return 3 if self.quick else 5
+
+    def set_speed(self, share: float) -> None:
+        """Change the links of both hosts, for communication to have this share where at 0.5 it equals computation."""
+        faster = (1 - share) / share
+        dist.barrier()
+        if self.rank == 0:
+            net = TwoHosts(name=self.options["net"])
+            reshape(net, inter_mbit=MIDDLE[0] * faster, intra_mbit=MIDDLE[1] * faster)
+        dist.barrier()
+
+    def profile(self, layers: Sequence[BenchLayer]) -> Profile:
+        """Measure links and waits at the present speed. Expert rows are microseconds of waiting in forward."""
+        world = self.world
+        links = Links(
+            inter=world.inter,
+            ep=world.ep,
+            intra=world.intra,
+            esp=world.lanes.esp,
+            gradients=world.gradients,
+        )
+        config = ProfileConfig(
+            least_bytes=64 << 10,
+            most_bytes=2 * max(layer.exchange_bytes for layer in layers),
+            least_rows=1000,
+            most_rows=100_000,
+            sizes=5 if self.quick else 7,
+            tries=5 if self.quick else 9,
+        )
+        return make_profile(
+            links,
+            expert_forward=lambda us: lambda: time.sleep(us * 1e-6),
+            expert_backward=lambda us: lambda: time.sleep(us * 2e-6),
+            config=config,
+            progress=lambda _: self.world.spans.clear(),
+        )
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def load_of(layer: BenchLayer, expert_s: float, *, gradients: bool = True) -> LayerLoad:
+    """Return what the planner is told of a layer."""
+    return LayerLoad(
+        exchange_bytes=layer.exchange_bytes,
+        gather_bytes=layer.gather_bytes,
+        expert_rows=expert_s * 1e6,
+        gradient_bytes=layer.gradient_bytes if gradients else 0,
+        slice_bytes=layer.slice_bytes,
+    )
+
+
+def communication_s(profile: Profile, layer: BenchLayer) -> float:
+    """Return the seconds of communication of the serial layer, forward, backward and gradients."""
+    t = stage_times(profile, load_of(layer, 0), 1, backward=True)
+    return 4 * t.all_to_all + 2 * (t.gather + t.scatter) + t.gradient
+
+
+def run_grid(bench: Bench) -> None:
+    """Measure every layer at every link speed: ours, the best single r, no overlap."""
+    layers = grid(quick=bench.quick)
+    bench.set_speed(0.5)
+    middle = bench.profile(layers)
+    expert_s = [communication_s(middle, layer) / 3 for layer in layers]
+    for share in SHARES:
+        bench.set_speed(share)
+        profile = bench.profile(layers)
+        bench.say(f"share {share}: {profile.to_json()}")
+        for layer, e in zip(layers, expert_s, strict=True):
+            bench.rows.append(grid_row(bench, profile, layer, e, share))
+            bench.say(json.dumps(bench.rows[-1]))
+
+
+def grid_row(bench: Bench, profile: Profile, layer: BenchLayer, expert_s: float, share: float) -> dict[str, Any]:
+    load = load_of(layer, expert_s)
+    plan = agree_on_plans({"layer": plan_layer(profile, load)})["layer"]
+    stack = Stack(bench.world, [layer], [expert_s], [layer.gradient_bytes, 0])
+    fixed_r = search_fixed(stack, best_fixed(profile, load)[0])
+    ways = {"ours": plan, "fixed": LayerPlan(fixed_r, fixed_r), "none": LayerPlan(1, 1)}
+    measured, hidden = interleave(bench, stack, {name: [p] for name, p in ways.items()})
+    serial_s = sum(serial_time(profile, load, backward=b) for b in (False, True))
+    planned = planned_hidden(profile, load, plan)
+    return {
+        "part": "grid", "layer": layer.name, "share_target": share,
+        "share": communication_s(profile, layer) / serial_s,
+        "forward_chunks": plan.forward_chunks, "backward_chunks": plan.backward_chunks, "order": plan.order,
+        "fixed_r": fixed_r, "gradient_ratio": layer.gradient_bytes / layer.exchange_bytes,
+        **{f"{name}_s": seconds for name, seconds in measured.items()},
+        "predicted_s": plan.predicted_s, "predicted_fixed_s": sum(fixed_time(profile, load, fixed_r)),
+        "predicted_none_s": serial_s,
+        "bound_s": sum(lane_bound(profile, load, backward=b) for b in (False, True)),
+        "hidden_planned_s": planned, "hidden_s": hidden,
+    }  # fmt: skip
+
+
+def search_fixed(stack: Stack, predicted: int) -> int:
+    """Return the single r that is fastest when measured, in runs of their own: each twice, the faster counts."""
+    tried = {r: min(stack.step([LayerPlan(r, r)] * len(stack.layers)) for _ in range(2)) for r in {*FIXED, predicted}}
+    return min(tried, key=lambda r: tried[r])
+
+
+def interleave(bench: Bench, stack: Stack, ways: dict[str, list[LayerPlan]]) -> tuple[dict[str, float], float]:
+    """Run every way once a round, in turning order; return medians, and the median of what `ours` hid."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    hidden: list[float] = []
+    names = list(ways)
+    for i in range(bench.rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(stack.step(ways[name]))
+            if name == "ours":
+                hidden.append(measured_hidden(bench.world.spans))
+    mine = torch.tensor([median(hidden)], dtype=torch.float64)
+    dist.all_reduce(mine, dist.ReduceOp.MIN)
+    return {name: median(values) for name, values in times.items()}, mine.item()
+
+
+def measured_hidden(spans: Sequence[Span]) -> float:
+    """Return the seconds of gradient slices, before the flush, during which experts or the intra-node link ran."""
+    slices = [(s.t0_ns, s.t1_ns) for s in spans if s.op == "gradient" and s.layer != "flush"]
+    computed = [(s.t0_ns, s.t1_ns) for s in spans if s.link == COMPUTE]
+    dispatched = [s.t1_ns for s in spans if DISPATCH in s.op]
+    moved = [
+        (_work_began(s, [end for _, end in computed] if SCATTER in s.op else dispatched), s.t1_ns)
+        for s in spans
+        if s.link == INTRA
+    ]
+    return covered(slices, [*computed, *moved]) * 1e-9
+
+
+def _work_began(span: Span, before: Sequence[int]) -> int:
+    """An operation waits on its lane for what it moves: from the last such moment on it surely works."""
+    return max([span.t0_ns, *(end for end in before if end <= span.t1_ns)])
+
+
+def planned_hidden(profile: Profile, load: LayerLoad, plan: LayerPlan) -> float:
+    """Return the same of the predicted timeline."""
+    if not plan.gradient_bytes:
+        return 0.0
+    r = plan.backward_chunks
+    t = stage_times(profile, replace(load, gradient_bytes=plan.gradient_bytes), r, backward=True)
+    events = predict(profile, t, r, order=plan.order, lag=plan.backward_lag)
+    slices = [(e.t0_s, e.t1_s) for e in events if e.op.name == GRADIENT]
+    others = [(e.t0_s, e.t1_s) for e in events if e.lane in (COMPUTE, INTRA)]
+    return covered(slices, others)
+
+
+def run_models(bench: Bench) -> None:
+    """Measure the three model-shaped stacks: a layer hides the gradients of the layer above; the top one has none."""
+    stacks = models(quick=bench.quick)
+    bench.set_speed(0.5)
+    every = [layer for layers in stacks for layer in layers]
+    middle = bench.profile(every)
+    for share in SHARES:
+        bench.set_speed(share)
+        profile = bench.profile(every)
+        for layers in stacks:
+            expert_s = communication_s(middle, layers[0]) / 3
+            bench.rows.append(model_row(bench, profile, layers, expert_s, share))
+            bench.say(json.dumps(bench.rows[-1]))
+
+
+def model_row(
+    bench: Bench, profile: Profile, layers: list[BenchLayer], expert_s: float, share: float
+) -> dict[str, Any]:
+    count = len(layers)
+    gradient = layers[0].gradient_bytes
+    ready = [0, *[gradient] * count]
+    loads = [load_of(layer, expert_s, gradients=False) for layer in layers]
+    plans = plan_model(profile, loads, ready, quantum=layers[0].slice_bytes)
+    plans = list(agree_on_plans({str(i): p for i, p in enumerate(plans)}).values())
+    stack = Stack(bench.world, layers, [expert_s] * count, ready)
+    fixed_r = search_fixed(stack, best_fixed(profile, loads[0])[0])
+    ways = {"ours": plans, "fixed": [LayerPlan(fixed_r, fixed_r)] * count, "none": [LayerPlan(1, 1)] * count}
+    measured, hidden = interleave(bench, stack, ways)
+    flush = gradient_time(profile, replace(loads[0], gradient_bytes=sum(ready) - sum(p.gradient_bytes for p in plans)))
+    after = gradient_time(profile, replace(loads[0], gradient_bytes=sum(ready)))
+    serial_s = after + sum(serial_time(profile, load, backward=b) for load in loads for b in (False, True))
+    bound = sum(lane_bound(profile, load, backward=b) for load in loads for b in (False, True))
+    return {
+        "part": "models", "layer": layers[0].name, "layers": count, "share_target": share,
+        "share": 1 - 3 * expert_s * count / serial_s,
+        "forward_chunks": [p.forward_chunks for p in plans], "backward_chunks": [p.backward_chunks for p in plans],
+        "gradient_bytes": [p.gradient_bytes for p in plans], "order": plans[0].order, "fixed_r": fixed_r,
+        **{f"{name}_s": seconds for name, seconds in measured.items()},
+        "predicted_s": flush + sum(p.predicted_s for p in plans),
+        "predicted_fixed_s": after + sum(sum(fixed_time(profile, load, fixed_r)) for load in loads),
+        "predicted_none_s": serial_s,
+        "bound_s": max(bound, 3 * expert_s * count),
+        "hidden_planned_s": sum(planned_hidden(profile, load, p) for load, p in zip(loads, plans, strict=True)),
+        "hidden_s": hidden,
+    }  # fmt: skip
+
+
+PARTS = {"grid": run_grid, "models": run_models}
+
+
+def main() -> None:
+    """Join the world, run the parts, and let rank 0 write the rows."""
+    rank, port, folder, options = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+    torch.set_num_threads(1)
+    address = TwoHosts(name=options["net"]).addresses[0]
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=4, timeout=timedelta(seconds=120)
+    )
+    bench = Bench(rank, folder, options)
+    for part in options["parts"]:
+        PARTS[part](bench)
+        if rank == 0:
+            (folder / "rows.json").write_text(json.dumps(bench.rows))
+    bench.world.lanes.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m moe`."""
+
+from moe.cli import main
+
+main()

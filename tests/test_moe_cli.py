@@ -1,0 +1,149 @@
+"""`python -m moe`: what a person and a program see, and how each command fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from moe import cli
+from moe.cost import Line, Profile
+from moe.issue import Span
+from moe.measuring import ExpertShape, profile_world
+from moe.metrics import covered, load_balance, union
+from moe.plan import LayerPlan
+from moe.profiler import ProfileConfig
+from moe.tracing import from_spans, read_events, write_events
+from tests.spawn import run_ranks
+
+LOAD = ["--exchange-bytes", "4e6", "--expert-rows", "2000", "--gather-bytes", "8e6", "--gradient-bytes", "3e6"]
+
+
+@pytest.fixture
+def profile(tmp_path):
+    link = Line(1e-3, 1e-8)
+    made = Profile(
+        all_to_all=link, all_reduce=link, all_gather=Line(1e-3, 4e-9), reduce_scatter=Line(1e-3, 4e-9),
+        expert_forward=Line(1e-5, 2e-5), expert_backward=Line(1e-5, 4e-5), residuals={"all_to_all": 0.03},
+    )  # fmt: skip
+    path = tmp_path / "profile.json"
+    path.write_text(made.to_json())
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def failing(monkeypatch, capsys, *arguments):
+    """Run as a process would; return its exit code and what it said."""
+    monkeypatch.setattr(sys, "argv", ["moe", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_plan_as_json_and_as_text(profile, tmp_path):
+    done = run("plan", "--profile", profile, *LOAD, "--json", "--out", str(tmp_path / "plan.json"))
+    assert done.exit_code == 0
+    made = json.loads(done.stdout)
+    assert {"forward_chunks", "backward_chunks", "predicted_s", "predicted_serial_s", "reasons"} <= made.keys()
+    assert made["predicted_s"] < made["predicted_serial_s"]
+    assert LayerPlan.from_json((tmp_path / "plan.json").read_text()) == LayerPlan.from_json(done.stdout)
+    text = run("plan", "--profile", profile, *LOAD).stdout
+    assert text.startswith(f"forward r={made['forward_chunks']}, backward r={made['backward_chunks']}")
+    assert all(reason in text for reason in made["reasons"])
+    assert text in (Path(__file__).parent.parent / "docs" / "moe_planner.md").read_text()
+
+
+def test_simulate_follows_the_plan_and_its_events_can_be_drawn(profile, tmp_path):
+    plan, events = tmp_path / "plan.json", tmp_path / "events.jsonl"
+    run("plan", "--profile", profile, *LOAD, "--out", str(plan))
+    done = run("simulate", "--profile", profile, *LOAD, "--plan", str(plan), "--events", str(events), "--json")
+    shown = json.loads(done.stdout)
+    end_s = max(e["t1_s"] for e in shown["events"])
+    assert end_s == pytest.approx(shown["plan"]["predicted_backward_s"])
+    assert len(shown["events"]) == 5 * shown["plan"]["backward_chunks"] + 1
+    assert "dispatch 0" in run("simulate", "--profile", profile, *LOAD).stdout
+
+    measured = tmp_path / "measured.jsonl"
+    spans = [Span("inter", "3", "dispatch 0", 5_000, 9_000), Span("compute", "3", "expert", 9_000, 20_000)]
+    write_events(measured, from_spans(spans, rank=0, step=7))
+    assert read_events(measured)[0].name == "dispatch 0 3"
+    svg, perfetto = tmp_path / "lanes.svg", tmp_path / "lanes.json"
+    written = run("trace", str(measured), "--predicted", str(events), "--svg", str(svg), "--perfetto", str(perfetto))
+    assert written.exit_code == 0
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    made = json.loads(perfetto.read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in made if e["name"] == "process_name"}
+    assert names == {"predicted", "rank 0"}
+    bar = next(e for e in made if e["ph"] == "X" and e["name"] == "dispatch 0 3")
+    assert (bar["ts"], bar["dur"], bar["args"]["step"]) == (0, 4.0, 7)
+
+
+def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, capsys):
+    code, said = failing(monkeypatch, capsys, "plan", "--profile", str(tmp_path / "none.json"), *LOAD)
+    assert code == 2
+    assert "No such file" in said
+    (tmp_path / "bad.json").write_text("[]")
+    code, said = failing(monkeypatch, capsys, "plan", "--profile", str(tmp_path / "bad.json"), *LOAD)
+    assert code == 2
+    assert "not a profile" in said
+    code, said = failing(monkeypatch, capsys, "plan", "--profile", profile, *LOAD, "--memory-bytes", "100")
+    assert code == 2
+    assert "raise the limit or give each rank fewer tokens" in said
+    code, said = failing(monkeypatch, capsys, "plan", "--profile", profile, *LOAD, "--slice-bytes", "-1")
+    assert (code, "slice_bytes is -1.0" in said) == (2, True)
+    code, said = failing(monkeypatch, capsys, "profile")
+    assert code == 2
+    assert "torchrun --nproc-per-node 4 -m moe profile" in said
+    (tmp_path / "events.jsonl").write_text('{"rank": 0}\n')
+    code, said = failing(monkeypatch, capsys, "trace", str(tmp_path / "events.jsonl"), "--svg", str(tmp_path / "x.svg"))
+    assert code == 2
+    assert "events.jsonl line 1 is no trace event" in said
+    code, said = failing(monkeypatch, capsys, "trace", str(tmp_path / "events.jsonl"))
+    assert (code, "give --perfetto FILE, --svg FILE or both" in said) == (2, True)
+    assert run("plan", "--profile", profile).exit_code == 2
+    assert run("netns", "up", "--inter-mbit", "fast").exit_code == 2
+
+
+def test_help_names_every_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "moe", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert all(name in done.stdout for name in ("profile", "plan", "simulate", "trace", "netns"))
+
+
+def profiled(info, esp):
+    config = ProfileConfig(most_bytes=1 << 18, most_rows=64, sizes=3, tries=1, repeats=1)
+    return profile_world(config, esp=esp, experts=ExpertShape(width=16, inner=16, count=2)).to_json()
+
+
+def test_profile_measures_links_and_real_experts():
+    texts = run_ranks(profiled, 4, 2)
+    assert len(set(texts)) == 1
+    made = Profile.from_json(texts[0])
+    assert made.all_gather(1e5) > 0
+    assert made.expert_backward(64) > 0
+    plain = Profile.from_json(run_ranks(profiled, 2, 1)[0])
+    assert plain.all_gather(1e5) == 0
+
+
+def test_load_balance():
+    even = load_balance([5, 5, 5, 5])
+    assert (even["moe/imbalance"], even["moe/entropy"], even["moe/dead"]) == (1.0, pytest.approx(1.0), 0.0)
+    one = load_balance([8, 0], prefix="layer 3")
+    assert one == {
+        "layer 3/imbalance": 2.0, "layer 3/entropy": 0.0, "layer 3/dead": 1.0, "layer 3/expert_0": 1.0,
+        "layer 3/expert_1": 0.0,
+    }  # fmt: skip
+    assert load_balance([0, 0])["moe/dead"] == 2.0
+
+
+def test_covered():
+    assert union([(5, 6), (0, 2), (1, 3), (4, 4)]) == [(0, 3), (5, 6)]
+    assert covered([(0, 10)], [(2, 3), (2, 4), (9, 12)]) == 3
+    assert covered([], [(0, 1)]) == 0

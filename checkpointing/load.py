@@ -125,17 +125,26 @@ def _blocks(entries: Sequence[TensorEntry], owners: Sequence[object]) -> list[tu
 def read_part(folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, alive: Callable[[], None]) -> Buffers:
     """Read and verify what the plan gives to this rank. Raises IntegrityError naming file and tensor.
 
-    The headers of the files that this rank reads of are verified too.
+    A rank that reads the first bytes of a file verifies its header, too.
     """
     needed = [task for task in plan.tasks if task.reader == rank or rank in task.takers]
     buffers = Buffers([task.entry for task in needed], [(task.reader, task.shared) for task in needed])
     mine = [task.entry for task in needed if task.reader == rank]
+    heads = {file for file, reader in first_readers(plan).items() if reader == rank}
     place = folder.at(manifest.step)
     fills = [Fill(entry, buffers.of[entry].numpy().data) for entry in mine]
     read_fills(folder.storage, place, manifest.piece_bytes, fills, alive)
     # Last: format 1 has one hash for header and tensors together, and then a tensor is the better name.
-    _check_heads(folder, manifest, {entry.file for entry in mine})
+    _check_heads(folder, manifest, heads)
     return buffers
+
+
+def first_readers(plan: LoadPlan) -> dict[str, int]:
+    """Return which rank verifies the header of each file: the one that reads its first bytes."""
+    readers: dict[str, int] = {}
+    for task in plan.tasks:
+        readers.setdefault(task.entry.file, task.reader)
+    return readers
 
 
 def hand_over(exchange: Exchange, plan: LoadPlan, buffers: Buffers, wants: Sequence[Wants]) -> None:

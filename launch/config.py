@@ -11,6 +11,7 @@ from typing import Literal
 
 from chunkflow.config import PlannerConfig
 from launch.errors import ConfigError
+from pipeline.config import PipelineConfig
 
 
 def _at_least(low: float, **values: float | None) -> None:
@@ -212,6 +213,8 @@ class FinetuneConfig:
     """What it is trained on."""
     chunks: ChunksConfig = field(default_factory=ChunksConfig)
     """How sequences become chunks."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """How the layers of the model are spread over ranks."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, and the clipping before it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -17,6 +17,7 @@ import sys
 
 from checkpointing.errors import CheckpointError
 from chunkflow.errors import ChunkflowError
+from pipeline.errors import PipelineError, WatchdogError
 
 
 class LaunchError(Exception):
@@ -55,7 +56,7 @@ class TrainingError(LaunchError):
     """Training went wrong; the last checkpoint is intact."""
 
 
-KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError)
+KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError, PipelineError)
 """What a command prints as one line; anything else is a mistake of ours and keeps its traceback."""
 
 EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -64,4 +65,4 @@ EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 def report_error(rank: int, error: Exception) -> int:
     """Print an error as a rank's one line and return the exit code that belongs to it."""
     print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-    return EXIT_CHECK_FAILED if isinstance(error, TrainingError) else EXIT_BAD_INPUT
+    return EXIT_CHECK_FAILED if isinstance(error, TrainingError | WatchdogError) else EXIT_BAD_INPUT

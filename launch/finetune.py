@@ -126,9 +126,10 @@ def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
     peak = max(job.world.board.gather("peak memory", peak_resident_bytes()))
-    if job.world.rank != 0:
+    model = job.whole_model()
+    if model is None:
         return
-    replace_folder(folder.model, job.export)
+    replace_folder(folder.model, lambda path: job.export(path, model))
     summary = summarize(
         read_metrics(folder.metrics),
         steps=job.state.step,

@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def global_grad_norm(params: Iterable[nn.Parameter]) -> Tensor:
+def global_grad_norm(params: Iterable[nn.Parameter], *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the 2-norm of all gradients together, fp32 or wider, 0-d; 0 where there are none.
 
-    Gradients are whole on every rank here, so the norm is too, and no rank asks another.
+    Without a group, gradients are whole on every rank, so the norm is too, and no rank asks another. With one, its
+    ranks hold different parameters (a pipeline's): every rank of it calls, with those that it answers for, a tied one
+    on one rank only; the same norm returns on each.
     """
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
         for grad in _gradients(params)
     ]
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total = torch.zeros(())
+    if norms:
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if group is None:
+        return total
+    square = total.double().square().reshape(1)
+    dist.all_reduce(square, group=group)
+    return square[0].sqrt()
 
 
 @torch.no_grad()

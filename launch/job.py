@@ -6,25 +6,26 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from chunkflow import ChunkLoader, ChunkRunner, StepBatch
+from chunkflow import ChunkLoader, StepBatch
 from chunkflow.plan import StepPlan
 from chunkflow.sources import Source
 from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World
 from launch.errors import TrainingError
-from launch.gradnorm import clip_, global_grad_norm
-from launch.mesh import make_mesh
+from launch.gradnorm import clip_
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
 from launch.optimizer import apply_settings, build_optimizer
+from launch.partial import WholeModel
+from launch.pipeline_job import Place, check_whole_samples, find_place
 from launch.rng import seed_rngs
+from launch.runners import Runner, make_runner
 from launch.schedule import learning_rate
 from launch.state import TrainState
 
@@ -39,13 +40,17 @@ class Job:
     config: FinetuneConfig
     world: World
     data: Data
-    model: PreTrainedModel
+    model: nn.Module
+    """What this rank holds of the model."""
+    whole: WholeModel
     loader: ChunkLoader
-    runner: ChunkRunner
+    runner: Runner
     optimizer: Optimizer
     state: TrainState
     held_out: tuple[StepBatch, ...]
     """The held-out samples as steps, loaded once."""
+    pipeline: str | None = None
+    """How the model is spread over ranks, in words."""
 
     @property
     def total_steps(self) -> int:
@@ -60,7 +65,7 @@ class Job:
         settings = self.config.optimizer
         lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
         loss = float(self.runner.forward_backward(batch))
-        norm = global_grad_norm(self.model.parameters())
+        norm = self.runner.grad_norm()
         require_finite(batch.step + 1, loss, float(norm))
         if settings.clip_norm is not None:
             clip_(self.model.parameters(), norm, settings.clip_norm)
@@ -79,10 +84,14 @@ class Job:
         self.model.train()
         return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
 
-    def export(self, folder: Path) -> None:
+    def whole_model(self) -> PreTrainedModel | None:
+        """Return the whole model on rank 0, None on the others. Every rank calls."""
+        return self.runner.gather(lambda: build_model(self.config.model, self.data.tokenizer, self.world.device))
+
+    def export(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the model and its tokenizer as transformers saves them."""
         logging.disable_progress_bar()  # transformers' own, on our way out
-        self.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         if self.data.tokenizer is not None:
             self.data.tokenizer.save_pretrained(folder)
 
@@ -114,41 +123,46 @@ def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> Ste
 
 def prepare(config: FinetuneConfig, world: World) -> Job:
     """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
-    mesh = make_mesh(world.device.type, world.world_size)  # a collective: not where one rank may fail alone
+    place = find_place(config.pipeline, world)  # collectives: not where one rank may fail alone
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
-    job = world.board.together("model", lambda: _assemble(config, world, data, mesh.get_group("dp")))
-    share_weights(job.model)
-    return job
+    model = world.board.together("model", lambda: _build(config, world, data))
+    share_weights(model)
+    return world.board.together("job", lambda: _assemble(config, world, data, model, place))
 
 
-def _assemble(config: FinetuneConfig, world: World, data: Data, group: ProcessGroup) -> Job:
+def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
     seed_rngs(config.run.seed)  # the same weights on every rank
     model = build_model(config.model, data.tokenizer, world.device)
     check_vocabulary(data.train, vocabulary_size(model))
-    loader = _loader(data.train, config, world, epochs=config.run.epochs)
-    runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
-    for source in (data.train, data.held_out):
-        if source is not None:
-            check_lengths(source, runner.num_positions)
-    optimizer = build_optimizer(model, config.optimizer)
-    place = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-    state = TrainState(model, optimizer, loader, seed=config.run.seed, **place)
-    held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, world, epochs=1))
+    return model
+
+
+def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrainedModel, place: Place) -> Job:
+    loader = _loader(data.train, config, place, epochs=config.run.epochs)
+    sources = [source for source in (data.train, data.held_out) if source is not None]
+    check_whole_samples(config, max(int(source.lengths.max()) for source in sources))
+    runner = make_runner(model, config, place)
+    for source in sources:
+        check_lengths(source, runner.num_positions)
+    optimizer = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
+    rank = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
+    state = TrainState(runner.model, optimizer, loader, seed=config.run.seed, whole=runner.whole, **rank)
+    held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
-        config=config, world=world, data=data, model=model, loader=loader, runner=runner, optimizer=optimizer,
-        state=state, held_out=held_out,
+        config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
+        optimizer=optimizer, state=state, held_out=held_out, pipeline=runner.description,
     )  # fmt: skip
 
 
-def _loader(source: Source, config: FinetuneConfig, world: World, *, epochs: int) -> ChunkLoader:
+def _loader(source: Source, config: FinetuneConfig, place: Place, *, epochs: int) -> ChunkLoader:
     chunks = config.chunks
     return ChunkLoader(
         source,
         chunk_tokens=chunks.chunk_tokens,
         global_batch=chunks.global_batch,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=place.data_rank,
+        world_size=place.data_size,
         retain=chunks.retain,
         pair_cost=chunks.pair_cost,
         seed=config.run.seed,

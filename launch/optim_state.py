@@ -6,7 +6,7 @@ every slot to the parameter's dtype, which would cut fp32 moments of bf16 parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,21 @@ CLASS = "optim_class"
 
 
 class NamedOptimizer:
-    """An optimizer together with the names of its parameters."""
+    """An optimizer together with the names of its parameters.
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    `groups`, where a rank holds a part of the model, are the names in each group as they would be for the whole of it:
+    what is saved says the same on every rank, and does not depend on the cut.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, names: Mapping[Tensor, str], *, groups: Sequence[Sequence[str]] | None = None
+    ) -> None:
         self.optimizer = optimizer
+        if groups is not None and len(groups) != len(optimizer.param_groups):
+            raise ResumeError(
+                f"the optimizer has {len(optimizer.param_groups)} parameter groups, and the whole model's {len(groups)}"
+            )
+        self._groups = None if groups is None else [list(group) for group in groups]
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param not in names:
@@ -37,7 +48,7 @@ class NamedOptimizer:
     def state(self) -> dict[str, Any]:
         """Return the state, flat; also before the first step, when most optimizers have none."""
         flat: dict[str, Any] = {CLASS: type(self.optimizer).__name__}
-        flatten(GROUPS, [self._settings(group) for group in self.optimizer.param_groups], flat)
+        flatten(GROUPS, self._all_settings(), flat)
         for param, slots in self.optimizer.state.items():
             for slot, value in slots.items():
                 flatten(f"optim.{self._names[param]}.{slot}", value, flat)
@@ -51,14 +62,16 @@ class NamedOptimizer:
         if flat[CLASS] != type(self.optimizer).__name__:
             yield f"the optimizer was {flat[CLASS]} and is {type(self.optimizer).__name__}"
         saved = unflatten(GROUPS, flat)
-        groups = self.optimizer.param_groups
-        if [group["params"] for group in saved] != [self._settings(group)["params"] for group in groups]:
+        groups = self._all_settings()
+        if [group["params"] for group in saved] != [group["params"] for group in groups]:
             yield (
                 f"the optimizer's parameter groups were of {[len(group['params']) for group in saved]} parameters and "
                 f"are of {[len(group['params']) for group in groups]}, or of others"
             )
-        live = {name: param for param, name in self._names.items()}
+        live, elsewhere = {name: param for param, name in self._names.items()}, self._elsewhere()
         for name, slot in self._slots(flat):
+            if name in elsewhere:
+                continue
             if name not in live:
                 yield f"optim.{name}.{slot} is of a parameter that the model does not have"
                 continue
@@ -80,18 +93,27 @@ class NamedOptimizer:
         }
         self.optimizer.state.clear()
         for name, slot in self._slots(flat):
+            if name not in live:  # another rank's
+                continue
             param = live[name]
             # As torch does it: the step count stays on the CPU unless the kernel reads it.
             stays = slot == "step" and not capturable.get(id(param))
             value = unflatten(f"optim.{name}.{slot}", flat)
             self.optimizer.state[param][slot] = _copied(value, None if stays else param.device)
 
-    def _settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return {**group, "params": [self._names[param] for param in group["params"]]}
+    def _all_settings(self) -> list[dict[str, Any]]:
+        """Return the settings of every group, with its parameters by name."""
+        groups = self.optimizer.param_groups
+        names = self._groups or [[self._names[param] for param in group["params"]] for group in groups]
+        return [{**group, "params": members} for group, members in zip(groups, names, strict=True)]
+
+    def _elsewhere(self) -> set[str]:
+        """Return the parameters of the whole model that this rank does not hold."""
+        return {name for group in self._groups or () for name in group} - set(self._names.values())
 
     def _slots(self, flat: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Yield (parameter name, slot) of every saved slot, not of the members of an expanded one."""
-        names = set(self._names.values())
+        names = {*self._names.values(), *self._elsewhere()}
         for key in roots(flat):
             if not key.startswith("optim."):
                 continue

@@ -6,16 +6,18 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from launch.config import OptimizerConfig
+from launch.partial import WholeModel
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Return AdamW over the parameters that are trained."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, whole: WholeModel | None = None) -> Optimizer:
+    """Return AdamW over the parameters that are trained; with the groups of the whole model, if `model` is a part."""
     trained = [param for param in model.parameters() if param.requires_grad]
     groups = [
         {"params": [param for param in trained if param.ndim >= 2], "decayed": True},
         {"params": [param for param in trained if param.ndim < 2], "decayed": False},
     ]
-    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr)
+    filled = [group["params"] for group in groups] if whole is None else whole.groups_by_kind()
+    optimizer = AdamW([group for group, some in zip(groups, filled, strict=True) if some], lr=config.lr)
     apply_settings(optimizer, config, lr=config.lr)
     return optimizer
 

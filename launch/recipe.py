@@ -12,11 +12,12 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from chunkflow.errors import PlanError
+from chunkflow.errors import ChunkflowError
 from launch.board import Board
 from launch.config import FinetuneConfig
 from launch.errors import KNOWN_ERRORS, ConfigError
 from launch.files import write_json
+from pipeline.errors import PipelineError
 
 
 def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> FinetuneConfig:
@@ -34,7 +35,7 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
         _check_filled(FinetuneConfig, parsed)
         values = parser.instantiate(parsed)
         return FinetuneConfig(**{entry.name: values[entry.name] for entry in fields(FinetuneConfig)})
-    except (ArgumentError, PlanError, UnicodeDecodeError) as error:
+    except (ArgumentError, ChunkflowError, PipelineError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{text}; see --help for the settings") from error
 

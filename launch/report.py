@@ -109,8 +109,10 @@ def describe_job(job: Job, console: Console) -> None:
         f"{len(lengths)} samples, {lengths.sum():,} tokens, the longest {lengths.max():,}; "
         f"{0 if held_out is None else len(held_out)} more held out"
     )
-    size = sum(param.numel() for param in job.model.parameters())
     console.print(
-        f"{type(job.model).__name__} of {size:,} parameters on {job.world.world_size} x {job.world.device.type}; "
-        f"{job.total_steps} steps, chunks of {job.config.chunks.chunk_tokens} tokens, retain {job.config.chunks.retain}"
+        f"{job.whole.kind} of {job.whole.num_parameters:,} parameters on {job.world.world_size} x "
+        f"{job.world.device.type}; {job.total_steps} steps, "
+        f"chunks of {job.config.chunks.chunk_tokens} tokens, retain {job.config.chunks.retain}"
     )
+    if job.pipeline is not None:
+        console.print(job.pipeline)

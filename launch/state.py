@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from chunkflow.world import resolve_place
 from launch.errors import ResumeError
 from launch.optim_state import NamedOptimizer
+from launch.partial import WholeModel
 from launch.rng import rng_state, seed_rngs, set_rng_state
 
 _SHOWN = 3
@@ -40,7 +41,8 @@ class TrainState:
     """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
 
     The optimizer may be any of torch's; it must be made from the model's parameters. `rank` and `world_size` default to
-    those of the default process group, or to one process where there is none.
+    those of the default process group, or to one process where there is none. `whole` describes the model of which
+    `model` is this rank's part: a checkpoint then has the names of the whole, whatever the cut, and loads into any.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TrainState:
         world_size: int | None = None,
         seed: int = 0,
         device: torch.device | None = None,
+        whole: WholeModel | None = None,
     ) -> None:
         self.step = 0
         self.notes: tuple[str, ...] = ()
@@ -61,7 +64,9 @@ class TrainState:
         self._rank, self._world_size = resolve_place(rank, world_size)
         self._seed = seed
         self._device = device or torch.device("cpu")
-        self._optimizer = NamedOptimizer(optimizer, {param: name for name, param in model.named_parameters()})
+        self._elsewhere = set() if whole is None else set(whole.shapes) - set(self._tensors())
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        self._optimizer = NamedOptimizer(optimizer, names, groups=None if whole is None else whole.groups())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, flat. The tensors are the live ones, not copies."""
@@ -111,7 +116,8 @@ class TrainState:
                 yield f"{name} is not in it"
             elif saved.shape != tensor.shape or saved.dtype != tensor.dtype:
                 yield (f"{name} was {list(saved.shape)} of {saved.dtype} and is {list(tensor.shape)} of {tensor.dtype}")
-        yield from (f"{name} is not in the model" for name in flat if name.startswith("model.") and name not in live)
+        known = live.keys() | {f"model.{name}" for name in self._elsewhere}
+        yield from (f"{name} is not in the model" for name in flat if name.startswith("model.") and name not in known)
 
     def _load_rngs(self, flat: Mapping[str, Any]) -> None:
         saved = {int(name.split(".")[1]) for name in flat if name.startswith("rng.")}

@@ -72,16 +72,17 @@ class ModuleExperts(nn.Module):
         return torch.cat(out) if out else rows_ND
 
 
-def slice_inner(gate_up_EID: Tensor, down_EDI: Tensor, member: int, num_members: int) -> tuple[Tensor, Tensor]:
-    """Return the slices of both stacks that one rank of the `esp` axis holds, as copies. I must divide."""
-    inner = down_EDI.shape[2] // num_members
-    own = slice(member * inner, (member + 1) * inner)
-    halves = [half[:, own] for half in gate_up_EID.chunk(2, dim=1)]
-    return torch.cat(halves, dim=1), down_EDI[:, :, own].clone()
+INNER = {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
+"""Of each stack: the dimension that holds I, and how many halves lie there one after the other."""
 
 
-def join_inner(gate_ups: Sequence[Tensor], downs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return both stacks from the slices of all ranks of the `esp` axis: the inverse of `slice_inner`."""
-    halves = [half.chunk(2, dim=1) for half in gate_ups]
-    gates, ups = ([pair[i] for pair in halves] for i in (0, 1))
-    return torch.cat([*gates, *ups], dim=1), torch.cat(list(downs), dim=2)
+def slice_inner(stack: str, value: Tensor, member: int, num_members: int) -> Tensor:
+    """Return, as a copy, the slice of a stack that one rank of the `esp` axis holds. I must divide."""
+    dim, halves = INNER[stack]
+    return torch.cat([half.chunk(num_members, dim)[member] for half in value.chunk(halves, dim)], dim)
+
+
+def join_inner(stack: str, parts: Sequence[Tensor]) -> Tensor:
+    """Return a stack from the slices of all ranks of the `esp` axis: the inverse of `slice_inner`."""
+    dim, halves = INNER[stack]
+    return torch.cat([part.chunk(halves, dim)[half] for half in range(halves) for part in parts], dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from moe.agree import Problem, agree, problem_of
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
 from moe.order import Order, SparseOrder
-from moe.overlap import LayerRun, run_experts
+from moe.overlap import Experts, LayerRun, run_experts
 from moe.plan import PLAIN, LayerPlan
 from moe.records import MoeOutput, Routing
 
@@ -30,28 +31,25 @@ class ExpertRunner:
         self.lanes, self.plan, self.hooks, self.name = lanes, plan, hooks or Hooks(), name
         self.drain: Drain | None = None
 
-    def run(self, x_TD: Tensor, routing: Routing, order: Order, experts: nn.Module) -> tuple[Tensor, Tensor]:
+    def run(self, x_TD: Tensor, routing: Routing, order: Order, experts: Experts) -> tuple[Tensor, Tensor]:
         """Return the output `[T, D]` and the rows this rank sent to each expert, `[E]`. Every rank calls.
 
         Raises ContractError, on every rank, where a rank's gate or order breaks its contract; PlanError where plans
         differ; ExchangeError where a rank is lost.
         """
-        problem = problem_of(routing)
+        problem, num_experts = problem_of(routing), experts.num_experts * self.lanes.num_ranks
         if problem:
             # Rows of nonsense may not be built: tell the others, who raise what this rank raises.
-            counts_E = torch.zeros(self._num_experts(experts), dtype=torch.int64)
+            counts_E = torch.zeros(num_experts, dtype=torch.int64)
             agree(counts_E, x_TD.shape[-1], x_TD.dtype, problem, self.plan, self.lanes, self.name)
         ordered = order(x_TD, routing)
         rows_RD, counts_E = ordered.rows_RD, ordered.counts_E
-        fits = len(counts_E) == self._num_experts(experts) and int(counts_E.sum()) == len(rows_RD)
+        fits = len(counts_E) == num_experts and int(counts_E.sum()) == len(rows_RD)
         if not fits:
-            problem, counts_E = Problem.TOKENS, torch.zeros(self._num_experts(experts), dtype=torch.int64)
+            problem, counts_E = Problem.TOKENS, torch.zeros(num_experts, dtype=torch.int64)
         traffic = agree(counts_E, rows_RD.shape[-1], rows_RD.dtype, problem, self.plan, self.lanes, self.name)
         run = LayerRun(experts, traffic, self.plan, self.lanes, self.hooks, self.name, self.drain)
         return ordered.inverse(run_experts(rows_RD, run)), counts_E
-
-    def _num_experts(self, experts: nn.Module) -> int:
-        return int(experts.num_experts) * self.lanes.num_ranks  # pyright: ignore[reportArgumentType]
 
 
 class MoELayer(nn.Module):
@@ -86,5 +84,5 @@ class MoELayer(nn.Module):
         hooks = self.runner.hooks
         x = hooks.before_moe_start(x)
         routing: Routing = self.gate(x)
-        y_TD, counts_E = self.runner.run(x.reshape(-1, x.shape[-1]), routing, self.order, self.experts)
+        y_TD, counts_E = self.runner.run(x.reshape(-1, x.shape[-1]), routing, self.order, cast(Experts, self.experts))
         return MoeOutput(hooks.before_moe_end(y_TD.view_as(x)), routing.aux_loss, counts_E)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,29 @@ from moe.plan import GATHER, LayerPlan
 from moe.records import ChunkInfo
 from moe.traffic import ChunkTraffic, Ints, Traffic, cuts
 
-Experts = Callable[[Tensor, list[int]], Tensor]
-"""`experts(rows_ND, counts)`: rows lie expert by expert, `counts[e]` of local expert e; returns `[N, D]`."""
+
+class Experts(Protocol):
+    """The experts of this rank: any module of such a call, or something like it."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of this rank."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return all that backward may have a gradient for."""
+        ...
+
+    def __call__(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Return `[N, D]`; rows lie expert by expert, `counts[e]` of expert e."""
+        ...
 
 
 @dataclass(frozen=True)
 class LayerRun:
     """One pass of one layer: everything but the tensors."""
 
-    experts: nn.Module
+    experts: Experts
     traffic: Traffic
     plan: LayerPlan
     lanes: Lanes

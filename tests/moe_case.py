@@ -49,8 +49,13 @@ def lanes_of(mesh: DeviceMesh, **config: object) -> Lanes:
     return make_lanes(mesh.get_group("ep"), mesh.get_group("esp"), MoeConfig(**{"timeout_s": 20.0, **config}))
 
 
+def sliced(gate_up: Tensor, down: Tensor, lanes: Lanes) -> list[Tensor]:
+    pairs = (("gate_up_proj", gate_up), ("down_proj", down))
+    return [slice_inner(name, stack, lanes.member, lanes.num_members) for name, stack in pairs]
+
+
 def make_layer(lanes: Lanes = ALONE, plan: LayerPlan = PLAIN, gate: str = "softmax", **changes: object) -> MoELayer:
-    gate_up, down = slice_inner(*stacks(), lanes.member, lanes.num_members)
+    gate_up, down = sliced(*stacks(), lanes)
     each = EXPERTS // lanes.num_ranks
     own = slice(lanes.position * each, (lanes.position + 1) * each)
     experts = StackedExperts(gate_up[own], down[own])
@@ -83,7 +88,7 @@ def _grad(leaf: Tensor) -> Tensor:
 def errors_of(layer: MoELayer, x: Tensor, y: Tensor, expected: dict[int, dict[str, Tensor]], rank: int) -> float:
     """Return the largest difference from the reference, in outputs and all gradients."""
     lanes = layer.runner.lanes
-    whole = slice_inner(expected[-1]["gate_up"], expected[-1]["down"], lanes.member, lanes.num_members)
+    whole = sliced(expected[-1]["gate_up"], expected[-1]["down"], lanes)
     each = EXPERTS // lanes.num_ranks
     own = slice(lanes.position * each, (lanes.position + 1) * each)
     pairs = [

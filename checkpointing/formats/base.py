@@ -31,7 +31,8 @@ class Lazy:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Lazy:
         """Wrap a tensor that is there already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        plain = tensor.detach()
+        return cls(plain.dtype, tuple(plain.shape), lambda: plain)
 
 
 @dataclass(frozen=True, slots=True)

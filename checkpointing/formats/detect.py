@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from checkpointing.errors import FormatError
@@ -44,9 +43,15 @@ def detect(path: Path) -> str:
     raise FormatError(f"{path} is no checkpoint we know: it holds {some}; formats: {', '.join(FORMATS)}")
 
 
-def open_source(path: Path, *, step: int | None = None, kind: str | None = None) -> Source:
-    """Open a checkpoint of any format. `step` chooses one of ours. Raises FormatError or IntegrityError."""
-    kind = kind or detect(path)
+def open_source(path: Path | str, *, step: int | None = None) -> Source:
+    """Open a checkpoint of any format; in an object store (`s3://...`) one of ours, of which `step` chooses one.
+
+    Raises FormatError or IntegrityError.
+    """
+    if isinstance(path, str) and "://" in path:
+        return _module("longrail").read(path, step)
+    path = Path(path)
+    kind = detect(path)
     if step is not None and kind not in ("longrail", "deepspeed"):
         raise FormatError(f"{path} is a {kind} checkpoint, which has no steps; leave out @{step}")
     return _module(kind).read(path, step)
@@ -78,11 +83,6 @@ def write_target(
     except BaseException:
         storage.discard(tmp)
         raise
-
-
-def with_step(source: Source, step: int | None) -> Source:
-    """Return the source with another step."""
-    return replace(source, step=step)
 
 
 def _of_file(path: Path) -> str:

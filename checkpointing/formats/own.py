@@ -10,14 +10,15 @@ from checkpointing.errors import FormatError
 from checkpointing.folder import Folder, split_step
 from checkpointing.formats.base import Lazy, Source
 from checkpointing.load import read_global
-from checkpointing.storage.local import LocalStorage
+from checkpointing.storage import open_storage
 from checkpointing.torch_dtypes import DTYPES
 
 
-def read(path: Path, step: int | None) -> Source:
+def read(path: Path | str, step: int | None) -> Source:
     """Open a run's folder (its newest checkpoint, or `step`), or one checkpoint. Raises IntegrityError."""
-    root, named = split_step(path)
-    folder = Folder(root.absolute(), LocalStorage())
+    root, storage = open_storage(str(path))
+    root, named = split_step(root)
+    folder = Folder(root, storage)
     step = named if named is not None else step
     if step is None:
         committed = folder.committed()

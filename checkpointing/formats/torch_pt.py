@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,25 @@ def write(source: Source, target: Target) -> None:
     target.wrote(target.path.stat().st_size)
 
 
-def load(path: Path, allowed: Sequence[Any] = ()) -> Any:
+def load(file: Path | io.BytesIO, allowed: Sequence[Any] = (), where: str = "") -> Any:
     """Return what is in a torch file, mapped where its format allows; only `allowed` classes may be made.
 
-    Raises FormatError.
+    Raises FormatError naming `where`, by default the file.
     """
+    where = where or str(file)
     try:
         with torch.serialization.safe_globals(list(allowed)):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
             except RuntimeError:  # the format before 1.6 cannot be mapped
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        reason = str(error).splitlines()[0] if "WeightsUnpickler" not in str(error) else _refusal(str(error))
-        raise FormatError(f"{path} is refused, and nothing in it was executed: {reason}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError) as error:
-        raise FormatError(f"{path} cannot be read as a torch file: {str(error).splitlines()[0]}") from error
+        raise FormatError(f"{where} is refused, and nothing in it was executed: {_refusal(str(error))}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, AttributeError) as error:
+        raise FormatError(f"{where} cannot be read as a torch file: {str(error).splitlines()[0]}") from error
 
 
 def _refusal(text: str) -> str:
-    line = next(line for line in text.splitlines() if "WeightsUnpickler" in line)
-    return line.strip()
+    """Return the line of torch's advice that says what was asked for."""
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in lines if "Unsupported" in line or "WeightsUnpickler" in line), lines[0])

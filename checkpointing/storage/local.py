@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # One write or read returns at most about 2 GiB anyway; smaller pieces keep signs of life coming.
@@ -123,6 +123,16 @@ class LocalStorage:
         fd = self.create(path, len(data))
         try:
             self.write(fd, data)
+            self.sync(fd)
+        finally:
+            self.close(fd)
+
+    def write_stream(self, path: Path, length: int, parts: Iterable[memoryview | bytes]) -> None:
+        """Write a file that is not there yet from parts, and return when its bytes are on the device."""
+        fd = self.create(path, length)
+        try:
+            for part in parts:
+                self.write(fd, part)
             self.sync(fd)
         finally:
             self.close(fd)

@@ -1,0 +1,39 @@
+"""The parts of a pipeline's ranks, back in one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from launch.pipeline_parts import RankParts
+
+
+@torch.no_grad()
+def gather_weights(
+    parts: RankParts, group: dist.ProcessGroup | None, build: Callable[[], PreTrainedModel]
+) -> PreTrainedModel | None:
+    """Return on world rank 0 the whole model, filled into what `build` makes there; None on the others.
+
+    Every rank calls; only the pipeline of rank 0 has something to do. Tensors travel one by one.
+    """
+    world_rank = dist.get_rank() if dist.is_initialized() else 0
+    if group is not None and 0 not in dist.get_process_group_ranks(group):
+        return None
+    state = parts.model.state_dict()
+    model = build() if world_rank == 0 else None
+    target = {} if model is None else model.state_dict()
+    for name, holders in parts.holders.items():
+        first = holders[0]
+        if model is not None and first == parts.rank:
+            target[name].copy_(state[name])
+        elif model is not None:
+            assert group is not None
+            received = torch.empty_like(target[name], memory_format=torch.contiguous_format)
+            dist.recv(received, dist.get_global_rank(group, first), group=group)
+            target[name].copy_(received)
+        elif first == parts.rank:
+            dist.send(state[name].contiguous(), 0, group=group)
+    return model

@@ -1,0 +1,72 @@
+"""A pipeline in a job: who is where, and the runner made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from chunkflow.support import require_exact
+from launch.config import FinetuneConfig
+from launch.env import World
+from launch.errors import ConfigError
+from launch.mesh import make_mesh
+from launch.pipeline_parts import cut
+from launch.pipeline_runner import PipelineRunner
+from pipeline.config import PipelineConfig
+from pipeline.transport import GroupTransport, Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this rank stands on the axes of the job."""
+
+    pipeline_rank: int
+    pipeline_group: dist.ProcessGroup
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+    transport: Transport | None
+    """Between the ranks of the pipeline; None without one."""
+
+
+def find_place(config: PipelineConfig, world: World) -> Place:
+    """Make the mesh and, with a pipeline, the connections along it. A collective: every rank calls."""
+    mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks)
+    group = mesh.get_group("pp")
+    return Place(
+        pipeline_rank=mesh.get_local_rank("pp"),
+        pipeline_group=group,
+        data_rank=mesh.get_local_rank("dp"),
+        data_size=world.world_size // config.ranks,
+        data_group=mesh.get_group("dp"),
+        transport=GroupTransport(group, device=world.device) if config.ranks > 1 else None,
+    )
+
+
+def check_whole_samples(config: FinetuneConfig, longest: int) -> None:
+    """Raise ConfigError when a sample would be split into dependent chunks and the schedule knows none."""
+    schedule = config.pipeline.schedule
+    if config.pipeline.ranks > 1 and schedule != "state_aware_1f1b" and longest > config.chunks.chunk_tokens:
+        raise ConfigError(
+            f"pipeline.schedule {schedule} needs every sample within one chunk, and the longest has {longest} tokens "
+            f"where chunks.chunk_tokens is {config.chunks.chunk_tokens}; use state_aware_1f1b, larger chunks, or leave "
+            "longer samples out"
+        )
+
+
+def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> PipelineRunner:
+    """Return the runner of this rank's part of the model. Raises for a model that cannot be trained so."""
+    assert place.transport is not None
+    num_positions = require_exact(model).num_positions
+    return PipelineRunner(
+        cut(model, config.pipeline, rank=place.pipeline_rank),
+        config.pipeline,
+        place.transport,
+        retain=config.chunks.retain,
+        group=place.pipeline_group,
+        data_group=place.data_group if place.data_size > 1 else None,
+        seed=config.run.seed,
+        num_positions=num_positions,
+    )

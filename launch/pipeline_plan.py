@@ -1,0 +1,34 @@
+"""From the chunks of a step to the schedule of a pipeline: integers in, a frozen plan out, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from chunkflow.records import Chunk
+from pipeline.comms import complete
+from pipeline.config import PipelineConfig
+from pipeline.schedule import Schedule
+from pipeline.schedules import SCHEDULES
+from pipeline.schedules.build import with_recompute
+from pipeline.units import Unit
+
+
+def units_of(chunks: Sequence[Chunk], retain: int) -> tuple[Unit, ...]:
+    """Return what a planner is told of a rank's chunks."""
+    return tuple(Unit(c.num_tokens, c.group, c.index, c.count, retain) for c in chunks)
+
+
+def plan_step(config: PipelineConfig, units: tuple[Unit, ...], bounds: tuple[tuple[int, int], ...]) -> Schedule:
+    """Return the schedule of one step, complete with its messages; `bounds` are the layers of each stage.
+
+    Raises PlanError or ScheduleError, with the table, for chunks that do not make one.
+    """
+    make = SCHEDULES[config.schedule]
+    if config.schedule == "state_aware_1f1b":
+        schedule = make(devices=config.ranks, units=units, layers=bounds)
+    else:
+        extra = {"stages_per_device": config.num_stages // config.ranks} if config.looped else {}
+        schedule = make(devices=config.ranks, microbatches=len(units), layers=bounds, **extra)
+        schedule = replace(schedule, units=units)
+    return complete(with_recompute(schedule) if config.recompute else schedule)

@@ -1,0 +1,83 @@
+"""What runs the chunks of a job's steps: one process (or data-parallel ones), or the ranks of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chunkflow import ChunkRunner, StepBatch
+from launch.config import FinetuneConfig
+from launch.gradnorm import global_grad_norm
+from launch.partial import WholeModel
+from launch.pipeline_job import Place, pipeline_runner
+
+
+class Runner(Protocol):
+    """What a job needs of whatever runs its steps. Every method is called on every rank."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What this rank holds of the model, by original names."""
+        ...
+
+    @property
+    def whole(self) -> WholeModel:
+        """The model of which that is a part."""
+        ...
+
+    @property
+    def num_positions(self) -> int | None:
+        """Tokens the longest sequence may have; None for no limit."""
+        ...
+
+    @property
+    def description(self) -> str | None:
+        """How the model is spread over ranks, in words."""
+        ...
+
+    def forward_backward(self, batch: StepBatch) -> Tensor:
+        """Add the gradient of the step's mean loss to `.grad`; return that loss."""
+        ...
+
+    def evaluate(self, batch: StepBatch) -> Tensor:
+        """Return the step's mean loss."""
+        ...
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the whole model's gradient."""
+        ...
+
+    def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+        """Return the whole model on rank 0; `build` makes one to be filled where none is there."""
+        ...
+
+
+class WholeRunner:
+    """The whole model on every rank; ranks share the data."""
+
+    def __init__(self, model: PreTrainedModel, config: FinetuneConfig, group: dist.ProcessGroup) -> None:
+        self.model = model
+        self.whole = WholeModel.of(model)
+        self.description = None
+        self._runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+        self.num_positions = self._runner.num_positions
+        self.forward_backward, self.evaluate = self._runner.forward_backward, self._runner.evaluate
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the gradient, which is whole here."""
+        return global_grad_norm(self.model.parameters())
+
+    def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+        """Return the model itself, on rank 0."""
+        return self.model if dist.get_rank() == 0 else None
+
+
+def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
+    """Return what runs a job's steps. Raises what makes the model or the settings unfit; does not communicate."""
+    if place.transport is None:
+        return WholeRunner(model, config, place.data_group)
+    return pipeline_runner(model, config, place)

@@ -1,0 +1,52 @@
+"""Settings of a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import PlanError
+
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zbv", "state_aware_1f1b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How the layers of a model are spread over ranks."""
+
+    schedule: ScheduleName = "state_aware_1f1b"
+    """Order of the work. All but state_aware_1f1b need every sample within one chunk."""
+    ranks: int = 1
+    """Ranks of one pipeline; the number of processes must be a multiple. 1 is no pipeline."""
+    stages: int | None = None
+    """Stages of the model, a multiple of ranks; null is one a rank, and two a rank for interleaved, looped_bfs and
+    zbv."""
+    recompute: bool = False
+    """Keep only the input of a stage, and run it forward again before its backward: less memory, a third more work."""
+    timeout_s: float = 600.0
+    """Seconds after which a rank that waits for another gives up, naming it."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise PlanError(f"pipeline.ranks is {self.ranks}; it must be at least 1")
+        if self.stages is not None and (self.stages < 1 or self.stages % self.ranks):
+            raise PlanError(f"pipeline.stages is {self.stages}; it must be a multiple of pipeline.ranks, {self.ranks}")
+        if self.stages is not None and self.stages != self.num_stages:
+            raise PlanError(
+                f"pipeline.stages is {self.stages}, and {self.schedule} on {self.ranks} ranks has {self.num_stages}; "
+                "leave it out, or use interleaved or looped_bfs for several stages a rank"
+            )
+        if not self.timeout_s > 0:
+            raise PlanError(f"pipeline.timeout_s is {self.timeout_s}; it must be more than 0")
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the model."""
+        if self.looped:
+            return self.stages or 2 * self.ranks
+        return 2 * self.ranks if self.schedule == "zbv" else self.ranks
+
+    @property
+    def looped(self) -> bool:
+        """Whether a rank may hold any number of stages."""
+        return self.schedule in ("interleaved", "looped_bfs")

@@ -23,7 +23,7 @@ from checkpointing.manifest_fields import file_fields
 from checkpointing.pieces import PIECE_BYTES
 from checkpointing.plan import agreed_values
 from checkpointing.planner import Planner
-from checkpointing.records import FileEntry, Manifest
+from checkpointing.records import FileEntry, Manifest, Summary
 from checkpointing.retention import Keep, plan_pruning
 from checkpointing.transfer import write_small
 from checkpointing.values import decode
@@ -42,6 +42,7 @@ class Committer:
         self._step, self._tmp, self._lock = -1, Path(), None
         self._open = False
         self._requested = False
+        self._known: dict[int, tuple[tuple[int, ...], Summary]] = {}
         self.known_bad: set[int] = set()
         """Steps that a restore of this process read in full and found damaged."""
 
@@ -115,8 +116,8 @@ class Committer:
             files.append(file_fields(FileEntry(file_name(rank), *body["file"]), body["pieces"]))
             files += [file_fields(FileEntry(*link["file"]), link["pieces"]) for link in body["links"]]
             moved.append([body["file"][1], [[k["file"][0], k["entries"]] for k in body["links"]], body["objects"]])
-        table, fresh = self._planner.table(json.dumps(moved), bodies)
-        data = manifests.assemble(
+        table = self._planner.table(json.dumps(moved), bodies)
+        return manifests.assemble(
             Manifest(
                 run_id=self._run_id,
                 step=self._step,
@@ -131,9 +132,6 @@ class Committer:
             files=files,
             table=table,
         )
-        if fresh:
-            manifests.loads(data)  # what the reader would refuse is never committed
-        return data
 
     def _publish(self) -> None:
         place = self._folder.at(self._step)
@@ -161,7 +159,7 @@ class Committer:
         self._storage.sync_folder(self._folder.root)
 
     def _prune(self) -> None:
-        committed = self._folder.committed()
+        committed = self._folder.committed(self._known)
         intact = {step: found.values for step, found in committed.items() if found.run_id == self._run_id}
         for step in plan_pruning(self._keep, intact, self.known_bad, saved=self._step):
             # Renamed first: a checkpoint is whole or absent while it is deleted, too.

@@ -33,7 +33,7 @@ class DataLayout:
     """Bytes before the first tensor: length field, header, padding."""
     ranges: tuple[tuple[int, int], ...]
     """(begin, end) of each tensor in the file, in order, without gaps."""
-    tensors_text: str
+    tensors_text: bytes
     """The tensors' part of the header, as JSON without its braces."""
 
     @property
@@ -48,10 +48,11 @@ class DataLayout:
     def head(self, metadata: Mapping[str, str], sizes: Sequence[int] = ()) -> bytes:
         """Return everything before the first tensor. Raises SaveError when the metadata are longer than foreseen."""
         objects = self.specs[len(self.ranges) :]
-        parts = [f'"__metadata__":{_json(metadata)}', self.tensors_text]
+        parts = [f'"__metadata__":{_json(metadata)}'.encode(), self.tensors_text]
         for spec, size, (begin, end) in zip(objects, sizes, self.object_ranges(sizes), strict=True):
-            parts.append(_header_entry(spec.name, "U8", [size], begin - self.head_bytes, end - self.head_bytes))
-        text = ("{" + ",".join(part for part in parts if part) + "}").encode()
+            entry = _header_entry(spec.name, "U8", [size], begin - self.head_bytes, end - self.head_bytes)
+            parts.append(entry.encode())
+        text = b"{" + b",".join(part for part in parts if part) + b"}"
         if 8 + len(text) > self.head_bytes:
             raise SaveError(f"a header of {len(text)} bytes does not fit into {self.head_bytes - 8}")
         text = text.ljust(self.head_bytes - 8)
@@ -69,9 +70,9 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> DataLayo
         _header_entry(spec.name, spec.dtype, shape_in_file(spec.dtype, spec.shape), begin, end)
         for spec, (begin, end) in zip(tensors, pairwise(ends), strict=True)
     ]
-    text = ",".join(entries)
+    text = ",".join(entries).encode()
     names = sum(len(_json(spec.name)) + 2 * _SPARE for spec in specs[len(tensors) :])
-    size = 8 + len(text.encode()) + len(_json(metadata)) + names + 2 * _SPARE
+    size = 8 + len(text) + len(_json(metadata)) + names + 2 * _SPARE
     size += -size % _PAGE
     if size - 8 > _MAX_HEADER:
         raise SaveError(
@@ -104,8 +105,7 @@ def empty_tensor(dtype: str, shape: Sequence[int]) -> tuple[torch.Tensor, memory
 
 
 def _header_entry(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
-    return f"{_json(name)}:{_json({'dtype': dtype, 'shape': list(shape), 'data_offsets': [begin, end]})}"
+    return f'{_json(name)}:{{"dtype":"{dtype}","shape":{_json(shape)},"data_offsets":[{begin},{end}]}}'
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

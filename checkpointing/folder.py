@@ -107,12 +107,24 @@ class Folder:
             raise_first(damages(self.storage, self.at(step), found, file, lambda _: alive()))
         return found
 
-    def committed(self) -> dict[int, Summary]:
-        """Return the steps whose manifest proves itself and whose files have their lengths, oldest first."""
-        found = {}
+    def committed(self, known: dict[int, tuple[tuple[int, ...], Summary]] | None = None) -> dict[int, Summary]:
+        """Return the steps whose manifest proves itself and whose files have their lengths, oldest first.
+
+        `known` remembers manifests that were read, by what the file system says of them; it is brought up to date.
+        """
+        known = {} if known is None else known
+        found, old = {}, dict(known)
+        known.clear()
         for step in self.candidates():
             try:
-                found[step] = self._checked(step, manifests.loads_summary)
-            except IntegrityError:
+                stamp = self.storage.stamp(self.at(step) / manifests.FILE_NAME)
+                if step in old and old[step][0] == stamp:
+                    for file in old[step][1].files:
+                        check_length(self.storage, self.at(step), file)
+                    found[step] = old[step][1]
+                else:
+                    found[step] = self._checked(step, manifests.loads_summary)
+            except (IntegrityError, OSError):
                 continue
+            known[step] = (stamp, found[step])
         return found

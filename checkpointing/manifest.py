@@ -41,22 +41,22 @@ _KEYS_1 = {"xxh3_64", "format_version", "run_id", "step", "world_size", "files",
 _KEYS = {1: _KEYS_1, 2: _KEYS_1 | {"piece_bytes", "objects"}}
 
 
-def dumps(manifest: Manifest, table: str | None = None) -> bytes:
-    """Return the bytes of the file. `table` is `dumps_table` of its tensors, from an earlier call."""
+def dumps(manifest: Manifest) -> bytes:
+    """Return the bytes of the file."""
     pieces = hashes_of_files(manifest.tensors, (file.path for file in manifest.files))
     return assemble(
         manifest,
         files=[file_fields(file, pieces[file.path]) for file in manifest.files],
-        table=dumps_table(manifest.tensors) if table is None else table,
+        table=dumps_table(manifest.tensors),
     )
 
 
-def dumps_table(tensors: Sequence[TensorEntry]) -> str:
+def dumps_table(tensors: Sequence[TensorEntry]) -> bytes:
     """Return the table of tensors as JSON: the part of a manifest that does not change from save to save."""
     return _text([tensor_fields(tensor) for tensor in tensors])
 
 
-def assemble(manifest: Manifest, *, files: Sequence[Mapping[str, Any]], table: str) -> bytes:
+def assemble(manifest: Manifest, *, files: Sequence[Mapping[str, Any]], table: bytes) -> bytes:
     """Return the bytes of the file from its parts; the tensors and files of `manifest` itself are not looked at."""
     begin = {
         "format_version": FORMAT_VERSION,
@@ -72,7 +72,7 @@ def assemble(manifest: Manifest, *, files: Sequence[Mapping[str, Any]], table: s
         "values": {name: encode(name, value) for name, value in manifest.values.items()},
     }
     # The opening brace belongs to the head.
-    rest = f'{_text(begin)[1:-1]},"tensors":{table},{_text(end)[1:]}\n'.encode("ascii")
+    rest = b"".join((_text(begin)[1:-1], b',"tensors":', table, b",", _text(end)[1:], b"\n"))
     return _HEAD + xxhash.xxh3_64_hexdigest(rest).encode() + b'",' + rest
 
 
@@ -112,9 +112,9 @@ def loads_summary(data: bytes) -> Summary:
     return Summary(read_run_id(body), read_int(body, "step"), files, read_object(body, "values"))
 
 
-def _text(value: Any) -> str:
+def _text(value: Any) -> bytes:
     # ASCII, so that any string of Python's survives.
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _body(data: bytes) -> Mapping[str, Any]:

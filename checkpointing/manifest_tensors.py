@@ -37,7 +37,7 @@ def read_tensors_1(body: Mapping[str, Any], files: Sequence[FileEntry]) -> tuple
         if (tensor.global_shape, tensor.offset) != (tensor.shape, (0,) * len(tensor.shape)):
             raise IntegrityError(f"manifest: tensor {tensor.name!r} is a slice; format 1 holds whole tensors")
         tensors.append(_with_hashes(tensor, (hash_,) if tensor.end > tensor.begin else ()))
-    _check(tensors)
+    check_table(tensors)
     return tuple(tensors)
 
 
@@ -47,7 +47,7 @@ def read_tensors(
     """Return the tensors of a manifest; `pieces` are the hashes of each file, one behind the other."""
     lengths = {file.path: file.length for file in files}
     tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths) for one in read_list(body, "tensors")]
-    _check(tensors)
+    check_table(tensors)
     at = dict.fromkeys(pieces, 0)
     hashed = {}
     for tensor in sorted(tensors, key=_place):
@@ -95,7 +95,8 @@ def _with_hashes(tensor: TensorEntry, hashes: tuple[str, ...]) -> TensorEntry:
     )  # fmt: skip
 
 
-def _check(tensors: Sequence[TensorEntry]) -> None:
+def check_table(tensors: Sequence[TensorEntry]) -> None:
+    """Raise IntegrityError where slices do not tile their whole, or two entries share bytes or a name."""
     for name, slices in groupby(sorted(tensors, key=lambda one: (one.name, one.offset)), key=lambda one: one.name):
         _check_slices(name, list(slices))
     for before, after in pairwise(sorted(tensors, key=_place)):

@@ -70,8 +70,9 @@ def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """
 
     def key(spec: TensorSpec) -> tuple[object, ...]:
-        small = spec.num_bytes <= SMALL_BYTES
-        pages = not small and spec.num_bytes % 4096 == 0
+        size = spec.num_bytes
+        small = size <= SMALL_BYTES
+        pages = not small and size % 4096 == 0
         return (spec.encoding is not None, not pages, -itemsize(spec.dtype), not small, spec.dtype, spec.name)
 
     return sorted(specs, key=key)

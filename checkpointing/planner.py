@@ -9,6 +9,7 @@ from typing import Any
 from checkpointing import manifest as manifests
 from checkpointing.datafile import file_name
 from checkpointing.errors import SaveError
+from checkpointing.manifest_tensors import check_table
 from checkpointing.plan import plan_tensors
 from checkpointing.records import TensorEntry, TensorSpec
 from checkpointing.snapshot import described
@@ -25,7 +26,7 @@ class Planner:
         self.aliases: dict[str, str] = {}
         self.taken: dict[str, int] = {}
         """Names of tensors and objects, and a rank that holds each."""
-        self._table_key, self._table = "", ""
+        self._table_key, self._table = "", b""
 
     @property
     def objects(self) -> dict[str, str]:
@@ -52,17 +53,17 @@ class Planner:
         names = None if body["plan"] == self._plan_id else [spec.name for spec in self._writes[rank]]
         return {"plan": self._plan_id, "names": names}
 
-    def table(self, key: str, bodies: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
-        """Return the table of tensors of a manifest, and whether it is another than the last one.
+    def table(self, key: str, bodies: Sequence[Mapping[str, Any]]) -> bytes:
+        """Return the table of tensors of a manifest; made again only when one of them moved.
 
         `key` is everything of the reports that it depends on, beside the plan.
         """
-        fresh = self._table_key != self._plan_id + key
-        if fresh:
+        if self._table_key != self._plan_id + key:
             entries = [entry for rank, body in enumerate(bodies) for entry in self._entries(rank, body)]
+            check_table(entries)  # what the reader would refuse is never committed
             self._table = manifests.dumps_table(sorted(entries, key=lambda entry: (entry.name, entry.offset)))
             self._table_key = self._plan_id + key
-        return self._table, fresh
+        return self._table
 
     def _entries(self, rank: int, body: Mapping[str, Any]) -> list[TensorEntry]:
         by_name = {spec.name: spec for spec in self._writes[rank]}

@@ -67,6 +67,7 @@ class Saver:
     _told: str = ""
     """The fingerprint rank 0 is known to have."""
     _plan: tuple[str, list[str]] = ("", [])
+    _specs: tuple[tuple[str, str], list[TensorSpec]] = (("", ""), [])
     _last: LastSave | None = None
     _fills: dict[str, Filling] = field(default_factory=dict)
     _layouts: dict[str, DataLayout] = field(default_factory=dict)
@@ -117,7 +118,8 @@ class Saver:
         tmp = self.folder.root / task["folder"]
         mine = self._mine(job.snapshot)
         written.referred = self._link_unchanged(job.snapshot, mine, tmp)
-        filling = self._filling(job, [spec for spec in mine if spec.name not in written.referred], task["run_id"])
+        left = [spec for spec in mine if spec.name not in written.referred] if written.referred else mine
+        filling = self._filling(job, left, task["run_id"])
         fd = self.folder.storage.create_direct(tmp / file_name(self.control.rank), filling.layout.end)
         file = FlushFile(fd, job.handle.meter)
         try:
@@ -175,8 +177,12 @@ class Saver:
         written.pieces, written.sizes, written.layout = stager.pieces(), sizes, filling.layout
 
     def _mine(self, snapshot: Snapshot) -> list[TensorSpec]:
-        by_name = {spec.name: spec for spec in snapshot.structure.specs}
-        return [by_name[name] for name in self._plan[1]]
+        """Return what this rank writes, in the order of the file."""
+        key = (snapshot.structure.fingerprint, self._plan[0])
+        if self._specs[0] != key:
+            by_name = {spec.name: spec for spec in snapshot.structure.specs}
+            self._specs = (key, [by_name[name] for name in self._plan[1]])
+        return self._specs[1]
 
     def _link_unchanged(self, snapshot: Snapshot, mine: list[TensorSpec], tmp: Path) -> dict[str, Kept]:
         if not self.config.incremental or self._last is None:

@@ -7,16 +7,18 @@ lazy      changes behind the fence only, as its provider says or as an optimizer
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 import xxhash
+from torch.distributed.tensor import DTensor
 
-from checkpointing.dtypes import itemsize
 from checkpointing.errors import StateError
 from checkpointing.fence import Owners, local
 from checkpointing.plan import SMALL_BYTES, file_order
@@ -25,9 +27,11 @@ from checkpointing.providers.composite import CompositeProvider
 from checkpointing.providers.tensors import TensorProvider
 from checkpointing.records import TensorSpec
 from checkpointing.sources import HostSource, made_source
-from checkpointing.state import FlatState, Named, State, encoded_values, flatten, gather
+from checkpointing.state import FlatState, Named, State, flatten, gather
+from checkpointing.values import encode
 
 _ALIGN = 64
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,10 @@ class Structure:
     """(begin, end) in the arena of each small tensor."""
     urgent: frozenset[str]
     frozen: frozenset[str]
+    value_places: tuple[tuple[str, int], ...]
+    """Where in what the state gives out the values are."""
+    provider_places: tuple[tuple[str, int], ...]
+    """Where in it everything else is that is not in the arena."""
 
     @property
     def arena_bytes(self) -> int:
@@ -98,13 +106,15 @@ class Snapshotter:
         named = gather(state)
         key = (_key(named), self._owners.epoch())
         if self._structure is None or self._structure.key != key:
-            flat = flatten(named)
-            self._structure = _structure(key, flat, self._owners.storages(), self._arena_limit)
-            values = dict(flat.values)
-        else:
-            values = encoded_values(named)
+            with _no_collection():
+                self._structure = _structure(key, named, self._owners.storages(), self._arena_limit)
         structure = self._structure
-        snapshot = Snapshot(structure, values, _providers(named, structure), self._take_arena(structure.arena_bytes))
+        snapshot = Snapshot(
+            structure,
+            {name: encode(name, named.values[at]) for name, at in structure.value_places},
+            {name: _provider(named.values[at]) for name, at in structure.provider_places},
+            self._take_arena(structure.arena_bytes),
+        )
         for run in structure.runs:
             run.composite.gather(snapshot.arena[run.begin : run.end])
         for name, provider in snapshot.providers.items():
@@ -136,34 +146,55 @@ def _seal(provider: Provider) -> str:
     return hash_.hexdigest()
 
 
-def _key(named: Named) -> list[Any]:
-    return [_key_of(name, value) for name, value in named]
+def _key(named: Named) -> Any:
+    # Plain ints, as new containers would set off the garbage collector; and one loop, as there may be many tensors.
+    where, kinds = [], []
+    for value in named.values:
+        if type(value) in _PLAIN and value.layout is torch.strided:
+            where.append(value.data_ptr())
+            # The flags matter for complex tensors: a conjugated view differs in nothing else.
+            kinds.append(hash((value.shape, value.stride(), value.dtype, value.is_conj(), value.is_neg())))
+        elif isinstance(value, DTensor):
+            here = local(value)
+            where.append(here.data_ptr())
+            kinds.append(hash((here.shape, here.stride(), here.dtype, value.shape, value.placements)))
+        elif isinstance(value, TensorProvider):
+            inner = _key(Named([""], [value.tensor]))
+            where.append(inner[1][0])
+            kinds.append(hash((inner[2][0], value.mutability)))
+        else:
+            where.append(0)
+            kinds.append(_kind(value))
+    return named.names, where, kinds
 
 
-def _key_of(name: str, value: Any) -> Any:
-    if isinstance(value, TensorProvider):
-        return (name, value.mutability, _key_of(name, value.tensor))
-    if isinstance(value, torch.Tensor):
-        here = local(value)
-        if here.layout is not torch.strided:  # about to be refused
-            return (name, here.layout)
-        # The flags matter for complex tensors: a conjugated view differs in nothing else.
-        key = (name, here.data_ptr(), here.shape, here.stride(), here.dtype, here.is_conj(), here.is_neg())
-        return key if here is value else (key, value.shape, getattr(value, "placements", None))
-    if isinstance(value, Provider):
-        shapes = (value.shape, value.global_shape, value.offset)
-        return (name, type(value), value.mutability, value.cost, value.dtype, value.encoding, shapes)
-    return name
+def _kind(value: Any) -> int:
+    if not isinstance(value, Provider):
+        return 0
+    shapes = (value.shape, value.global_shape, value.offset)
+    return hash((type(value), value.mutability, value.cost, value.dtype, value.encoding, shapes))
 
 
-def _structure(key: Any, flat: FlatState, owned: set[int], arena_limit: int) -> Structure:
+def _structure(key: Any, named: Named, owned: set[int], arena_limit: int) -> Structure:
+    flat = flatten(named)
     small = _small(flat, arena_limit)
     runs, places = _runs(flat, small)
     urgent = {name for name, one in flat.providers.items() if name not in places and _may_change(one, owned)}
     frozen = {name for name, one in flat.providers.items() if one.mutability is Mutability.NEVER}
     text = json.dumps([describe(spec) for spec in flat.specs])
     fingerprint = xxhash.xxh3_128_hexdigest(text.encode())
-    return Structure(key, fingerprint, flat.specs, runs, places, frozenset(urgent), frozenset(frozen))
+    at = {name: index for index, name in enumerate(named.names)}
+    return Structure(
+        key,
+        fingerprint,
+        flat.specs,
+        runs,
+        places,
+        frozenset(urgent),
+        frozenset(frozen),
+        tuple((name, at[name]) for name in flat.values),
+        tuple((name, at[name]) for name in flat.providers if name not in places),
+    )
 
 
 def describe(spec: TensorSpec) -> list[Any]:
@@ -181,35 +212,32 @@ def described(fields: Sequence[Any]) -> TensorSpec:
 def _small(flat: FlatState, arena_limit: int) -> list[TensorSpec]:
     """Return the small tensors, the smallest first, as many as fit."""
     found, room = [], arena_limit
-    for spec in sorted(flat.specs, key=lambda spec: spec.num_bytes):
-        one = flat.providers[spec.name]
-        if spec.num_bytes > min(SMALL_BYTES, room):
+    for size, spec in sorted(((spec.num_bytes, spec) for spec in flat.specs), key=itemgetter(0)):
+        if size > min(SMALL_BYTES, room):
             break
-        if spec.num_bytes and isinstance(one, TensorProvider) and one.cost is Cost.VIEW:
+        one = flat.providers[spec.name]
+        if size and isinstance(one, TensorProvider) and one.cost is Cost.VIEW:
             found.append(spec)
-            room -= spec.num_bytes
+            room -= size
     return found
 
 
 def _runs(flat: FlatState, small: Sequence[TensorSpec]) -> tuple[tuple[Run, ...], dict[str, tuple[int, int]]]:
-    def group(spec: TensorSpec) -> tuple[int, str]:
-        return (itemsize(spec.dtype), str(_tensor(flat, spec).device))
-
+    groups: dict[tuple[int, str], list[tuple[str, torch.Tensor]]] = {}
+    for spec in file_order(small):
+        provider = flat.providers[spec.name]
+        assert isinstance(provider, TensorProvider)
+        tensor = provider.local
+        groups.setdefault((tensor.itemsize, str(tensor.device)), []).append((spec.name, tensor))
     runs, places, at = [], {}, 0
-    for _, specs in groupby(sorted(file_order(small), key=group), key=group):
-        run, begin = list(specs), at
-        for spec in run:
-            places[spec.name] = (at, at + spec.num_bytes)
-            at += spec.num_bytes
-        runs.append(Run(CompositeProvider.of([_tensor(flat, spec) for spec in run]), begin, at))
+    for group in groups.values():
+        begin = at
+        for name, tensor in group:
+            places[name] = (at, at + tensor.nbytes)
+            at += tensor.nbytes
+        runs.append(Run(CompositeProvider.of([tensor for _, tensor in group]), begin, at))
         at += -at % _ALIGN
     return tuple(runs), places
-
-
-def _tensor(flat: FlatState, spec: TensorSpec) -> torch.Tensor:
-    provider = flat.providers[spec.name]
-    assert isinstance(provider, TensorProvider)
-    return provider.local
 
 
 def _may_change(provider: Provider, owned: set[int]) -> bool:
@@ -218,12 +246,17 @@ def _may_change(provider: Provider, owned: set[int]) -> bool:
     return not isinstance(provider, TensorProvider) or provider.local.untyped_storage().data_ptr() not in owned
 
 
-def _providers(named: Named, structure: Structure) -> dict[str, Provider]:
-    found: dict[str, Provider] = {}
-    for name, value in named:
-        if name not in structure.arena_places:
-            if isinstance(value, torch.Tensor):
-                found[name] = TensorProvider(value)
-            elif isinstance(value, Provider):
-                found[name] = value
-    return found
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking at every object of the process again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _provider(value: Any) -> Provider:
+    return TensorProvider(value) if isinstance(value, torch.Tensor) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import xxhash
 
@@ -25,8 +26,8 @@ class Stager:
     alive: Callable[[], None]
     """Gives a sign of life; raises to give the save up."""
     timeout_s: float
-    hashes: dict[int, list[str]] = field(default_factory=dict)
-    """By where a block begins, the hashes of its pieces."""
+    hashes: dict[int, str] = field(default_factory=dict)
+    """By where a block begins, the hashes of its pieces, one behind the other."""
 
     def stage(self, blocks: Iterable[Block], sources: Mapping[int, Source]) -> None:
         """Copy, hash and hand on every block."""
@@ -43,7 +44,7 @@ class Stager:
 
     def pieces(self) -> str:
         """Return the hashes of all pieces, in the order of the file."""
-        return "".join(hash_ for begin in sorted(self.hashes) for hash_ in self.hashes[begin])
+        return "".join(self.hashes[begin] for begin in sorted(self.hashes))
 
     def _slab(self) -> Slab:
         give_up = time.monotonic() + self.timeout_s
@@ -58,9 +59,6 @@ class Stager:
                 raise SaveError(f"no buffer came free for {self.timeout_s:g} s: the disk has stopped")
 
 
-def _hashed(slab: Slab, block: Block) -> list[str]:
-    begin, found = 0, []
-    for end in block.cuts:
-        found.append(xxhash.xxh3_64_hexdigest(slab.view[begin:end]))
-        begin = end
-    return found
+def _hashed(slab: Slab, block: Block) -> str:
+    view, edges = slab.view, pairwise((0, *block.cuts))
+    return b"".join([xxhash.xxh3_64_digest(view[begin:end]) for begin, end in edges]).hex()

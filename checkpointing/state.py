@@ -21,8 +21,15 @@ from checkpointing.values import encode
 State: TypeAlias = Stateful | Mapping[str, Stateful]
 
 
-Named: TypeAlias = list[tuple[str, Any]]
-"""What a state gave out, name by name: tensors, providers and JSON values, as they are."""
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a state gave out: tensors, providers and JSON values, as they are.
+
+    Two lists and no pairs: thousands of new containers in every save would set off the garbage collector.
+    """
+
+    names: list[str]
+    values: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,11 @@ def parts_of(state: State) -> dict[str, Stateful]:
 
 def gather(state: State) -> Named:
     """Call every `state_dict()`, or `state_providers()` where there is one. Raises StateError where one is not flat."""
-    named: Named = []
+    named = Named([], [])
     for prefix, part in parts_of(state).items():
-        named += _given(prefix, part)
+        given = _given(prefix, part)
+        named.names.extend([f"{prefix}.{key}" for key in given] if prefix else given)
+        named.values.extend(given.values())
     return named
 
 
@@ -61,20 +70,16 @@ def flatten(named: Named) -> FlatState:
     """Check what a state gave out. Raises StateError naming the first bad key."""
     providers: dict[str, Provider] = {}
     values: dict[str, Any] = {}
-    for name, value in named:
+    for name, value in zip(named.names, named.values, strict=True):
         _check_name(name)
         if isinstance(value, torch.Tensor):
-            providers[name] = TensorProvider(_check_tensor(name, value))
+            _check_tensor(name, value)
+            providers[name] = TensorProvider(value)
         elif isinstance(value, Provider):
             providers[name] = _check_provider(name, value)
         else:
             values[name] = encode(name, value)
     return FlatState(_specs(providers), providers, values)
-
-
-def encoded_values(named: Named) -> dict[str, Any]:
-    """Return the values as strict JSON, of a state whose names are known to be good."""
-    return {n: encode(n, v) for n, v in named if not isinstance(v, torch.Tensor) and not isinstance(v, Provider)}
 
 
 def under(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def _check_prefixes(prefixes: list[str]) -> None:
                 raise StateError(f"the prefixes {prefix!r} and {other!r} overlap; choose ones that do not")
 
 
-def _given(prefix: str, part: Stateful) -> Named:
+def _given(prefix: str, part: Stateful) -> Mapping[str, Any]:
     give = getattr(part, "state_providers", part.state_dict)
     given = give()
     if not isinstance(given, Mapping):
@@ -120,7 +125,7 @@ def _given(prefix: str, part: Stateful) -> Named:
                 f"state_dict() of {prefix or 'the state'!r} has the key {key!r} of type {type(key).__name__}; "
                 "names are strings of at least one character. A torch optimizer: use launch.TrainState"
             )
-    return [(f"{prefix}.{key}", value) for key, value in given.items()] if prefix else list(given.items())
+    return given
 
 
 def _check_name(name: str) -> None:
@@ -132,7 +137,7 @@ def _check_name(name: str) -> None:
         raise StateError(f"the name {name!r} is not valid Unicode; choose another") from None
 
 
-def _check_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, DTensor):
         raise StateError(
             f"{name!r} is a {type(tensor).__name__}; plain tensors and DTensors can be saved: give what it is made of"
@@ -151,7 +156,6 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
         )
     if tensor.dtype is torch.float4_e2m1fn_x2 and not tensor.dim():
         raise StateError(f"{name!r} is a scalar of float4 pairs, which safetensors cannot state; give it a dim")
-    return tensor
 
 
 def _check_provider(name: str, provider: Provider) -> Provider:
@@ -169,24 +173,22 @@ def _check_provider(name: str, provider: Provider) -> Provider:
 def _specs(providers: Mapping[str, Provider]) -> tuple[TensorSpec, ...]:
     """Name the dtypes and find tied tensors: same memory, offset, shape, strides and dtype. Sorted by name."""
     first_name: dict[tuple[Any, ...], str] = {}
-    specs = []
-    for name in sorted(providers):
-        one, alias = providers[name], None
-        if one.encoding is not None:
-            specs.append(TensorSpec(name, "U8", (), encoding=one.encoding))
-            continue
-        if isinstance(one, TensorProvider) and one.local.numel():
-            alias = first_name.setdefault(_identity(one), name)
-        alias = None if alias == name else alias
-        specs.append(TensorSpec(name, one.dtype, one.shape or (), alias, one.global_shape, one.offset))
-    return tuple(specs)
+    return tuple(_spec(name, providers[name], first_name) for name in sorted(providers))
 
 
-def _identity(provider: TensorProvider) -> tuple[Any, ...]:
-    # A conjugated or negated view shares memory with its base and holds other numbers.
-    tensor = provider.local
-    flags = (tensor.is_conj(), tensor.is_neg(), provider.global_shape, provider.offset)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), flags)
+def _spec(name: str, one: Provider, first_name: dict[tuple[Any, ...], str]) -> TensorSpec:
+    if isinstance(one, TensorProvider):
+        tensor, whole, begin, alias = one.local, one.global_shape, one.offset, None
+        shape = tuple(tensor.shape)
+        if tensor.numel():
+            # A conjugated or negated view shares memory with its base and holds other numbers.
+            flags = (tensor.is_conj(), tensor.is_neg(), whole, begin)
+            identity = (tensor.device, tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), flags)
+            alias = first_name.setdefault(identity, name)
+        return TensorSpec(name, NAMES[tensor.dtype], shape, None if alias == name else alias, whole, begin)
+    if one.encoding is not None:
+        return TensorSpec(name, "U8", (), encoding=one.encoding)
+    return TensorSpec(name, one.dtype, one.shape or (), None, one.global_shape, one.offset)
 
 
 def _kind(value: object) -> str:

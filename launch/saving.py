@@ -1,4 +1,4 @@
-"""When a job saves, it goes on training: it waits for a checkpoint only before the next one."""
+"""When a job saves, it goes on training; what went wrong with a checkpoint is raised at the next one, or at the end."""
 
 from __future__ import annotations
 
@@ -27,15 +27,23 @@ class Saver:
         return info
 
     def save(self) -> None:
-        """Begin to save the state as it is now, unless this step is saved."""
+        """Begin to save the state as it is now, unless this step is saved. Returns in milliseconds."""
         if self._saved == self.state.step:
             return
-        self.wait()
+        self._note_durable()
         self._pending = self._checkpoints.save(self.state.step, self.state)
         self._saved = self.state.step
+
+    def requested(self) -> bool:
+        """Return whether someone asked this job to save now: `checkpoint request`. A look by this rank alone."""
+        return self._checkpoints.requested()
 
     def wait(self) -> None:
         """Return when what was saved is durable; raises what went wrong."""
         if self._pending is not None:
             handle, self._pending = self._pending, None
             self.path = handle.wait(timeout_s=self._timeout_s)
+
+    def _note_durable(self) -> None:
+        if self._pending is not None and self._pending.progress.done:
+            self.path = self._pending.wait()

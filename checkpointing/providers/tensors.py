@@ -30,7 +30,7 @@ class TensorProvider:
     @property
     def local(self) -> torch.Tensor:
         """What this rank holds, as a plain tensor."""
-        return self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
+        return self.tensor._local_tensor if type(self.tensor) is DTensor else self.tensor
 
     @property
     def place(self) -> Place:
@@ -40,7 +40,8 @@ class TensorProvider:
     @property
     def cost(self) -> Cost:
         """Nothing, unless the elements do not lie in row-major order."""
-        plain = self.local.is_contiguous() and not self.local.is_conj() and not self.local.is_neg()
+        tensor = self.local
+        plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
         return Cost.VIEW if plain else Cost.COMPUTE
 
     @property
@@ -56,12 +57,12 @@ class TensorProvider:
     @property
     def global_shape(self) -> tuple[int, ...] | None:
         """Shape of a DTensor."""
-        return tuple(self.tensor.shape) if isinstance(self.tensor, DTensor) else None
+        return tuple(self.tensor.shape) if type(self.tensor) is DTensor else None
 
     @property
     def offset(self) -> tuple[int, ...] | None:
         """Where the slice of a DTensor begins."""
-        return slice_of("a DTensor", self.tensor) if isinstance(self.tensor, DTensor) else None
+        return slice_of("a DTensor", self.tensor) if type(self.tensor) is DTensor else None
 
     @property
     def encoding(self) -> str | None:

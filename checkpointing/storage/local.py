@@ -186,6 +186,11 @@ class LocalStorage:
         finally:
             os.close(fd)
 
+    def stamp(self, path: Path) -> tuple[int, ...]:
+        """Return what changes when a file is replaced or written to, as far as the file system tells."""
+        found = path.stat()
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
     def length(self, path: Path) -> int:
         """Return the bytes of a plain file. A pipe, a device, a folder or a link is an OSError."""
         found = os.stat(path, follow_symlinks=False)

@@ -1,4 +1,4 @@
-"""checkpointing: checkpoints that are whole or absent, verified on load.
+"""checkpointing: lazy, asynchronous checkpoints that are whole or absent, verified on load.
 
 Names are loaded on first use, so that `checkpoint verify` and its like run without importing torch.
 """
@@ -12,22 +12,34 @@ if TYPE_CHECKING:
     from checkpointing.checkpointer import SINGLE, Checkpointer
     from checkpointing.errors import CheckpointError
     from checkpointing.handle import SaveHandle
+    from checkpointing.providers import (
+        CompositeProvider,
+        Cost,
+        Mutability,
+        ObjectProvider,
+        Place,
+        Provider,
+        TensorProvider,
+    )
     from checkpointing.records import RestoreInfo
-    from checkpointing.retention import KeepLast
+    from checkpointing.retention import KeepBest, KeepEvery, KeepLast
 
-__all__ = ["SINGLE", "CheckpointError", "Checkpointer", "KeepLast", "RestoreInfo", "SaveHandle"]
+__all__ = [
+    "SINGLE", "CheckpointError", "Checkpointer", "CompositeProvider", "Cost", "KeepBest", "KeepEvery", "KeepLast",
+    "Mutability", "ObjectProvider", "Place", "Provider", "RestoreInfo", "SaveHandle", "TensorProvider",
+]  # fmt: skip
 
 _HOMES = {
-    "SINGLE": "checkpointer",
-    "Checkpointer": "checkpointer",
-    "CheckpointError": "errors",
-    "SaveHandle": "handle",
-    "RestoreInfo": "records",
-    "KeepLast": "retention",
+    "checkpointer": ("SINGLE", "Checkpointer"),
+    "errors": ("CheckpointError",),
+    "handle": ("SaveHandle",),
+    "records": ("RestoreInfo",),
+    "retention": ("KeepBest", "KeepEvery", "KeepLast"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'checkpointing' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"checkpointing.{_HOMES[name]}"), name)
+    home = next((home for home, names in _HOMES.items() if name in names), "providers")
+    return getattr(importlib.import_module(f"checkpointing.{home}"), name)

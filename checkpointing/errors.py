@@ -3,6 +3,8 @@
 CheckpointError
 ├── StateError        what was given to be saved cannot be: names the key and says what to do
 ├── SaveError         a save could not be written or committed; the checkpoints before it are intact
+│   ├── NotBegunError     another rank had an older error to raise first
+│   └── PassedOverError   the policy for a busy checkpointer skipped it, or replaced it by a later one
 ├── IntegrityError    bytes on disk are not what was saved: names the file, and the tensor where there is one
 │   └── VersionError  a checkpoint of a newer version of longrail; nothing is wrong with it
 ├── FormatError       what was given is not a checkpoint of a format we read, or cannot be written as the one asked for
@@ -20,6 +22,14 @@ class StateError(CheckpointError):
 
 class SaveError(CheckpointError):
     """A save could not be written or committed; the checkpoints before it are intact."""
+
+
+class NotBegunError(SaveError):
+    """Another rank had an older error to raise first, and raised that instead of saving."""
+
+
+class PassedOverError(SaveError):
+    """The policy for a busy checkpointer skipped this save, or replaced it by a later one."""
 
 
 class IntegrityError(CheckpointError):

@@ -21,6 +21,7 @@ from checkpointing.manifest_fields import (
     read_files,
     read_files_1,
     read_int,
+    read_object,
     read_objects,
     read_piece_bytes,
     read_run_id,
@@ -108,7 +109,7 @@ def loads_summary(data: bytes) -> Summary:
     """
     body = _body(data)
     files: tuple[FileEntry, ...] = read_files_1(body) if body["format_version"] == 1 else read_files(body)[0]
-    return Summary(read_run_id(body), read_int(body, "step"), files)
+    return Summary(read_run_id(body), read_int(body, "step"), files, read_object(body, "values"))
 
 
 def _text(value: Any) -> str:

@@ -78,7 +78,7 @@ def read_piece_bytes(body: Mapping[str, Any]) -> int:
 def read_aliases(body: Mapping[str, Any], tensors: Sequence[TensorEntry]) -> dict[str, str]:
     """Return the aliases: new names of tensors that are there."""
     names = {tensor.name for tensor in tensors}
-    aliases = _object(body, "aliases")
+    aliases = read_object(body, "aliases")
     for alias, target in aliases.items():
         if not isinstance(target, str) or target not in names or alias in names or not alias:
             raise IntegrityError(f"manifest: alias {alias!r} of {target!r} is not a new name of a tensor")
@@ -87,7 +87,7 @@ def read_aliases(body: Mapping[str, Any], tensors: Sequence[TensorEntry]) -> dic
 
 def read_objects(body: Mapping[str, Any], tensors: Sequence[TensorEntry]) -> dict[str, str]:
     """Return the objects: names of whole U8 tensors, to their encoding."""
-    objects = _object(body, "objects")
+    objects = read_object(body, "objects")
     plain = {one.name for one in tensors if one.dtype == "U8" and one.shape == one.global_shape and len(one.shape) == 1}
     for name, encoding in objects.items():
         if name not in plain:
@@ -99,7 +99,7 @@ def read_objects(body: Mapping[str, Any], tensors: Sequence[TensorEntry]) -> dic
 
 def read_values(body: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
     """Return the values, decoded, under names that are not `taken`."""
-    values = _object(body, "values")
+    values = read_object(body, "values")
     for name in values:
         if not name or name in taken:
             raise IntegrityError(f"manifest: value {name!r} is empty or has the name of a tensor")
@@ -146,6 +146,13 @@ def read_list(body: Mapping[str, Any], field: str) -> list[Any]:
     return body[field]
 
 
+def read_object(body: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Return an object field."""
+    if not isinstance(body.get(field), dict):
+        raise IntegrityError(f"manifest: {field} is not an object")
+    return body[field]
+
+
 def _file(record: object, expected: Sequence[str]) -> FileEntry:
     found = read_record(record, "FileEntry", expected)
     path = found["path"]
@@ -162,9 +169,3 @@ def _distinct(files: list[FileEntry]) -> tuple[FileEntry, ...]:
     if len({file.path for file in files}) != len(files):
         raise IntegrityError("manifest: a file stands twice in files")
     return tuple(files)
-
-
-def _object(body: Mapping[str, Any], field: str) -> dict[str, Any]:
-    if not isinstance(body.get(field), dict):
-        raise IntegrityError(f"manifest: {field} is not an object")
-    return body[field]

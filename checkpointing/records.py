@@ -29,6 +29,8 @@ class Stateful(Protocol):
         """Return the state as {name: Tensor | JSON value}."""
         ...
 
+    # Instead of `state_dict`, a save calls `state_providers()` where there is one; it may hold providers, too.
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """Take a state as `state_dict` gave it out, with every name that was saved, by whichever rank."""
         ...
@@ -49,11 +51,13 @@ class TensorSpec:
     """Shape of the whole tensor; None when this is the whole."""
     offset: tuple[int, ...] | None = None
     """Where the slice begins in the whole tensor, one number per dim; None when this is the whole."""
+    encoding: str | None = None
+    """Of an object, whose size shows only once it is serialised; None for tensors."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the slice."""
-        return prod(self.shape) * itemsize(self.dtype)
+        """Bytes of the slice; 0 of an object."""
+        return 0 if self.encoding else prod(self.shape) * itemsize(self.dtype)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -129,6 +133,8 @@ class Summary:
     run_id: str
     step: int
     files: tuple[FileEntry, ...]
+    values: Mapping[str, Any]
+    """As they are encoded."""
 
 
 @dataclass(frozen=True, slots=True)

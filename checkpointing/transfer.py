@@ -1,46 +1,22 @@
-"""Bytes to a data file, hashed on the way."""
+"""Small things that reading and writing share: the length of a file, and small files written whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import xxhash
-
 from checkpointing.errors import IntegrityError
-from checkpointing.pieces import PIECE_BYTES, piece_ranges
 from checkpointing.records import FileEntry
 from checkpointing.storage.local import LocalStorage
 
 
-def write_file(
-    storage: LocalStorage,
-    path: Path,
-    length: int,
-    blocks: Iterable[Callable[[], memoryview | bytes]],
-    wrote: Callable[[int], None],
-) -> list[list[str]]:
-    """Write the blocks one behind the other into a new file and make it durable.
-
-    `blocks` are made one at a time, so that at most one copy of a tensor is alive. `wrote` is told of every piece in
-    bytes. Returns the hashes of the pieces of each block. Raises OSError.
-    """
-    hashes: list[list[str]] = []
-    fd, at = storage.create(path, length), 0
+def write_small(storage: LocalStorage, path: Path, data: bytes) -> None:
+    """Write a new file and make it durable. Raises OSError."""
+    fd = storage.create(path, len(data))
     try:
-        for block in blocks:
-            data = memoryview(block())
-            pieces = [data[a - at : b - at] for a, b in piece_ranges(at, at + len(data), PIECE_BYTES)]
-            hashes.append([])
-            for piece in pieces:
-                hashes[-1].append(xxhash.xxh3_64_hexdigest(piece))
-                storage.write(fd, piece)
-                wrote(len(piece))
-            at += len(data)
+        storage.write(fd, data)
         storage.sync(fd)
     finally:
         storage.close(fd)
-    return hashes
 
 
 def check_length(storage: LocalStorage, folder: Path, file: FileEntry) -> None:

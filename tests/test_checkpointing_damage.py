@@ -73,9 +73,9 @@ def test_zeroed_and_swapped_regions_are_noticed(two):
     zeroed = good[:first] + bytes(last + 1 - first) + good[last + 1 :]
     swapped = bytearray(good)
     swapped[first : first + 16], swapped[other : other + 16] = good[other : other + 16], good[first : first + 16]
-    for bad in (zeroed, swapped):
+    for bad, name in ((zeroed, "page"), (swapped, "head.weight")):  # the first in the file is named
         file.write_bytes(bad)
-        assert_noticed(two, DATA, "tensor 'run.page'")
+        assert_noticed(two, DATA, f"tensor 'run.{name}'")
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_noticed(two):
@@ -190,5 +190,5 @@ def test_a_bad_checkpoint_that_is_saved_anew_is_good(two):
         assert not (two / "step-20").exists()
         ckpt.save(20, {"run": Flat({"anew": 1})}).wait()
         with pytest.raises(CheckpointError, match="step-20 exists already"):
-            ckpt.save(20, {"run": Flat({"again": 1})})
+            ckpt.save(20, {"run": Flat({"again": 1})}).wait()
     assert restored(two)[1] == {"anew": 1}

@@ -16,7 +16,6 @@ import torch
 from checkpointing.dtypes import shape_in_file
 from checkpointing.errors import SaveError
 from checkpointing.records import TensorSpec
-from checkpointing.torch_dtypes import DTYPES
 
 _PAGE = 4096
 _MAX_HEADER = 100_000_000  # what the safetensors library accepts
@@ -96,12 +95,6 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor as row-major elements; a view of its memory where that is possible."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
-
-
-def empty_tensor(dtype: str, shape: Sequence[int]) -> tuple[torch.Tensor, memoryview]:
-    """Return a new tensor and the bytes of its memory, to be filled."""
-    tensor = torch.empty(tuple(shape), dtype=DTYPES[dtype])
-    return tensor, bytes_of(tensor)
 
 
 def _header_entry(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:

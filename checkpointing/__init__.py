@@ -1,9 +1,49 @@
-"""checkpointing: checkpoints that are whole or absent, verified on load."""
+"""checkpointing: lazy, asynchronous checkpoints that are whole or absent, verified on load.
 
-from checkpointing.checkpointer import SINGLE, Checkpointer
-from checkpointing.errors import CheckpointError
-from checkpointing.handle import SaveHandle
-from checkpointing.records import RestoreInfo
-from checkpointing.retention import KeepLast
+Names are loaded on first use, so that `checkpoint verify` and its like run without importing torch.
+"""
 
-__all__ = ["SINGLE", "CheckpointError", "Checkpointer", "KeepLast", "RestoreInfo", "SaveHandle"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpointing.checkpointer import SINGLE, Checkpointer
+    from checkpointing.errors import CheckpointError
+    from checkpointing.handle import SaveHandle
+    from checkpointing.providers import (
+        CompositeProvider,
+        Cost,
+        Mutability,
+        ObjectProvider,
+        Place,
+        Provider,
+        TensorProvider,
+    )
+    from checkpointing.records import RestoreInfo
+    from checkpointing.retention import KeepBest, KeepEvery, KeepLast
+
+__all__ = [
+    "SINGLE", "CheckpointError", "Checkpointer", "CompositeProvider", "Cost", "KeepBest", "KeepEvery", "KeepLast",
+    "Mutability", "ObjectProvider", "Place", "Provider", "RestoreInfo", "SaveHandle", "TensorProvider",
+]  # fmt: skip
+
+_HOMES = {
+    "SINGLE": "checkpointer",
+    "Checkpointer": "checkpointer",
+    "CheckpointError": "errors",
+    "SaveHandle": "handle",
+    "RestoreInfo": "records",
+    **dict.fromkeys(("KeepBest", "KeepEvery", "KeepLast"), "retention"),
+    **dict.fromkeys(
+        ("CompositeProvider", "Cost", "Mutability", "ObjectProvider", "Place", "Provider", "TensorProvider"),
+        "providers",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'checkpointing' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"checkpointing.{_HOMES[name]}"), name)

@@ -8,21 +8,23 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch.distributed as dist
 
 from checkpointing.commit import Committer
-from checkpointing.config import CheckpointConfig
-from checkpointing.control import Alone, Control, Outcome, run_round, told_as
+from checkpointing.config import Busy, CheckpointConfig
+from checkpointing.control import Alone, Control, run_round, told_as
 from checkpointing.control_store import StoreControl
-from checkpointing.errors import CheckpointError, StateError
-from checkpointing.folder import Folder
+from checkpointing.engine import Engine
+from checkpointing.errors import CheckpointError, NotBegunError
+from checkpointing.folder import REQUEST, Folder
 from checkpointing.handle import SaveHandle
+from checkpointing.load import Exchange, GroupExchange, NoExchange
 from checkpointing.records import RestoreInfo
 from checkpointing.restore import restore
-from checkpointing.retention import KeepLast
-from checkpointing.save import Meter, save
+from checkpointing.retention import Keep, KeepLast
+from checkpointing.save import SaveJob
 from checkpointing.state import State
 from checkpointing.storage.local import LocalStorage
 
@@ -30,6 +32,18 @@ SINGLE = "single"
 """As `group`: this one process saves and restores alone."""
 
 _log = logging.getLogger("checkpointing")
+
+
+class Settings(TypedDict, total=False):
+    """The settings of CheckpointConfig that a Checkpointer takes by keyword."""
+
+    busy: Busy
+    staging_bytes: int
+    flush_threads: int
+    hurried_threads: int
+    max_bytes_per_s: float | None
+    incremental: bool
+    check: bool
 
 
 class Checkpointer:
@@ -44,51 +58,68 @@ class Checkpointer:
     `close` calls in the same order, with a folder all of them see.
 
     `group` is the default group when torch.distributed is initialised, else this process alone; SINGLE for one process.
-    `timeout_s` is how long, in seconds, a rank may show no sign of life while others wait for it; see CheckpointConfig.
-    The folder is created by the first save. Raises CheckpointError when torchrun started this process and there is no
-    group yet.
+    The other arguments are those of CheckpointConfig. The folder is created by the first save. Raises CheckpointError
+    when torchrun started this process and there is no group yet.
+
+    From the construction on, every optimizer step of this process waits until what is being saved is copied.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        keep: KeepLast | None = None,
+        keep: Keep | None = None,
         group: dist.ProcessGroup | str | None = None,
         timeout_s: float = 600.0,
+        **settings: Unpack[Settings],
     ) -> None:
-        config = CheckpointConfig(keep=keep if keep is not None else KeepLast(3), timeout_s=timeout_s)
+        keep = keep if keep is not None else KeepLast(3)
+        config = CheckpointConfig(keep=keep, timeout_s=timeout_s, **settings)
+        self._config = config
         self._folder = Folder(Path(path).absolute(), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
+        self._exchange = _open_exchange(group, self._control)
         self._committer = Committer(self._folder, config.keep)
+        self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
-        # At exit too: others may not have read rank 0's last answer, and a failed save must not go unheard.
-        self._end = weakref.finalize(self, _at_exit, self._control, self._owed)
+        # At exit too: a save in flight is finished, others may not have read rank 0's last answer, and a failed save
+        # must not go unheard.
+        self._end = weakref.finalize(self, _at_exit, self._engine, self._owed, config.timeout_s)
         self._control.begin("opening the checkpointer")
         mine = {"path": str(self._folder.root)}
         run_round(self._control, "opening the checkpointer", "join", lambda: mine, _same_path)
 
     def save(self, step: int, state: State) -> SaveHandle:
-        """Save `state` as step `step`; every rank must call. In this form all the work is done on return.
+        """Begin to save `state` as step `step`, and return in milliseconds; every rank must call.
+
+        What changes in forward or backward (small tensors, values, and whatever no optimizer is known to step) is
+        copied inside of this call; parameters and moments in the background, and the next optimizer step waits for
+        what is left of that.
 
         Returns a handle whose `wait()` is the only proof: it gives the folder, or raises what went wrong. What nobody
         waited for is raised by the next `save` or `close`. A state or step that cannot be saved raises StateError
-        here, on every rank. A failed save leaves every earlier checkpoint as it was, and training can go on.
+        here. A failed save leaves every earlier checkpoint as it was, and training can go on.
         """
         what = f"save of step {step!r}"
-        self._begin(what)
-        self._raise_owed(what)
-        meter = Meter()
-        try:
-            handle = SaveHandle(
-                meter, path=save(self._control, self._folder, self._committer, what, step, state, meter)
-            )
-        except StateError:
-            raise
-        except CheckpointError as error:
-            handle = SaveHandle(meter, error=error)
-        self._owed[:] = [handle]
+        self._check_open(what)
+        owed = self._owed_error()
+        if owed is not None:
+            # Ranks that have raised it already are in this save by now.
+            error = NotBegunError(f"not begun, as an earlier one: {owed}")
+            self._engine.submit(SaveJob(what, step, SaveHandle(what, self._engine.pool.hurry), error=error))
+            raise owed
+        handle = self._engine.save(what, step, state)
+        self._owed.append(handle)
         return handle
+
+    def requested(self) -> bool:
+        """Return whether someone asked for a save, by a file `request` in the folder: `checkpoint request`.
+
+        A look by this rank alone; let one rank look, and all ranks save together. The next durable save takes the file
+        away.
+        """
+        with told_as(CheckpointError):
+            return REQUEST in self._folder.storage.names(self._folder.root)
 
     def restore(self, state: State, step: int | None = None) -> RestoreInfo | None:
         """Restore the newest checkpoint that verifies, or exactly `step`; every rank must call.
@@ -100,8 +131,10 @@ class Checkpointer:
         too.
         """
         what = "restore" if step is None else f"restore of step {step!r}"
-        self._begin(what)
-        return restore(self._control, self._folder, self._committer.known_bad, what, state, step)
+        self._check_open(what)
+        self._engine.idle()  # the saves before this call, as on every other rank
+        self._control.begin(what)
+        return restore(self._control, self._exchange, self._folder, self._committer.known_bad, what, state, step)
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None. A look at the folder by this rank alone; reads no tensor."""
@@ -113,13 +146,20 @@ class Checkpointer:
             return list(self._folder.committed())
 
     def fence(self) -> None:
-        """Return when parameters may be changed by hand: at once, as `save` copies nothing behind the caller's back."""
+        """Return when parameters may be changed by hand: when nothing that is being saved is read from them any more.
+
+        Optimizer steps call it by themselves. Never raises for a failed save; the next `save` or `wait` does.
+        """
+        self._engine.fence()
 
     def close(self) -> None:
-        """Let go of the other ranks; every rank must call. Raises what no `wait` has raised. May be called twice."""
+        """End, once the saves in flight have; every rank must call. May be called twice.
+
+        What is not durable after `timeout_s` is given up. Raises what no `wait` has raised.
+        """
         if self._end.detach() is None:
             return
-        self._control.close()
+        self._engine.close(self._config.timeout_s)
         owed = self._owed_error()
         if owed is not None:
             raise owed
@@ -137,22 +177,14 @@ class Checkpointer:
                 raise
             _log.error("%s", owed)  # what ended the block is the one to raise
 
-    def _begin(self, what: str) -> None:
+    def _check_open(self, what: str) -> None:
         if not self._end.alive:
             raise CheckpointError(f"{what}: this checkpointer is closed; make another")
-        self._control.begin(what)
-
-    def _raise_owed(self, what: str) -> None:
-        owed = self._owed_error()
-        if owed is not None:
-            # Ranks that have raised it already are in the next save by now.
-            self._control.tell("plan", Outcome.failed(what, CheckpointError(f"not begun, as an earlier one: {owed}")))
-            raise owed
 
     def _owed_error(self) -> CheckpointError | None:
-        owed = [handle.take_unheard() for handle in self._owed]
-        self._owed.clear()
-        return owed[0] if owed else None
+        errors = [error for handle in self._owed if handle.is_over and (error := handle.take_unheard())]
+        self._owed[:] = [handle for handle in self._owed if not handle.is_over]
+        return errors[0] if errors else None
 
 
 def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Control:
@@ -173,6 +205,14 @@ def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Co
     return StoreControl(members, timeout_s) if dist.get_world_size(members) > 1 else Alone()
 
 
+def _open_exchange(group: dist.ProcessGroup | str | None, control: Control) -> Exchange:
+    if control.world_size == 1:
+        return NoExchange()
+    members = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
+    assert members is not None
+    return GroupExchange(members)
+
+
 def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:
     for rank, body in enumerate(bodies):
         if body != bodies[0]:
@@ -180,8 +220,8 @@ def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:
     return bodies
 
 
-def _at_exit(control: Control, owed: list[SaveHandle]) -> None:
-    control.close()
+def _at_exit(engine: Engine, owed: list[SaveHandle], timeout_s: float) -> None:
+    engine.close(timeout_s)
     for handle in owed:
         error = handle.take_unheard()
         if error is not None:

@@ -6,6 +6,7 @@ The order is the contract: files durable, manifest durable, folder durable, rena
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,16 @@ from typing import Any
 
 from checkpointing import manifest as manifests
 from checkpointing.control import told_as
+from checkpointing.datafile import file_name
 from checkpointing.errors import IntegrityError, SaveError, StateError
-from checkpointing.folder import Folder
-from checkpointing.plan import RankState, SavePlan, plan_save
-from checkpointing.records import FileEntry, Manifest, TensorEntry, TensorSpec
-from checkpointing.retention import KeepLast, plan_pruning
-from checkpointing.transfer import write_file
+from checkpointing.folder import REQUEST, Folder
+from checkpointing.manifest_fields import file_fields
+from checkpointing.pieces import PIECE_BYTES
+from checkpointing.plan import agreed_values
+from checkpointing.planner import Planner
+from checkpointing.records import FileEntry, Manifest
+from checkpointing.retention import Keep, plan_pruning
+from checkpointing.transfer import write_small
 from checkpointing.values import decode
 
 _log = logging.getLogger("checkpointing")
@@ -29,18 +34,22 @@ _log = logging.getLogger("checkpointing")
 class Committer:
     """Holds what rank 0 knows between the two rounds of a save, and between saves."""
 
-    def __init__(self, folder: Folder, keep: KeepLast) -> None:
+    def __init__(self, folder: Folder, keep: Keep) -> None:
         self._folder, self._storage, self._keep = folder, folder.storage, keep
+        self._planner = Planner()
         self._run_id = ""
-        self._plan: SavePlan | None = None
+        self._values: dict[str, Any] = {}
         self._step, self._tmp, self._lock = -1, Path(), None
+        self._open = False
+        self._requested = False
         self.known_bad: set[int] = set()
         """Steps that a restore of this process read in full and found damaged."""
 
     @told_as(SaveError, "rank 0: ")
     def open(self, step: int, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Plan the save and make its folder. Returns what each rank has to write."""
-        plan = plan_save([_rank_state(body) for body in bodies])
+        self._planner.plan(bodies)
+        self._values = agreed_values([body["values"] for body in bodies], self._planner.taken)
         if self._stands(step):
             raise StateError(
                 f"{self._folder.at(step)} exists already, and a save never overwrites; save another step, or move the "
@@ -48,32 +57,34 @@ class Committer:
             )
         self._storage.make_folders(self._folder.root)
         self._run_id = self._run_id or self._found_run_id()
-        self._plan, self._step = plan, step
+        self._step, self._open = step, True
+        self._requested = REQUEST in self._storage.names(self._folder.root)
         self._tmp = self._folder.root / f"step-{step}.{self._nonce()}"
         self._storage.make_folder(self._tmp)
         self._lock = self._storage.lock(self._tmp)
         common = {"folder": self._tmp.name, "run_id": self._run_id}
-        return [common | {"names": [spec.name for spec in specs]} for specs in plan.writes]
+        return [common | self._planner.task(rank, body) for rank, body in enumerate(bodies)]
 
     @told_as(SaveError, "rank 0: ")
     def commit(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Write the manifest, and make the save visible. Returns an empty answer for each rank."""
-        data = manifests.dumps(self._manifest(bodies))
-        manifests.loads(data)  # what the reader would refuse is never committed
-        write_file(self._storage, self._tmp / manifests.FILE_NAME, len(data), [lambda: data], lambda _: None)
+        data = self._manifest(bodies)
+        write_small(self._storage, self._tmp / manifests.FILE_NAME, data)
         self._storage.sync_folder(self._tmp)
         self._publish()
-        for chore in (self._release, self._point_latest, self._prune, self._clear_leftovers):
+        return [{} for _ in bodies]
+
+    def tidy(self) -> None:
+        """Clear away what a durable save leaves behind; what fails here is told, and fails nothing."""
+        for chore in (self._release, self._point_latest, self._prune, self._clear_leftovers, self._clear_request):
             try:
                 chore()
             except OSError as error:
-                # The checkpoint is durable: what fails behind it is no reason to fail the save.
                 _log.warning("after the save of step %d: %s: %s", self._step, chore.__name__.strip("_"), error)
-        return [{} for _ in bodies]
 
     def abandon(self, *, remove: bool) -> None:
         """Give up the save in hand. `remove` its folder only when no rank can be writing in it any more."""
-        if self._plan is None:
+        if not self._open:
             return
         if remove:
             with suppress(OSError):  # the error that ended the save is the one to tell
@@ -97,23 +108,32 @@ class Committer:
     def _nonce(self) -> str:
         return f"tmp-{self._run_id[:8]}-{uuid.uuid4().hex[:8]}"
 
-    def _manifest(self, bodies: Sequence[Mapping[str, Any]]) -> Manifest:
-        assert self._plan is not None
-        files = tuple(FileEntry(**body["file"]) for body in bodies)
-        tensors = [
-            _entry(spec, file.path, *place)
-            for specs, file, body in zip(self._plan.writes, files, bodies, strict=True)
-            for spec, place in zip(specs, body["places"], strict=True)
-        ]
-        return Manifest(
-            run_id=self._run_id,
-            step=self._step,
-            world_size=len(bodies),
+    def _manifest(self, bodies: Sequence[Mapping[str, Any]]) -> bytes:
+        """Return the bytes of the manifest. Its table of tensors is made again only when one of them moved."""
+        files, moved = [], []
+        for rank, body in enumerate(bodies):
+            files.append(file_fields(FileEntry(file_name(rank), *body["file"]), body["pieces"]))
+            files += [file_fields(FileEntry(*link["file"]), link["pieces"]) for link in body["links"]]
+            moved.append([body["file"][1], [[k["file"][0], k["entries"]] for k in body["links"]], body["objects"]])
+        table, fresh = self._planner.table(json.dumps(moved), bodies)
+        data = manifests.assemble(
+            Manifest(
+                run_id=self._run_id,
+                step=self._step,
+                world_size=len(bodies),
+                piece_bytes=PIECE_BYTES,
+                files=(),
+                tensors=(),
+                aliases=self._planner.aliases,
+                objects=self._planner.objects,
+                values={name: decode(value) for name, value in self._values.items()},
+            ),
             files=files,
-            tensors=tuple(sorted(tensors, key=lambda entry: entry.name)),
-            aliases=self._plan.aliases,
-            values={name: decode(value) for name, value in self._plan.values.items()},
+            table=table,
         )
+        if fresh:
+            manifests.loads(data)  # what the reader would refuse is never committed
+        return data
 
     def _publish(self) -> None:
         place = self._folder.at(self._step)
@@ -130,19 +150,19 @@ class Committer:
         self.known_bad.discard(self._step)
 
     def _release(self) -> None:
-        lock, self._lock, self._plan = self._lock, None, None
+        lock, self._lock, self._open = self._lock, None, False
         if lock is not None:
             self._storage.close(lock)
 
     def _point_latest(self) -> None:
         new = self._folder.root / f"latest.{self._nonce()}"
-        data = f"{self._folder.at(self._step).name}\n".encode()
-        write_file(self._storage, new, len(data), [lambda: data], lambda _: None)
+        write_small(self._storage, new, f"{self._folder.at(self._step).name}\n".encode())
         self._storage.rename(new, self._folder.root / "latest")
         self._storage.sync_folder(self._folder.root)
 
     def _prune(self) -> None:
-        intact = [step for step, found in self._folder.committed().items() if found.run_id == self._run_id]
+        committed = self._folder.committed()
+        intact = {step: found.values for step, found in committed.items() if found.run_id == self._run_id}
         for step in plan_pruning(self._keep, intact, self.known_bad, saved=self._step):
             # Renamed first: a checkpoint is whole or absent while it is deleted, too.
             gone = self._folder.at(step).with_name(f"step-{step}.{self._nonce()}")
@@ -162,12 +182,6 @@ class Committer:
             finally:
                 self._storage.close(lock)
 
-
-def _rank_state(body: Mapping[str, Any]) -> RankState:
-    specs = (TensorSpec(name, dtype, tuple(shape), alias) for name, dtype, shape, alias in body["specs"])
-    return RankState(tuple(specs), body["values"])
-
-
-def _entry(spec: TensorSpec, file: str, begin: int, end: int, xxh3_64: str) -> TensorEntry:
-    whole = (0,) * len(spec.shape)
-    return TensorEntry(spec.name, spec.dtype, spec.shape, whole, spec.shape, file, begin, end, xxh3_64)
+    def _clear_request(self) -> None:
+        if self._requested:
+            self._storage.remove_file(self._folder.root / REQUEST)

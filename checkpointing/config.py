@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from checkpointing.errors import CheckpointError
-from checkpointing.retention import KeepLast
+from checkpointing.pieces import PIECE_BYTES
+from checkpointing.retention import Keep, KeepLast
+
+Busy = Literal["wait", "skip", "replace"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """How many checkpoints stay, and how long a rank may be silent."""
+    """How many checkpoints stay, what a save may cost, and how long a rank may be silent."""
 
-    keep: KeepLast = field(default_factory=lambda: KeepLast(3))
+    keep: Keep = field(default_factory=lambda: KeepLast(3))
     """What stays on disk after a save."""
     timeout_s: float = 600.0
     """Seconds a rank may show no sign of life while others wait for it; writing and reading are signs of life."""
+    busy: Busy = "wait"
+    """What a save does while the one before is not durable: `wait` for it before the next optimizer step, `skip`
+    itself, or `replace` the one before, which is given up."""
+    staging_bytes: int = 256 * 2**20
+    """Host memory of the engine: buffers for bytes on their way to the disk, and a quarter for small tensors."""
+    flush_threads: int = 2
+    """Writing threads while training; up to `hurried_threads` when someone waits for them."""
+    hurried_threads: int = 4
+    max_bytes_per_s: float | None = None
+    """Most bytes a rank writes in a second; None for as many as the disk takes."""
+    incremental: bool = False
+    """Whether large tensors that did not change are hard links to the file of an older checkpoint."""
+    check: bool = False
+    """Whether every lazily copied tensor is hashed inside of `save` and again at the fence, and the save fails, naming
+    the tensor, when it changed between. For finding out who changes state outside of an optimizer's step."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.keep, KeepLast):
+        if not isinstance(self.keep, Keep):
             raise CheckpointError(f"keep is {self.keep!r}; give a retention rule, for example KeepLast(3)")
         if not self.timeout_s > 0:
             raise CheckpointError(f"timeout_s is {self.timeout_s}; it must be more than 0")
+        if self.busy not in get_args(Busy):
+            raise CheckpointError(f"busy is {self.busy!r}; choose one of {', '.join(get_args(Busy))}")
+        if self.staging_bytes < 4 * PIECE_BYTES:
+            raise CheckpointError(f"staging_bytes is {self.staging_bytes}; it must be at least {4 * PIECE_BYTES}")
+        if not 1 <= self.flush_threads <= self.hurried_threads:
+            raise CheckpointError(
+                f"flush_threads is {self.flush_threads} and hurried_threads {self.hurried_threads}; at least 1 thread "
+                "writes while training, and at least as many in a hurry"
+            )
+        if self.max_bytes_per_s is not None and not self.max_bytes_per_s > 0:
+            raise CheckpointError(f"max_bytes_per_s is {self.max_bytes_per_s}; it must be more than 0, or None")

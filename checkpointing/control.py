@@ -10,9 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
-from checkpointing.errors import CheckpointError, IntegrityError, RankError, SaveError, StateError
+from checkpointing.errors import (
+    CheckpointError,
+    IntegrityError,
+    NotBegunError,
+    PassedOverError,
+    RankError,
+    SaveError,
+    StateError,
+    VersionError,
+)
 
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, StateError, SaveError, IntegrityError, RankError)}
+_ALL = (
+    CheckpointError, StateError, SaveError, IntegrityError, VersionError, RankError, NotBegunError, PassedOverError,
+)  # fmt: skip
+_KINDS = {kind.__name__: kind for kind in _ALL}
 
 Decide = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]
 
@@ -78,6 +90,10 @@ class Control(Protocol):
         """Give a sign of life, at most once in a while."""
         ...
 
+    def lead(self, value: bool) -> bool:
+        """Return rank 0's value. Every rank must call; unlike the other calls, from any one thread."""
+        ...
+
     def close(self) -> None:
         """Let go of the store, once the others have read their answers."""
         ...
@@ -101,6 +117,10 @@ class Alone:
 
     def alive(self) -> None:
         """Nobody is waiting."""
+
+    def lead(self, value: bool) -> bool:
+        """Return the value."""
+        return value
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -30,7 +30,7 @@ class StoreControl:
         self._timeout_s = timeout_s
         self._calls = StoreCalls(open_store(group, self.rank), timeout_s)
         self._call, self._what = 0, "joining the others"
-        self._beats, self._beat_at = 0, 0.0
+        self._beats, self._beat_at, self._leads = 0, 0.0, 0
         self._unread: dict[str, int] = {}
         self._store("set", self._life(self.rank), "0")
 
@@ -67,6 +67,21 @@ class StoreControl:
             self._beats, self._beat_at = self._beats + 1, now
             # With the number of the call: a rank that has gone on to another call is no sign of life in this one.
             self._store("set", self._life(self.rank), f"{self._call} {self._beats}")
+
+    def lead(self, value: bool) -> bool:
+        """Return rank 0's value. Raises RankError when rank 0 does not come to this call in time."""
+        self._leads += 1
+        key, give_up = f"lead/{self._leads}", time.monotonic() + self._timeout_s
+        if self.rank == 0:
+            self._calls("set", key, str(int(value)))
+            if self._leads > 2:  # no rank is two calls behind: the saves between could not have ended
+                self._calls("delete_key", f"lead/{self._leads - 2}")
+            return value
+        while not self._calls("check", [key]):
+            if time.monotonic() > give_up:
+                raise RankError(f"rank 0 did not call save within {self._timeout_s:g} s of this rank")
+            time.sleep(0.0005)
+        return self._calls("get", key) == b"1"
 
     def close(self) -> None:
         """Let go of the store; its host waits a little until the others have read their answers, or left."""

@@ -1,6 +1,7 @@
 """One rank's data file: a valid .safetensors file (8-byte length, JSON header, bytes). Pure.
 
 The header is padded with spaces to whole pages, so that the bytes begin on a page and any aligned writer can be used.
+It is written last: only then are the sizes of the objects known, which lie behind all tensors.
 """
 
 from __future__ import annotations
@@ -8,54 +9,81 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
-from checkpointing.dtypes import DTYPES, shape_in_file
+from checkpointing.dtypes import shape_in_file
 from checkpointing.errors import SaveError
 from checkpointing.records import TensorSpec
+from checkpointing.torch_dtypes import DTYPES
 
 _PAGE = 4096
 _MAX_HEADER = 100_000_000  # what the safetensors library accepts
+_SPARE = 64  # for metadata that grows, and for each object's numbers
 
 
 @dataclass(frozen=True, slots=True)
 class DataLayout:
-    """The first bytes of a file, and where its tensors lie behind them."""
+    """Where the tensors of a file lie, and its header. A function of the specs; of a save only its metadata differ."""
 
-    head: bytes
-    """Everything before the first tensor: length field, header, padding."""
+    specs: tuple[TensorSpec, ...]
+    """In the order of the file: tensors, then objects."""
+    head_bytes: int
+    """Bytes before the first tensor: length field, header, padding."""
     ranges: tuple[tuple[int, int], ...]
     """(begin, end) of each tensor in the file, in order, without gaps."""
+    tensors_text: str
+    """The tensors' part of the header, as JSON without its braces."""
 
     @property
-    def length(self) -> int:
-        """Bytes of the file."""
-        return self.ranges[-1][1] if self.ranges else len(self.head)
+    def end(self) -> int:
+        """One past the last byte of the tensors."""
+        return self.ranges[-1][1] if self.ranges else self.head_bytes
+
+    def object_ranges(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (begin, end) of each object, whose sizes are known by now."""
+        return list(pairwise(accumulate(sizes, initial=self.end)))
+
+    def head(self, metadata: Mapping[str, str], sizes: Sequence[int] = ()) -> bytes:
+        """Return everything before the first tensor. Raises SaveError when the metadata are longer than foreseen."""
+        objects = self.specs[len(self.ranges) :]
+        parts = [f'"__metadata__":{_json(metadata)}', self.tensors_text]
+        for spec, size, (begin, end) in zip(objects, sizes, self.object_ranges(sizes), strict=True):
+            parts.append(_header_entry(spec.name, "U8", [size], begin - self.head_bytes, end - self.head_bytes))
+        text = ("{" + ",".join(part for part in parts if part) + "}").encode()
+        if 8 + len(text) > self.head_bytes:
+            raise SaveError(f"a header of {len(text)} bytes does not fit into {self.head_bytes - 8}")
+        text = text.ljust(self.head_bytes - 8)
+        return len(text).to_bytes(8, "little") + text
 
 
 def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> DataLayout:
-    """Lay `specs` out in the given order. Raises SaveError when the header grows beyond what readers accept."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    ends = [0]
-    for spec in specs:
-        ends.append(ends[-1] + spec.num_bytes)
-        header[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(shape_in_file(spec.dtype, spec.shape)),
-            "data_offsets": ends[-2:],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE)
-    if len(text) > _MAX_HEADER:
+    """Lay `specs` out in the given order, objects last.
+
+    Raises SaveError when the header grows beyond what readers accept.
+    """
+    tensors = [spec for spec in specs if spec.encoding is None]
+    ends = list(accumulate((spec.num_bytes for spec in tensors), initial=0))
+    entries = [
+        _header_entry(spec.name, spec.dtype, shape_in_file(spec.dtype, spec.shape), begin, end)
+        for spec, (begin, end) in zip(tensors, pairwise(ends), strict=True)
+    ]
+    text = ",".join(entries)
+    names = sum(len(_json(spec.name)) + 2 * _SPARE for spec in specs[len(tensors) :])
+    size = 8 + len(text.encode()) + len(_json(metadata)) + names + 2 * _SPARE
+    size += -size % _PAGE
+    if size - 8 > _MAX_HEADER:
         raise SaveError(
-            f"{len(specs)} tensors make a header of {len(text)} bytes; {_MAX_HEADER} is the limit: save fewer tensors "
+            f"{len(specs)} tensors make a header of {size - 8} bytes; {_MAX_HEADER} is the limit: save fewer tensors "
             "per rank, or larger ones"
         )
-    start = 8 + len(text)
-    pairs = pairwise(ends)
-    return DataLayout(len(text).to_bytes(8, "little") + text, tuple((start + a, start + b) for a, b in pairs))
+    return DataLayout(tuple(specs), size, tuple((size + a, size + b) for a, b in pairwise(ends)), text)
+
+
+def slices_text(specs: Sequence[TensorSpec]) -> str:
+    """Return, as JSON for a reader of the lone file, which slices it holds: {name: [global shape, offset]}."""
+    return _json({spec.name: [spec.whole_shape, spec.begin] for spec in specs if spec.shape != spec.whole_shape})
 
 
 def file_name(rank: int) -> str:
@@ -73,3 +101,11 @@ def empty_tensor(dtype: str, shape: Sequence[int]) -> tuple[torch.Tensor, memory
     """Return a new tensor and the bytes of its memory, to be filled."""
     tensor = torch.empty(tuple(shape), dtype=DTYPES[dtype])
     return tensor, bytes_of(tensor)
+
+
+def _header_entry(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
+    return f"{_json(name)}:{_json({'dtype': dtype, 'shape': list(shape), 'data_offsets': [begin, end]})}"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

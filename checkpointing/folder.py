@@ -3,12 +3,14 @@
 step-20/                        committed: manifest.json and the files it lists
 step-30.tmp-<run>-<nonce>/      being written, or left by a crash; <run> is the beginning of the run id
 step-30.bad-<nonce>/            did not verify and stood in the way of a save of the same step; never touched again
+request                         asks a running job to save now (`Checkpointer.requested`); gone once it has
 latest                          the name of the newest checkpoint: a hint for people and scripts, never read here
 """
 
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,12 @@ from checkpointing import manifest as manifests
 from checkpointing.errors import IntegrityError, StateError
 from checkpointing.records import Manifest, Summary
 from checkpointing.storage.local import LocalStorage
-from checkpointing.transfer import check_length, verify_file
+from checkpointing.transfer import check_length
+from checkpointing.verify import damages, raise_first
 
 _Found = TypeVar("_Found", Manifest, Summary)
 
+REQUEST = "request"
 _MAX_STEP = 10**18
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
@@ -31,6 +35,12 @@ def check_step(step: object) -> None:
     """Raise StateError unless `step` can be that of a checkpoint."""
     if type(step) is not int or not 0 <= step < _MAX_STEP:
         raise StateError(f"step is {step!r}; it must be an int from 0 to 10**18 - 1")
+
+
+def split_step(path: Path) -> tuple[Path, int | None]:
+    """Return (run folder, step) of a path that may be a run folder, or `run/step-20`."""
+    match = _STEP.fullmatch(path.name)
+    return (path.parent, int(match[1])) if match else (path, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,14 @@ class Folder:
         matches = [(name, _TMP.fullmatch(name)) for name in self.storage.names(self.root)]
         return [self.root / name for name, match in matches if match and match[1] == run_id[:8]]
 
+    def set_aside(self, step: int, kind: str) -> Path:
+        """Move a step out of the way of restores, durably, as `step-N.<kind>-<nonce>`. Returns its new place."""
+        place = self.at(step)
+        new = place.with_name(f"{place.name}.{kind}-{uuid.uuid4().hex[:8]}")
+        self.storage.rename(place, new)
+        self.storage.sync_folder(self.root)
+        return new
+
     def has_manifest(self, step: int) -> bool:
         """Return whether there is a file of that name; a folder without one is not a checkpoint of ours."""
         try:
@@ -75,7 +93,7 @@ class Folder:
         except OSError as error:
             raise IntegrityError(f"{place.name}/{manifests.FILE_NAME}: {error.strerror}") from error
         except IntegrityError as error:
-            raise IntegrityError(f"{place.name}/{manifests.FILE_NAME}: {error}") from error
+            raise type(error)(f"{place.name}/{manifests.FILE_NAME}: {error}") from error
         if found.step != step:
             raise IntegrityError(f"{place.name}: the manifest is that of step {found.step}; was the folder renamed?")
         for file in found.files:
@@ -86,11 +104,7 @@ class Folder:
         """Read every byte of a checkpoint, calling `alive` on the way. Raises IntegrityError naming file and tensor."""
         found = self.inspect(step)
         for file in found.files:
-            tensors = [tensor for tensor in found.tensors if tensor.file == file.path]
-            try:
-                verify_file(self.storage, self.at(step), file, tensors, alive)
-            except OSError as error:
-                raise IntegrityError(f"{self.at(step).name}/{file.path}: {error.strerror}") from error
+            raise_first(damages(self.storage, self.at(step), found, file, lambda _: alive()))
         return found
 
     def committed(self) -> dict[int, Summary]:

@@ -1,6 +1,6 @@
 """The manifest: what a checkpoint holds, in one JSON file that proves itself. Pure: bytes in, records out.
 
-    {"xxh3_64":"<16 hex digits>","format_version":1,"run_id":...,"step":...,...}
+    {"xxh3_64":"<16 hex digits>","format_version":2,"run_id":...,"step":...,...}
 
 The hash is that of every byte behind its own field, to the end of the file. This beginning, and the place of
 `format_version` behind it, are the same in every version. The reader is strict: it takes what the writer writes.
@@ -9,62 +9,95 @@ The hash is that of every byte behind its own field, to the end of the file. Thi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import xxhash
 
-from checkpointing.errors import IntegrityError
+from checkpointing.errors import IntegrityError, VersionError
 from checkpointing.manifest_fields import (
-    fields_of,
+    file_fields,
     read_aliases,
     read_files,
+    read_files_1,
     read_int,
+    read_object,
+    read_objects,
+    read_piece_bytes,
     read_run_id,
-    read_tensors,
     read_values,
 )
-from checkpointing.records import Manifest, Summary
+from checkpointing.manifest_tensors import hashes_of_files, read_tensors, read_tensors_1, tensor_fields
+from checkpointing.pieces import WHOLE
+from checkpointing.records import FileEntry, Manifest, Summary, TensorEntry
 from checkpointing.values import encode
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 _HEAD = b'{"xxh3_64":"'
 _BODY_AT = len(_HEAD) + 16 + 2  # behind the digits and `",`
-_KEYS = {"xxh3_64", "format_version", "run_id", "step", "world_size", "files", "tensors", "aliases", "values"}
+_KEYS_1 = {"xxh3_64", "format_version", "run_id", "step", "world_size", "files", "tensors", "aliases", "values"}
+_KEYS = {1: _KEYS_1, 2: _KEYS_1 | {"piece_bytes", "objects"}}
 
 
-def dumps(manifest: Manifest) -> bytes:
-    """Return the bytes of the file."""
-    body = {
+def dumps(manifest: Manifest, table: str | None = None) -> bytes:
+    """Return the bytes of the file. `table` is `dumps_table` of its tensors, from an earlier call."""
+    pieces = hashes_of_files(manifest.tensors, (file.path for file in manifest.files))
+    return assemble(
+        manifest,
+        files=[file_fields(file, pieces[file.path]) for file in manifest.files],
+        table=dumps_table(manifest.tensors) if table is None else table,
+    )
+
+
+def dumps_table(tensors: Sequence[TensorEntry]) -> str:
+    """Return the table of tensors as JSON: the part of a manifest that does not change from save to save."""
+    return _text([tensor_fields(tensor) for tensor in tensors])
+
+
+def assemble(manifest: Manifest, *, files: Sequence[Mapping[str, Any]], table: str) -> bytes:
+    """Return the bytes of the file from its parts; the tensors and files of `manifest` itself are not looked at."""
+    begin = {
         "format_version": FORMAT_VERSION,
         "run_id": manifest.run_id,
         "step": manifest.step,
         "world_size": manifest.world_size,
-        "files": [fields_of(file) for file in manifest.files],
-        "tensors": [fields_of(tensor) for tensor in manifest.tensors],
+        "piece_bytes": manifest.piece_bytes,
+        "files": files,
+    }
+    end = {
         "aliases": dict(manifest.aliases),
+        "objects": dict(manifest.objects),
         "values": {name: encode(name, value) for name, value in manifest.values.items()},
     }
-    # ASCII, so that any string of Python's survives; the opening brace belongs to the head.
-    rest = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")[1:] + b"\n"
+    # The opening brace belongs to the head.
+    rest = f'{_text(begin)[1:-1]},"tensors":{table},{_text(end)[1:]}\n'.encode("ascii")
     return _HEAD + xxhash.xxh3_64_hexdigest(rest).encode() + b'",' + rest
 
 
 def loads(data: bytes) -> Manifest:
-    """Read a manifest. Raises IntegrityError saying what is wrong with it, on anything `dumps` would not write."""
+    """Read a manifest of any version. Raises IntegrityError saying what is wrong, on anything `dumps` never wrote."""
     body = _body(data)
-    files = read_files(body)
-    tensors = read_tensors(body, files)
+    if body["format_version"] == 1:
+        piece_bytes, objects = WHOLE, {}
+        files = read_files_1(body)
+        tensors = read_tensors_1(body, files)
+    else:
+        piece_bytes = read_piece_bytes(body)
+        files, pieces = read_files(body)
+        tensors = read_tensors(body, files, pieces, piece_bytes)
+        objects = read_objects(body, tensors)
     aliases = read_aliases(body, tensors)
     return Manifest(
         run_id=read_run_id(body),
         step=read_int(body, "step"),
         world_size=read_int(body, "world_size", low=1),
+        piece_bytes=piece_bytes,
         files=files,
         tensors=tensors,
         aliases=aliases,
+        objects=objects,
         values=read_values(body, {entry.name for entry in tensors} | set(aliases)),
     )
 
@@ -75,18 +108,26 @@ def loads_summary(data: bytes) -> Summary:
     Raises IntegrityError.
     """
     body = _body(data)
-    return Summary(read_run_id(body), read_int(body, "step"), read_files(body))
+    files: tuple[FileEntry, ...] = read_files_1(body) if body["format_version"] == 1 else read_files(body)[0]
+    return Summary(read_run_id(body), read_int(body, "step"), files, read_object(body, "values"))
+
+
+def _text(value: Any) -> str:
+    # ASCII, so that any string of Python's survives.
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _body(data: bytes) -> Mapping[str, Any]:
     body = _parse(_proved(data))
     version = read_int(body, "format_version", low=1)
     if version > FORMAT_VERSION:
-        raise IntegrityError(
+        raise VersionError(
             f"manifest has format_version {version} and this library reads up to {FORMAT_VERSION}; upgrade longrail"
         )
-    if set(body) != _KEYS:
-        raise IntegrityError(f"manifest fields differ from those of version 1: {sorted(set(body) ^ _KEYS)}")
+    if set(body) != _KEYS[version]:
+        raise IntegrityError(
+            f"manifest fields differ from those of version {version}: {sorted(set(body) ^ _KEYS[version])}"
+        )
     return body
 
 

@@ -4,6 +4,9 @@ state       what is saved: one Stateful, or a mapping of prefix to Stateful
 name        the global name of a tensor or value: `prefix.name`, or the name itself when the state is one Stateful
 replicated  held under one name by several ranks: written once
 alias       a second name of a tensor that shares its memory with another (tied weights): written once
+slice       the box of a global tensor that one rank holds: where it begins (`offset`) and its `shape`
+piece       what one hash covers: the bytes of one slice between two multiples of `piece_bytes` in the file
+object      a value that is kept as bytes beside the tensors (`objects.py`), instead of as JSON in the manifest
 commit      the rename that turns `step-N.tmp-*` into `step-N`: before it nothing is visible, after it everything is
 """
 
@@ -26,6 +29,8 @@ class Stateful(Protocol):
         """Return the state as {name: Tensor | JSON value}."""
         ...
 
+    # Instead of `state_dict`, a save calls `state_providers()` where there is one; it may hold providers, too.
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """Take a state as `state_dict` gave it out, with every name that was saved, by whichever rank."""
         ...
@@ -33,24 +38,44 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as a rank holds it, without its bytes."""
+    """A tensor, or a slice of one, as a rank holds it, without its bytes."""
 
     name: str
     dtype: str
     """As safetensors writes it: F32, BF16, ..."""
     shape: tuple[int, ...]
+    """What this rank holds."""
     alias_of: str | None = None
     """The name under which this rank holds the very same memory; None when this is the first name of it."""
+    global_shape: tuple[int, ...] | None = None
+    """Shape of the whole tensor; None when this is the whole."""
+    offset: tuple[int, ...] | None = None
+    """Where the slice begins in the whole tensor, one number per dim; None when this is the whole."""
+    encoding: str | None = None
+    """Of an object, whose size shows only once it is serialised; None for tensors."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * itemsize(self.dtype)
+        """Bytes of the slice; 0 of an object."""
+        return 0 if self.encoding else prod(self.shape) * itemsize(self.dtype)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self.shape if self.global_shape is None else self.global_shape
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """Where the slice begins in the whole tensor."""
+        return (0,) * len(self.shape) if self.offset is None else self.offset
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor, or a slice of one, lies on disk. Format 1 holds whole tensors: offset 0, shape = global_shape."""
+    """Where a tensor, or a slice of one, lies on disk.
+
+    Several entries of one name are slices that tile the whole tensor, without a gap and without an overlap.
+    """
 
     name: str
     dtype: str
@@ -64,8 +89,8 @@ class TensorEntry:
     """First byte in the file."""
     end: int
     """One past the last byte in the file."""
-    xxh3_64: str
-    """Hash of the bytes begin .. end, 16 hex digits."""
+    hashes: tuple[str, ...]
+    """xxh3-64 of each piece of the bytes begin .. end, 16 hex digits each; `piece_ranges` tells where they lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +100,10 @@ class FileEntry:
     path: str
     """A plain file name inside the checkpoint's folder."""
     length: int
+    head_bytes: int
+    """How many bytes at the beginning of the file `xxh3_64` covers: the header, or (format 1) the whole file."""
     xxh3_64: str
-    """Hash of the whole file, 16 hex digits."""
+    """Hash of these bytes, 16 hex digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +113,15 @@ class Manifest:
     run_id: str
     step: int
     world_size: int
+    piece_bytes: int
+    """Pieces end at multiples of this in a file. Format 1: beyond any file, so that each tensor is one piece."""
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...]
+    """Sorted by name and offset."""
     aliases: Mapping[str, str]
     """Second names of tensors, to the name they are written under."""
+    objects: Mapping[str, str]
+    """Names of U8 tensors that hold an object, to its encoding (`objects.ENCODINGS`)."""
     values: Mapping[str, Any]
     """JSON values, decoded."""
 
@@ -101,6 +133,8 @@ class Summary:
     run_id: str
     step: int
     files: tuple[FileEntry, ...]
+    values: Mapping[str, Any]
+    """As they are encoded."""
 
 
 @dataclass(frozen=True, slots=True)

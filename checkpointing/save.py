@@ -1,99 +1,246 @@
-"""A save, as every rank runs it: describe, get the plan, write, get the verdict."""
+"""A save, as the engine's thread of every rank runs it: report, get the plan, stage, flush, get the verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from checkpointing.commit import Committer
+from checkpointing.config import CheckpointConfig
 from checkpointing.control import Control, run_round, told_as
-from checkpointing.datafile import bytes_of, file_name, layout
+from checkpointing.datafile import DataLayout, file_name, layout, slices_text
 from checkpointing.errors import CheckpointError, RankError, SaveError
-from checkpointing.folder import Folder, check_step
+from checkpointing.fill import Filling, Sources, fill_plan
+from checkpointing.flush import FlushFile, FlushPool, drain
+from checkpointing.folder import Folder
+from checkpointing.handle import SaveHandle
+from checkpointing.incremental import Kept, LastSave, after_save, link_name, references, unchanged
 from checkpointing.manifest import FORMAT_VERSION
-from checkpointing.records import FileEntry, SaveProgress, TensorSpec
-from checkpointing.state import FlatState, State, flatten
-from checkpointing.transfer import write_file
+from checkpointing.pieces import PIECE_BYTES, num_pieces
+from checkpointing.records import FileEntry, TensorSpec
+from checkpointing.slabs import SlabRing
+from checkpointing.snapshot import Snapshot, describe
+from checkpointing.staging import Stager
 
 
 @dataclass(slots=True)
-class Meter:
-    """Counts the bytes of one save on this rank."""
+class SaveJob:
+    """One save, from the call to its end."""
 
-    written_bytes: int = 0
-    total_bytes: int = 0
-    done: bool = False
+    what: str
+    step: int
+    handle: SaveHandle
+    snapshot: Snapshot | None = None
+    error: Exception | None = None
+    """What went wrong before anything was begun; the other ranks are told."""
+    urgent_done: Callable[[], None] = lambda: None
+    """Called once `save` may return."""
+    staged: Callable[[], None] = lambda: None
+    """Called once live memory is not read any more."""
+    _given_up: CheckpointError | None = None
 
-    def read(self) -> SaveProgress:
-        """Return the count as a value."""
-        return SaveProgress(self.written_bytes, self.total_bytes, self.done)
+    def give_up(self, error: CheckpointError) -> None:
+        """End early, if it is not too late; called from other threads than the engine's."""
+        self._given_up = error
 
-
-def save(
-    control: Control, folder: Folder, committer: Committer, what: str, step: int, state: State, meter: Meter
-) -> Path:
-    """Save `state`; every rank must call. Returns the committed folder, or raises the same error on every rank."""
-    flat: list[FlatState] = []
-
-    def describe() -> dict[str, Any]:
-        check_step(step)
-        with told_as(SaveError):
-            flat.append(flatten(state))
-        return _description(flat[0])
-
-    task = run_round(control, what, "plan", describe, lambda bodies: committer.open(step, bodies))
-    try:
-        with told_as(SaveError):
-            run_round(
-                control, what, "commit", lambda: _write(control, folder, flat[0], step, task, meter), committer.commit
-            )
-    except BaseException as error:
-        # A silent rank may still be writing; its folder is left to a later save.
-        committer.abandon(remove=isinstance(error, CheckpointError) and not isinstance(error, RankError))
-        raise
-    meter.done = True
-    return folder.at(step)
+    def check(self) -> None:
+        """Raise why it is to end early."""
+        if self._given_up is not None:
+            raise self._given_up
 
 
-def _description(flat: FlatState) -> dict[str, Any]:
-    specs = [[spec.name, spec.dtype, list(spec.shape), spec.alias_of] for spec in flat.specs]
-    return {"specs": specs, "values": flat.values}
+@dataclass(slots=True)
+class Saver:
+    """What a rank keeps from save to save."""
+
+    control: Control
+    folder: Folder
+    committer: Committer
+    config: CheckpointConfig
+    ring: SlabRing
+    pool: FlushPool
+    _told: str = ""
+    """The fingerprint rank 0 is known to have."""
+    _plan: tuple[str, list[str]] = ("", [])
+    _last: LastSave | None = None
+    _fills: dict[str, Filling] = field(default_factory=dict)
+    _layouts: dict[str, DataLayout] = field(default_factory=dict)
+
+    def run(self, job: SaveJob) -> Path:
+        """Save; every rank must call. Returns the committed folder, or raises the same error on every rank."""
+        task = run_round(
+            self.control,
+            job.what,
+            "plan",
+            lambda: self._report(job),
+            lambda bodies: self.committer.open(job.step, bodies),
+        )
+        try:
+            assert job.snapshot is not None
+            self._told = job.snapshot.structure.fingerprint
+            if task["names"] is not None:
+                self._plan = (task["plan"], task["names"])
+                self._fills.clear()
+                self._layouts.clear()
+            written = _Written()
+            run_round(self.control, job.what, "commit", lambda: self._write(job, task, written), self.committer.commit)
+        except BaseException as error:
+            # A silent rank may still be writing; its folder is left to a later save.
+            self.committer.abandon(remove=isinstance(error, CheckpointError) and not isinstance(error, RankError))
+            raise
+        place = self.folder.at(job.step)
+        if self.config.incremental:
+            self._last = written.remember(self._last, place, link_name(self.control.rank, job.step))
+        return place
+
+    def _report(self, job: SaveJob) -> dict[str, Any]:
+        job.check()
+        if job.error is not None:
+            with told_as(SaveError):
+                raise job.error
+        assert job.snapshot is not None
+        structure = job.snapshot.structure
+        specs = None if structure.fingerprint == self._told else [describe(spec) for spec in structure.specs]
+        self._told = ""  # until the round is over well
+        values = job.snapshot.values
+        return {"fingerprint": structure.fingerprint, "specs": specs, "plan": self._plan[0], "values": values}
+
+    @told_as(SaveError)
+    def _write(self, job: SaveJob, task: Mapping[str, Any], written: _Written) -> dict[str, Any]:
+        """Write this rank's file. Returns its entry and hashes, and the links to older files."""
+        assert job.snapshot is not None
+        tmp = self.folder.root / task["folder"]
+        mine = self._mine(job.snapshot)
+        written.referred = self._link_unchanged(job.snapshot, mine, tmp)
+        filling = self._filling(job, [spec for spec in mine if spec.name not in written.referred], task["run_id"])
+        fd = self.folder.storage.create_direct(tmp / file_name(self.control.rank), filling.layout.end)
+        file = FlushFile(fd, job.handle.meter)
+        try:
+            self._fill(job, file, filling, task["run_id"], written)
+        except BaseException as error:
+            file.give_up(error)
+            raise
+        finally:
+            # A descriptor that is closed under a write would be another file's by then; a hung one is let go.
+            if file.drained(self.config.timeout_s):
+                self.folder.storage.close(fd)
+        entry = written.file
+        return {
+            "file": [entry.length, entry.head_bytes, entry.xxh3_64],
+            "pieces": written.pieces,
+            "links": references(self._last, written.referred) if self._last and written.referred else [],
+            "objects": dict(zip([s.name for s in filling.objects], written.sizes, strict=True)),
+        }
+
+    def _fill(self, job: SaveJob, file: FlushFile, filling: Filling, run_id: str, written: _Written) -> None:
+        assert job.snapshot is not None
+
+        def alive() -> None:
+            job.check()
+            self.control.alive()
+
+        stager = Stager(self.ring, self.pool, file, alive, self.config.timeout_s)
+        job.handle.meter.total_bytes = filling.layout.end
+        sources = Sources(filling, job.snapshot)
+        stager.stage(filling.bulk(urgent=True), sources.known)
+        if not filling.urgent_tail:
+            job.urgent_done()
+            stager.stage(filling.bulk(urgent=False), sources.known)
+        sizes = sources.finish()
+        length = filling.layout.end + sum(sizes)
+        job.handle.meter.total_bytes = length
+        stager.stage(filling.tail(sizes), sources.known)
+        if filling.urgent_tail:
+            job.urgent_done()
+            stager.stage(filling.bulk(urgent=False), sources.known)
+        job.snapshot.check()
+        job.staged()
+        head = filling.layout.head(self._metadata(job.step, run_id, filling), sizes)
+        drain(file, job.check, self.control.alive, self.config.timeout_s)
+        storage = self.folder.storage
+        with self.ring.borrowed(self.config.timeout_s) as slab:
+            for at in range(0, len(head), PIECE_BYTES):
+                part = head[at : at + PIECE_BYTES]
+                slab.view[: len(part)] = part
+                storage.write_at(file.fd, slab.view[: len(part)], at)
+        file.meter.wrote(len(head))
+        storage.truncate(file.fd, length)
+        storage.sync(file.fd)
+        written.file = FileEntry(file_name(self.control.rank), length, len(head), xxhash.xxh3_64_hexdigest(head))
+        written.pieces, written.sizes, written.layout = stager.pieces(), sizes, filling.layout
+
+    def _mine(self, snapshot: Snapshot) -> list[TensorSpec]:
+        by_name = {spec.name: spec for spec in snapshot.structure.specs}
+        return [by_name[name] for name in self._plan[1]]
+
+    def _link_unchanged(self, snapshot: Snapshot, mine: list[TensorSpec], tmp: Path) -> dict[str, Kept]:
+        if not self.config.incremental or self._last is None:
+            return {}
+        kept = unchanged(self._last, mine, snapshot.providers, snapshot.structure.frozen)
+        try:
+            for name in {one.file for one in kept.values()}:
+                self.folder.storage.link(self._last.folder / self._last.paths[name], tmp / name)
+        except OSError:  # a file system without links, or a folder that went: then everything is written
+            for name in {one.file for one in kept.values()}:
+                with suppress(OSError):
+                    self.folder.storage.remove_file(tmp / name)
+            return {}
+        return kept
+
+    def _filling(self, job: SaveJob, specs: list[TensorSpec], run_id: str) -> Filling:
+        """Return how the file is filled; kept while the plan, the snapshot's structure and the links stay."""
+        assert job.snapshot is not None
+        key = (
+            xxhash.xxh3_64_hexdigest("\n".join(spec.name for spec in specs).encode()) if self.config.incremental else ""
+        )
+        placed = self._layouts.get(key)
+        if placed is None:
+            self._layouts.clear()
+            placed = self._layouts[key] = layout(specs, self._metadata(job.step, run_id, None, specs))
+        filling = self._fills.get(key)
+        if filling is None or filling.structure is not job.snapshot.structure:
+            self._fills.clear()
+            filling = self._fills[key] = fill_plan(placed, job.snapshot.structure)
+        return filling
+
+    def _metadata(
+        self, step: int, run_id: str, filling: Filling | None, specs: list[TensorSpec] | None = None
+    ) -> dict[str, str]:
+        """Return what a reader of the lone file is told; safetensors allows strings only."""
+        slices = slices_text(specs or []) if filling is None else filling.slices
+        return {
+            "format": "pt",
+            "longrail_format_version": str(FORMAT_VERSION),
+            "run_id": run_id,
+            "step": str(step),
+            "rank": str(self.control.rank),
+            "world_size": str(self.control.world_size),
+            "slices": slices,
+        }
 
 
-@told_as(SaveError)
-def _write(
-    control: Control, folder: Folder, flat: FlatState, step: int, task: Mapping[str, Any], meter: Meter
-) -> dict[str, Any]:
-    """Write this rank's file. Returns its entry, and (begin, end, hash) of each tensor in it."""
-    by_name = {spec.name: spec for spec in flat.specs}
-    specs = [by_name[name] for name in task["names"]]
-    placed = layout(specs, _metadata(control, step, task["run_id"]))
-    meter.total_bytes = placed.length
+@dataclass(slots=True)
+class _Written:
+    """What this rank wrote in one save."""
 
-    def wrote(num_bytes: int) -> None:
-        meter.written_bytes += num_bytes
-        control.alive()
+    file: FileEntry = field(default_factory=lambda: FileEntry("", 0, 0, ""))
+    pieces: str = ""
+    sizes: list[int] = field(default_factory=list)
+    layout: DataLayout | None = None
+    referred: dict[str, Kept] = field(default_factory=dict)
 
-    name = file_name(control.rank)
-    blocks = [lambda: placed.head, *(_block(flat, spec) for spec in specs)]
-    whole, hashes = write_file(folder.storage, folder.root / task["folder"] / name, placed.length, blocks, wrote)
-    places = [[begin, end, one] for (begin, end), one in zip(placed.ranges, hashes[1:], strict=True)]
-    return {"file": asdict(FileEntry(name, placed.length, whole)), "places": places}
-
-
-def _block(flat: FlatState, spec: TensorSpec) -> Callable[[], memoryview | bytes]:
-    return lambda: bytes_of(flat.tensors[spec.name])
-
-
-def _metadata(control: Control, step: int, run_id: str) -> dict[str, str]:
-    """Return what a reader of the lone file is told; safetensors allows strings only."""
-    return {
-        "format": "pt",
-        "longrail_format_version": str(FORMAT_VERSION),
-        "run_id": run_id,
-        "step": str(step),
-        "rank": str(control.rank),
-        "world_size": str(control.world_size),
-    }
+    def remember(self, last: LastSave | None, folder: Path, link: str) -> LastSave:
+        """Return what the next save may refer to."""
+        assert self.layout is not None
+        at, found = 0, []
+        for spec, (begin, end) in zip(self.layout.specs, self.layout.ranges, strict=False):
+            count = 16 * num_pieces(begin, end, PIECE_BYTES)
+            hashes = tuple(self.pieces[i : i + 16] for i in range(at, at + count, 16))
+            found.append((spec, begin, end, hashes))
+            at += count
+        return after_save(last, folder, self.file, link, found, self.referred)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from checkpointing.dtypes import NAMES
+from checkpointing.dtypes import ITEMSIZES
 from checkpointing.errors import StateError
+from checkpointing.objects import ENCODINGS
+from checkpointing.providers.base import Provider
+from checkpointing.providers.tensors import TensorProvider, slice_of
 from checkpointing.records import Stateful, TensorSpec
+from checkpointing.torch_dtypes import NAMES
 from checkpointing.values import encode
 
 State: TypeAlias = Stateful | Mapping[str, Stateful]
 
 
+Named: TypeAlias = list[tuple[str, Any]]
+"""What a state gave out, name by name: tensors, providers and JSON values, as they are."""
+
+
 @dataclass(frozen=True, slots=True)
 class FlatState:
-    """One rank's state: tensors as they are (not copied), and values as strict JSON."""
+    """One rank's state: providers of bytes (nothing is copied yet), and values as strict JSON."""
 
     specs: tuple[TensorSpec, ...]
-    tensors: Mapping[str, torch.Tensor]
+    """Of tensors and objects, sorted by name."""
+    providers: Mapping[str, Provider]
     values: Mapping[str, Any]
 
 
@@ -39,17 +49,32 @@ def parts_of(state: State) -> dict[str, Stateful]:
     return dict(state)
 
 
-def flatten(state: State) -> FlatState:
-    """Call every `state_dict()` and check what it gives. Raises StateError naming the first bad key."""
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {}
+def gather(state: State) -> Named:
+    """Call every `state_dict()`, or `state_providers()` where there is one. Raises StateError where one is not flat."""
+    named: Named = []
     for prefix, part in parts_of(state).items():
-        for name, value in _named(prefix, part):
-            if isinstance(value, torch.Tensor):
-                tensors[name] = _check_tensor(name, value)
-            else:
-                values[name] = encode(name, value)
-    return FlatState(_specs(tensors), tensors, values)
+        named += _given(prefix, part)
+    return named
+
+
+def flatten(named: Named) -> FlatState:
+    """Check what a state gave out. Raises StateError naming the first bad key."""
+    providers: dict[str, Provider] = {}
+    values: dict[str, Any] = {}
+    for name, value in named:
+        _check_name(name)
+        if isinstance(value, torch.Tensor):
+            providers[name] = TensorProvider(_check_tensor(name, value))
+        elif isinstance(value, Provider):
+            providers[name] = _check_provider(name, value)
+        else:
+            values[name] = encode(name, value)
+    return FlatState(_specs(providers), providers, values)
+
+
+def encoded_values(named: Named) -> dict[str, Any]:
+    """Return the values as strict JSON, of a state whose names are known to be good."""
+    return {n: encode(n, v) for n, v in named if not isinstance(v, torch.Tensor) and not isinstance(v, Provider)}
 
 
 def under(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,19 +109,18 @@ def _check_prefixes(prefixes: list[str]) -> None:
                 raise StateError(f"the prefixes {prefix!r} and {other!r} overlap; choose ones that do not")
 
 
-def _named(prefix: str, part: Stateful) -> Iterator[tuple[str, Any]]:
-    given = part.state_dict()
+def _given(prefix: str, part: Stateful) -> Named:
+    give = getattr(part, "state_providers", part.state_dict)
+    given = give()
     if not isinstance(given, Mapping):
         raise StateError(f"state_dict() of {prefix or 'the state'!r} gave {_kind(given)}; it must give a flat dict")
-    for key, value in given.items():
+    for key in given:
         if type(key) is not str or not key:
             raise StateError(
                 f"state_dict() of {prefix or 'the state'!r} has the key {key!r} of type {type(key).__name__}; "
                 "names are strings of at least one character. A torch optimizer: use launch.TrainState"
             )
-        name = f"{prefix}.{key}" if prefix else key
-        _check_name(name)
-        yield name, value
+    return [(f"{prefix}.{key}", value) for key, value in given.items()] if prefix else list(given.items())
 
 
 def _check_name(name: str) -> None:
@@ -109,11 +133,13 @@ def _check_name(name: str) -> None:
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, DTensor):
         raise StateError(
-            f"{name!r} is a {type(tensor).__name__}; plain tensors can be saved: give its local or full tensor "
-            "(a DTensor: .full_tensor(), or .to_local() under a name with the rank in it)"
+            f"{name!r} is a {type(tensor).__name__}; plain tensors and DTensors can be saved: give what it is made of"
         )
+    if isinstance(tensor, DTensor):
+        slice_of(name, tensor)
+        tensor = tensor._local_tensor
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise StateError(f"{name!r} is sparse, nested or quantized; save its parts as plain tensors")
     if tensor.device.type == "meta":
@@ -128,21 +154,38 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _specs(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
+def _check_provider(name: str, provider: Provider) -> Provider:
+    if isinstance(provider, TensorProvider):
+        _check_tensor(name, provider.tensor)
+    elif provider.encoding is not None and provider.encoding not in ENCODINGS:
+        raise StateError(f"{name!r} has the encoding {provider.encoding!r}; there are: {', '.join(ENCODINGS)}")
+    elif provider.dtype not in ITEMSIZES:
+        raise StateError(f"{name!r} has the dtype {provider.dtype!r}; there are: {', '.join(ITEMSIZES)}")
+    elif provider.encoding is None and provider.shape is None:
+        raise StateError(f"{name!r} is a provider without a shape; only objects may leave it open")
+    return provider
+
+
+def _specs(providers: Mapping[str, Provider]) -> tuple[TensorSpec, ...]:
     """Name the dtypes and find tied tensors: same memory, offset, shape, strides and dtype. Sorted by name."""
     first_name: dict[tuple[Any, ...], str] = {}
     specs = []
-    for name in sorted(tensors):
-        tensor, alias = tensors[name], None
-        if tensor.numel():
-            alias = first_name.setdefault(_identity(tensor), name)
-        specs.append(TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape), None if alias == name else alias))
+    for name in sorted(providers):
+        one, alias = providers[name], None
+        if one.encoding is not None:
+            specs.append(TensorSpec(name, "U8", (), encoding=one.encoding))
+            continue
+        if isinstance(one, TensorProvider) and one.local.numel():
+            alias = first_name.setdefault(_identity(one), name)
+        alias = None if alias == name else alias
+        specs.append(TensorSpec(name, one.dtype, one.shape or (), alias, one.global_shape, one.offset))
     return tuple(specs)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _identity(provider: TensorProvider) -> tuple[Any, ...]:
     # A conjugated or negated view shares memory with its base and holds other numbers.
-    flags = (tensor.is_conj(), tensor.is_neg())
+    tensor = provider.local
+    flags = (tensor.is_conj(), tensor.is_neg(), provider.global_shape, provider.offset)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), flags)
 
 

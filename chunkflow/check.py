@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from chunkflow.collate import collate
 from chunkflow.config import PlannerConfig
+from chunkflow.engine import WholeParameters
 from chunkflow.parts import parts_of
 from chunkflow.plan import plan_step
 from chunkflow.records import StepBatch
@@ -95,7 +96,7 @@ def _double(model: PreTrainedModel) -> PreTrainedModel:
 def _compare(
     ours: PreTrainedModel, whole: PreTrainedModel, num_chunks: int, retain: int, chunk_tokens: int
 ) -> Comparison:
-    source = _random_source(num_chunks, chunk_tokens, vocabulary=parts_of(ours).vocabulary)
+    source = _random_source(num_chunks, chunk_tokens, vocabulary=parts_of(ours, WholeParameters(None)).vocabulary)
     config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain)
     numbers, denominator = list(range(len(source))), float(source.weights.sum())
     plan = plan_step(0, numbers, source.lengths.tolist(), config=config, world_size=1, denominator=denominator)
@@ -104,7 +105,8 @@ def _compare(
         model.zero_grad(set_to_none=True)
     with float64_throughout():
         loss = ChunkRunner(ours, retain=retain, group=SINGLE).forward_backward(batch)
-        expected = full_sequence_step(whole, {n: source.read(n) for n in numbers}, denominator=denominator)
+        samples = {n: source.read(n) for n in numbers}
+        expected = full_sequence_step(whole, samples, denominator=denominator, attention="eager")
     errors = dict(_gradient_errors(ours, whole))
     worst = max(errors, key=lambda name: errors[name])
     return Comparison(num_chunks, retain, abs(float(loss / expected) - 1), errors[worst], worst)

@@ -18,6 +18,8 @@ class PlannerConfig:
     pair_cost: float = 1 / 4096
     """Time of one (query, key) pair of attention relative to the rest of the work for one token; about
     1 / (6 * hidden size)."""
+    max_tokens: int | None = None
+    """The longest sequence that fits into memory with its keys and values, on every rank; None for no limit."""
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
@@ -26,3 +28,5 @@ class PlannerConfig:
             raise PlanError(f"retain is {self.retain}; it must be at least 1, the chunk that is trained now")
         if not self.pair_cost >= 0:
             raise PlanError(f"pair_cost is {self.pair_cost}; it must be 0 or more")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise PlanError(f"max_tokens is {self.max_tokens}; it must be at least 1, or None for no limit")

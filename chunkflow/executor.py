@@ -9,97 +9,133 @@ Source: ChunkFlow, arXiv 2503.02356, with the order of backward that makes the g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from chunkflow.attention.base import ChunkView, Span
+from chunkflow.engine import Step
 from chunkflow.loss import tiled_cross_entropy
-from chunkflow.parts import CausalParts
-from chunkflow.records import Chunk
+from chunkflow.parts import Runnable
+from chunkflow.records import Chunk, Segment
 from chunkflow.rng import replay, rng_state
+from chunkflow.sources import NO_TARGET
 from chunkflow.state import GroupState
 
 
 class StepExecutor:
-    """Runs one rank's chunks of one step. Call inside `attention_of(model)`; use once."""
+    """Runs one rank's chunks of one step. Call inside `attention_of(model)`; use once.
 
-    def __init__(self, parts: CausalParts, chunks: Sequence[Chunk], *, dropout_seed: int) -> None:
+    `offload` keeps the keys and values of groups in the host's memory.
+    """
+
+    def __init__(self, parts: Runnable, chunks: Sequence[Chunk], *, dropout_seed: int, offload: bool = False) -> None:
         self._parts = parts
         self._chunks = chunks
         self._dropout_seed = dropout_seed
-        self._device = parts.head.weight.device
-        self._states = {group: GroupState(capacity) for group, capacity in _capacities(chunks).items()}
+        self._device = parts.device
+        self._states = {group: GroupState(rows, offload=offload) for group, rows in _capacities(chunks).items()}
         self._hidden: dict[int, Tensor] = {}
+        self._dummies: list[Tensor] = []
         self._rng: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def train(self, operations: Iterable[tuple[str, int]], *, denominator: float) -> Tensor:
+    def train(self, operations: Sequence[Step], *, denominator: float) -> Tensor:
         """Run the operations; add d(loss)/d(parameter) to every `.grad`; return this rank's share of the loss, fp64."""
-        handlers = {"f": self._forward_without_graph, "F": self._forward}
         total = torch.zeros((), dtype=torch.float64)
-        for op, position in operations:
+        last = max((n for n, (op, _) in enumerate(operations) if op == "B"), default=None)
+        for number, (op, position) in enumerate(operations):
             if op == "B":
-                total += self._backward(position, denominator)
+                total += self._backward(position, denominator, last=number == last)
+            elif position is None:
+                self._forward_dummy(op)
+            elif op == "f":
+                self._forward_without_graph(position)
             else:
-                handlers[op](position)
+                self._forward(position)
         return total
 
     @torch.no_grad()
-    def score(self, *, denominator: float) -> Tensor:
+    def score(self, operations: Sequence[Step], *, denominator: float) -> Tensor:
         """Forward only, in order; return this rank's share of the loss, fp64."""
         total = torch.zeros((), dtype=torch.float64)
-        for position in range(len(self._chunks)):
-            total += self._loss(position, self._run(position)).double().cpu() / denominator
-            self._release(position, last=self._chunks[position].count - 1)
+        for _, position in operations:
+            chunk = self._chunk(position)
+            total += self._loss(chunk, self._run(chunk)).double().cpu() / denominator
+            self._release(chunk, last=chunk.count - 1)
         return total
+
+    def _chunk(self, position: int | None) -> Chunk:
+        return _DUMMY if position is None else self._chunks[position]
 
     def _forward_without_graph(self, position: int) -> None:
         self._rng[position] = rng_state(self._device)
         with torch.no_grad():
-            self._run(position)
+            self._run(self._chunks[position])
 
     def _forward(self, position: int) -> None:
         with self._second_time(position):
-            self._hidden[position] = self._run(position)
+            self._hidden[position] = self._run(self._chunks[position])
 
-    def _backward(self, position: int, denominator: float) -> Tensor:
-        loss = self._loss(position, self._hidden.pop(position)) / denominator
-        loss.backward()
-        self._release(position, last=0)
+    def _forward_dummy(self, op: str) -> None:
+        # The random stream of the chunks goes on as if no dummy had run.
+        with torch.set_grad_enabled(op == "F"), replay(rng_state(self._device), self._device):
+            hidden = self._run(_DUMMY)
+        if op == "F":
+            self._dummies.append(hidden)
+
+    def _backward(self, position: int | None, denominator: float, *, last: bool) -> Tensor:
+        chunk = self._chunk(position)
+        hidden = self._dummies.pop() if position is None else self._hidden.pop(position)
+        loss = self._loss(chunk, hidden) / denominator
+        self._parts.engine.backward(loss, last=last)
+        self._release(chunk, last=0)
         return loss.detach().double().cpu()
 
-    def _run(self, position: int) -> Tensor:
-        """Run the model without its head; return hidden states [T, D]."""
-        chunk = self._chunks[position]
+    def _run(self, chunk: Chunk) -> Tensor:
+        """Run the model without its head; return hidden states [1, T, D]."""
         tensors = chunk.tensors()
         state = None if chunk.group is None else self._states[chunk.group]
-        view = ChunkView(_spans(chunk), state, self._dropout_seed)
-        output = self._parts.base(
+        return self._parts.hidden(
             input_ids=tensors["input_ids"].to(self._device),
             position_ids=tensors["position_ids"].to(self._device),
-            use_cache=False,
-            chunk_view=view,
+            chunk_view=ChunkView(_spans(chunk), state, self._dropout_seed),
         )
-        return output.last_hidden_state[0]
 
-    def _loss(self, position: int, hidden: Tensor) -> Tensor:
-        tensors = self._chunks[position].tensors()
-        labels, weights = tensors["shift_labels"][0], tensors["loss_weights"][0]
-        head = self._parts.head
-        return tiled_cross_entropy(hidden, head.weight, head.bias, labels.to(self._device), weights.to(self._device))
+    def _loss(self, chunk: Chunk, hidden: Tensor) -> Tensor:
+        tensors, head, rule = chunk.tensors(), self._parts.head, self._parts.rule
+        labels, weights = tensors["shift_labels"][0].to(self._device), tensors["loss_weights"][0].to(self._device)
+
+        def compute(x: Tensor) -> Tensor:
+            return tiled_cross_entropy(x[0], head.weight, head.bias, labels, weights, rule)
+
+        return self._parts.at_head(compute, hidden)
 
     def _second_time(self, position: int) -> AbstractContextManager[None]:
         """Replay the random state of the first forward, if there was one."""
         state = self._rng.pop(position, None)
         return nullcontext() if state is None else replay(state, self._device)
 
-    def _release(self, position: int, *, last: int) -> None:
+    def _release(self, chunk: Chunk, *, last: int) -> None:
         """Drop the group's state after the chunk with index `last`."""
-        chunk = self._chunks[position]
         if chunk.group is not None and chunk.index == last:
             del self._states[chunk.group]
+
+
+_DUMMY = Chunk(
+    (Segment(-1, 0, 1, 0),),
+    None,
+    0,
+    1,
+    {
+        "input_ids": torch.zeros(1, 1, dtype=torch.int64),
+        "position_ids": torch.zeros(1, 1, dtype=torch.int64),
+        "shift_labels": torch.full((1, 1), NO_TARGET),
+        "loss_weights": torch.zeros(1, 1),
+    },
+)
+"""One token without a target: what a rank runs where the common program has more operations than it needs."""
 
 
 def _capacities(chunks: Sequence[Chunk]) -> dict[int, int]:

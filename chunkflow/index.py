@@ -23,7 +23,8 @@ from datasets import Dataset, Features, LargeList, Value
 from datasets.arrow_writer import ArrowWriter
 
 from chunkflow.errors import SourceError
-from chunkflow.sources import MAX_SAMPLE_TOKENS, NO_TARGET, Sample, Selection, Skipped, manifest_of
+from chunkflow.records import MAX_SAMPLE_TOKENS
+from chunkflow.sources import NO_TARGET, Sample, Selection, Skipped, manifest_of, shifted
 
 FORMAT_VERSION = 1
 _TOKENS, _LENGTHS, _WEIGHTS, _INDEX = "tokens.arrow", "lengths.npy", "weights.npy", "index.json"
@@ -69,12 +70,8 @@ class StoredSource:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}; this source has 0 to {len(self) - 1}")
         row: Any = self._rows[index]
-        input_ids = row["input_ids"][0].values.to_numpy().astype(np.int64)
         labels = row["labels"][0]
-        unshifted = labels.values.to_numpy() if labels.is_valid else input_ids
-        shift_labels = np.full(len(input_ids), NO_TARGET, dtype=np.int64)
-        shift_labels[:-1] = unshifted[1:]
-        return Sample(input_ids, shift_labels, (shift_labels != NO_TARGET).astype(np.float32))
+        return shifted(row["input_ids"][0].values.to_numpy(), labels.values.to_numpy() if labels.is_valid else None)
 
     def select(self, indices: Iterable[int]) -> Selection:
         """Return these samples, in this order."""
@@ -91,8 +88,7 @@ class _Tally:
 
     def add(self, row: Row) -> bool:
         """Count a sample in, or out; True when it is in."""
-        num_targets = _num_targets(row)
-        reason = row.skip or _why_skip(row, num_targets)
+        reason = row.skip or why_skip(row)
         if reason is not None:
             count, examples = self._skipped.get(reason, (0, []))
             self._skipped[reason] = (count + 1, [*examples, row.name] if count < 5 else examples)
@@ -101,7 +97,7 @@ class _Tally:
             if ids is not None:
                 self._bound(row.name, ids[ids != NO_TARGET] if ids is row.labels else ids)
         self.lengths.append(len(row.input_ids))
-        self.weights.append(num_targets)
+        self.weights.append(_num_targets(row))
         return True
 
     def _bound(self, name: str, ids: np.ndarray) -> None:
@@ -124,11 +120,12 @@ def _num_targets(row: Row) -> int:
     return int((row.labels[1:] != NO_TARGET).sum()) if row.labels is not None else max(len(row.input_ids) - 1, 0)
 
 
-def _why_skip(row: Row, num_targets: int) -> str | None:
+def why_skip(row: Row) -> str | None:
+    """Return why there is nothing to train in a row, None when there is."""
     check_length(row.name, len(row.input_ids))
     if len(row.input_ids) < 2:
         return "fewer than 2 tokens, so nothing to predict"
-    return None if num_targets else "no label is a target"
+    return None if _num_targets(row) else "no label is a target"
 
 
 def write_store(folder: Path, rows: Iterable[Row], *, description: Mapping[str, Any], manifest: str) -> None:

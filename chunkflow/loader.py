@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from chunkflow import loader_state
+from chunkflow.agree import require_agreement
 from chunkflow.collate import collate
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError, PlanError, SourceError
+from chunkflow.loader_state import Balance, flat_identity
+from chunkflow.overflow import Kept, Overflow, account, accounting_table, apply_overflow, parse_overflow
 from chunkflow.packed import check_packable, packed_step
 from chunkflow.plan import StepPlan, plan_step
+from chunkflow.plan_input import check_lengths
 from chunkflow.prefetch import Prefetcher
 from chunkflow.records import StepBatch
 from chunkflow.sampler import global_batch, steps_per_epoch
 from chunkflow.sources import Source
-from chunkflow.world import resolve_place
+from chunkflow.weighting import denominator_of, weighted
+from chunkflow.world import resolve_group, resolve_place
 
 T = TypeVar("T")
 
@@ -29,8 +37,12 @@ class ChunkLoader:
     the step alone, never on `world_size`.
 
     `rank` and `world_size` default to those of the default process group when `torch.distributed` is initialised, and
-    to one process when it is not. `retain` and `pair_cost` are described in `PlannerConfig`. `prefetch` steps are
-    planned and loaded ahead by one thread, which `close` ends, as does leaving a `with` or dropping the iterator.
+    to one process when it is not; only in the former case are the ranks' settings compared before the first step.
+    `retain`, `pair_cost` and `max_tokens` are described in `PlannerConfig`, `overflow` (what becomes of sequences that
+    are too long) in `chunkflow.overflow`, `weighting` (how much each target counts) in `chunkflow.weighting`.
+    `prefetch` steps are planned and loaded ahead by one thread, which `close` ends, as does leaving a `with` or
+    dropping the iterator. `report` is given, on rank 0 before the first step, what each overflow policy would keep, cut
+    and drop, if any sequence is longer than a chunk.
 
     A loader has one position. Iterating goes on from it, so `for` after a `break` continues with the next step, and a
     second iterator ends the first. `state_dict` and `load_state_dict` make it torch's `Stateful`; call them between
@@ -53,17 +65,31 @@ class ChunkLoader:
         seed: int = 0,
         epochs: int = 1,
         prefetch: int = 2,
+        overflow: str = Overflow.SPLIT,
+        max_tokens: int | None = None,
+        weighting: str = "token",
+        report: Callable[[str], None] = print,
     ) -> None:
-        self.source = source
-        self.config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain, pair_cost=pair_cost)
+        self.config = PlannerConfig(
+            chunk_tokens=chunk_tokens, retain=retain, pair_cost=pair_cost, max_tokens=max_tokens
+        )
+        check_lengths(np.asarray(source.lengths))
+        self.overflow, self.weighting = parse_overflow(overflow), weighting
+        self._given = source
+        cut = apply_overflow(source, self.overflow, chunk_tokens=chunk_tokens, max_tokens=max_tokens)
+        self.source = weighted(cut, weighting)
+        self._group = None if rank is not None else resolve_group(None)
         self.rank, self.world_size = resolve_place(rank, world_size)
+        self._report = report
         if epochs < 1:
             raise PlanError(f"epochs is {epochs}; it must be at least 1")
         if prefetch < 1:
             raise PlanError(f"prefetch is {prefetch}; it must be at least 1, the step that is made while one trains")
         self.global_batch, self.seed, self.epochs, self.prefetch = global_batch, seed, epochs, prefetch
         self.steps_per_epoch = steps_per_epoch(len(source), global_batch)
+        self.balance = Balance(pair_cost)
         self._step = 0
+        self._started = False
         self._ahead: Prefetcher[Any] | None = None
 
     @property
@@ -86,8 +112,7 @@ class ChunkLoader:
             raise PlanError(f"there is no step {step}; {self.epochs} epochs have steps 0 to {self.num_steps - 1}")
         epoch, place = divmod(step, self.steps_per_epoch)
         samples = global_batch(self.seed, epoch, place, num_samples=len(self.source), global_batch=self.global_batch)
-        # fsum: exact, so every rank gets the same bits whatever its machine's vector width.
-        denominator = math.fsum(self.source.weights[samples].tolist())
+        denominator = denominator_of(self.source.weights[samples], self.weighting, self.global_batch)
         if not 0 < denominator < math.inf:
             raise SourceError(
                 f"the loss weights of step {step} are {denominator} in sum (samples {samples[:8].tolist()} ...); "
@@ -95,12 +120,35 @@ class ChunkLoader:
             )
         return plan_step(
             step,
-            samples.tolist(),
-            self.source.lengths[samples].tolist(),
-            config=self.config,
+            samples,
+            self.source.lengths[samples],
+            config=replace(self.config, pair_cost=self.balance.at(step)),
             world_size=self.world_size,
             denominator=denominator,
         )
+
+    def accounts(self) -> tuple[Kept, ...]:
+        """Return how much of the data each overflow policy would keep; reads every sample that one of them cuts."""
+        return account(self._given, chunk_tokens=self.config.chunk_tokens, max_tokens=self.config.max_tokens)
+
+    def rebalance(self, pair_cost: float) -> None:
+        """Deal chunks to ranks by a new `pair_cost`, from the first step on that no rank can have planned yet.
+
+        Every rank calls at the same step with the same number (`chunkflow.balance.OnlineBalance` does). Steps and their
+        chunks stay what they are; only which rank trains which chunk changes.
+        """
+        self.balance = self.balance.then(self._step + self.prefetch + 2, pair_cost)
+
+    def _start(self) -> None:
+        """Before the first step: do the ranks agree, and what becomes of long sequences."""
+        if self._started:
+            return
+        if self._group is not None:
+            settings = flat_identity({**self._identity(), "epochs": self.epochs, "prefetch": self.prefetch})
+            require_agreement(self._group, settings)
+        if self.rank == 0 and int(np.max(self._given.lengths)) > self.config.chunk_tokens:
+            self._report(accounting_table(self.accounts(), self.overflow))
+        self._started = True
 
     def __iter__(self) -> Iterator[StepBatch]:
         for batch in self._read_ahead(self._load):
@@ -130,7 +178,7 @@ class ChunkLoader:
     def _load(self, step: int) -> StepBatch:
         plan = self.plan(step)
         chunks = collate(plan.ranks[self.rank], self.source)
-        return StepBatch(step, chunks, plan.denominator, plan.program, plan.samples)
+        return StepBatch(step, chunks, plan.denominator, lambda: plan.program, plan.samples)
 
     def _load_packed(self, step: int) -> tuple[int, list[dict[str, Any]]]:
         plan = self.plan(step)
@@ -141,6 +189,7 @@ class ChunkLoader:
     def _read_ahead(self, load: Callable[[int], T]) -> Iterator[T]:
         """Yield the loaded steps from the loader's position on."""
         self.close()
+        self._start()
         with Prefetcher(_each(load, range(self._step, self.num_steps)), depth=self.prefetch) as ahead:
             self._ahead = ahead
             yield from ahead
@@ -160,7 +209,7 @@ class ChunkLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, as JSON values: right behind the last step that was handed out."""
         epoch, place = divmod(self._step, self.steps_per_epoch)
-        return {**self._identity(), "epoch": epoch, "step": place}
+        return {**self._identity(), "balance": self.balance.to_json(), "epoch": epoch, "step": place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where another loader stood; its world size may have been another.
@@ -169,11 +218,14 @@ class ChunkLoader:
         global batch: its steps would not be these.
         """
         step = loader_state.resume_step(state, self._identity(), self.steps_per_epoch, self.num_steps)
+        balance = Balance.from_json(state.get("balance", [self.config.pair_cost, 0, None]))
         self.close()
-        self._step = step
+        self._step, self.balance = step, balance
 
     def _identity(self) -> dict[str, Any]:
-        return loader_state.identity(self.source, self.config, seed=self.seed, global_batch=self.global_batch)
+        return loader_state.identity(
+            self.source, self.config, seed=self.seed, global_batch=self.global_batch, weighting=self.weighting
+        )
 
 
 def _each(load: Callable[[int], T], steps: range) -> Iterator[T]:

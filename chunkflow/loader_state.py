@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from operator import index
 from typing import Any
 
 from chunkflow.config import PlannerConfig
@@ -11,7 +12,49 @@ from chunkflow.errors import StateError
 from chunkflow.sources import Source
 
 
-def identity(source: Source, config: PlannerConfig, *, seed: int, global_batch: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The pair cost of each step: it may be measured anew while training, and every rank must change at one step."""
+
+    pair_cost: float
+    since: int = 0
+    """First step that is planned with it."""
+    before: float | None = None
+    """Pair cost of the steps before; None when there are none."""
+
+    def at(self, step: int) -> float:
+        """Return the pair cost that a step is planned with."""
+        return self.pair_cost if self.before is None or step >= self.since else self.before
+
+    def then(self, step: int, pair_cost: float) -> Balance:
+        """Return the balance with another pair cost from a step on. A change still to come is overtaken by it."""
+        return Balance(pair_cost, step, self.at(step - 1))
+
+    def to_json(self) -> list[Any]:
+        """Return JSON values."""
+        return [self.pair_cost, self.since, self.before]
+
+    @classmethod
+    def from_json(cls, values: Any) -> Balance:
+        """Read it back. Raises StateError when it is none."""
+        try:
+            pair_cost, since, before = values
+            return cls(float(pair_cost), index(since), None if before is None else float(before))
+        except (TypeError, ValueError) as error:
+            raise StateError(
+                f"balance is {values!r} in the loader's saved state; it is not one of a ChunkLoader"
+            ) from error
+
+
+def flat_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def identity(source: Source, config: PlannerConfig, *, seed: int, global_batch: int, weighting: str) -> dict[str, Any]:
     """Return what decides the steps, as JSON values. World size and prefetch do not."""
     return {
         "manifest": source.manifest,
@@ -19,6 +62,7 @@ def identity(source: Source, config: PlannerConfig, *, seed: int, global_batch: 
         "planner": asdict(config),
         "seed": seed,
         "global_batch": global_batch,
+        "weighting": weighting,
     }
 
 
@@ -54,7 +98,7 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         parts = list(_differences("data", saved["description"], now["description"]))
         yield from parts or [f"manifest was {saved['manifest']} and is {now['manifest']}"]
     yield from _differences("planner", saved["planner"], now["planner"])
-    for key in ("seed", "global_batch"):
+    for key in ("seed", "global_batch", "weighting"):
         if saved[key] != now[key]:
             yield f"{key} was {saved[key]!r} and is {now[key]!r}"
 

@@ -6,83 +6,110 @@ chunk. Two tails never share a bin, since the chunk of a group has one prefix.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow.compiled import kernel
 
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Which short samples stand where, in the order of their segments."""
+Ints: TypeAlias = NDArray[np.int64]
 
-    fills: dict[int, tuple[int, ...]]
-    """For each long sample: the short ones behind its tail."""
-    standalone: tuple[tuple[int, ...], ...]
-    """For each standalone chunk: its samples."""
+_ROOM = 1 << 32  # a key is room * _ROOM + bin: ordered by room, then by bin
 
 
-def pack(shorts: Mapping[int, int], tails: Mapping[int, int], *, chunk_tokens: int) -> Packing:
-    """Place `shorts` ({sample: tokens}, each at most `chunk_tokens`) by best fit, longest first.
+@kernel
+def pack(shorts: Ints, tails: Ints, chunk_tokens: int) -> tuple[Ints, int]:
+    """Place short sequences by best fit, longest first; return the bin of each, int64 [shorts], and how many there are.
 
-    `tails` are {long sample: tokens in its last chunk}. Equal for equal mappings, whatever their order.
+    `shorts` int64 descending, each at most `chunk_tokens`. Bin n below len(tails) holds a tail of `tails[n]` tokens.
     """
-    longs = sorted(tails, key=lambda sample: (-tails[sample], sample))
-    bins: list[list[int]] = [[] for _ in longs]
-    rooms = sorted((chunk_tokens - tails[sample], n) for n, sample in enumerate(longs))
-    for sample in sorted(shorts, key=lambda sample: (-shorts[sample], sample)):
-        tokens = shorts[sample]
-        tightest = bisect_left(rooms, (tokens, -1))
-        if tightest < len(rooms):
-            room, n = rooms.pop(tightest)
+    where = np.empty(len(shorts), dtype=np.int64)
+    keys = np.empty(len(tails) + len(shorts), dtype=np.int64)
+    # A bin with less room than the shortest is full. Keys stand at the end of the array, ascending.
+    least = shorts[-1] if len(shorts) else 0
+    num_keys, num_bins = 0, len(tails)
+    for n in range(len(tails)):
+        if chunk_tokens - tails[n] >= least:
+            keys[num_keys] = (chunk_tokens - tails[n]) * _ROOM + n
+            num_keys += 1
+    keys[:num_keys].sort()
+    for i in range(len(shorts)):
+        at = np.searchsorted(keys[:num_keys], shorts[i] * _ROOM)
+        if at < num_keys:
+            left, n = divmod(keys[at], _ROOM)
+            left -= shorts[i]
         else:
-            room, n = chunk_tokens, len(bins)
-            bins.append([])
-        bins[n].append(sample)
-        insort(rooms, (room - tokens, n))
-    packed = [tuple(samples) for samples in bins]
-    return Packing(dict(zip(longs, packed, strict=False)), tuple(packed[len(longs) :]))
+            left, n = chunk_tokens - shorts[i], num_bins
+            num_bins += 1
+            num_keys += 1
+        where[i] = n
+        key = left * _ROOM + n
+        # Its new place is at or before the old one: those between move up by one.
+        if left >= least:
+            to = np.searchsorted(keys[:at], key)
+            for k in range(at, to, -1):
+                keys[k] = keys[k - 1]
+            keys[to] = key
+        else:
+            for k in range(at, num_keys - 1):
+                keys[k] = keys[k + 1]
+            num_keys -= 1
+    return where, num_bins
 
 
-def lower_bound_chunks(lengths: Iterable[int], *, chunk_tokens: int) -> int:
+def lower_bound_chunks(lengths: Iterable[int] | Ints, *, chunk_tokens: int) -> int:
     """Chunks that no packing of sequences of these lengths can go below.
 
     Martello and Toth's L2 (Knapsack Problems, 1990, section 8.3) with the rule on tails: for every threshold `a`, items
     below `a` are forgotten, items above C - a stand alone, and among the others no bin holds two tails or two items
     above C / 2. How many bins hold one of each is at most a matching of them.
     """
-    length = np.fromiter(lengths, dtype=np.int64)
+    length = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), dtype=np.int64)
     is_long = length > chunk_tokens
     full_chunks, rest = np.divmod(length[is_long] - 1, chunk_tokens)
-    tails = np.sort(rest + 1)
-    shorts = np.sort(length[~is_long])
-    items = np.concatenate([tails, shorts])
-    thresholds = np.unique(np.append(items[items <= chunk_tokens // 2], 0))
-    bounds = (_bins_above(int(a), shorts, tails, chunk_tokens) for a in thresholds)
-    return int(full_chunks.sum()) + max(bounds, default=0)
+    tails, shorts = np.sort(rest + 1), np.sort(length[~is_long])
+    return int(full_chunks.sum()) + int(_most_bins(shorts, tails, chunk_tokens))
 
 
-def _bins_above(threshold: int, shorts: NDArray[np.int64], tails: NDArray[np.int64], chunk_tokens: int) -> int:
+@kernel
+def _most_bins(shorts: Ints, tails: Ints, chunk_tokens: int) -> int:
+    """Return the largest bound over all thresholds that are worth a look; both arrays ascending."""
+    best = _bins_above(0, shorts, tails, chunk_tokens)
+    for items in (shorts, tails):
+        for i in range(len(items)):
+            if items[i] > chunk_tokens // 2:
+                break
+            if i == 0 or items[i] != items[i - 1]:
+                best = max(best, _bins_above(items[i], shorts, tails, chunk_tokens))
+    return best
+
+
+@kernel
+def _bins_above(threshold: int, shorts: Ints, tails: Ints, chunk_tokens: int) -> int:
     """Bins that the items of at least `threshold` need; both arrays ascending."""
-    limits = [threshold, chunk_tokens - threshold + 1]
-    short_from, short_to = np.searchsorted(shorts, limits)
-    tail_from, tail_to = np.searchsorted(tails, limits)
+    above = chunk_tokens - threshold + 1
+    short_from, short_to = np.searchsorted(shorts, threshold), np.searchsorted(shorts, above)
+    tail_from, tail_to = np.searchsorted(tails, threshold), np.searchsorted(tails, above)
     alone = len(shorts) - short_to + len(tails) - tail_to
     shorts, tails = shorts[short_from:short_to], tails[tail_from:tail_to]
     large = shorts[np.searchsorted(shorts, chunk_tokens // 2 + 1) :]
     apart = len(tails) + len(large) - _most_pairs(tails, large, chunk_tokens)
-    by_tokens = -(-int(shorts.sum() + tails.sum()) // chunk_tokens)
-    return int(alone) + max(apart, by_tokens)
+    by_tokens = -((-shorts.sum() - tails.sum()) // chunk_tokens)
+    return int(alone + max(apart, by_tokens))
 
 
-def _most_pairs(tails: NDArray[np.int64], large: NDArray[np.int64], chunk_tokens: int) -> int:
+@kernel
+def _most_pairs(tails: Ints, large: Ints, chunk_tokens: int) -> int:
     """Most bins that can hold one of `tails` and one of `large` (both ascending) together.
 
     A large item fits beside a prefix of `tails`, shorter the larger it is; by Hall's theorem the largest k items leave
     at least k minus that prefix without a partner, and the worst k decides.
     """
-    partners = np.searchsorted(tails, chunk_tokens - large[::-1], side="right")
-    left_over = np.arange(1, len(large) + 1) - partners
-    return len(large) - int(left_over.max(initial=0))
+    worst, partners = 0, 0
+    for k in range(1, len(large) + 1):
+        while partners < len(tails) and tails[partners] <= chunk_tokens - large[-k]:
+            partners += 1
+        worst = max(worst, k - partners)
+    return len(large) - worst

@@ -20,6 +20,11 @@ from chunkflow.sources import NO_TARGET, Source
 
 def check_packable(source: Source, chunk_tokens: int) -> None:
     """Raise PlanError when a sample would have to be split: a plain model cannot attend to an earlier chunk."""
+    if getattr(source, "open_ended", False):
+        raise PlanError(
+            "packed() cannot train the target across a cut of overflow=split_independent, since plain models shift "
+            "labels themselves; choose overflow=truncate or drop, or train with ChunkRunner"
+        )
     longest = int(np.argmax(source.lengths))
     length = int(source.lengths[longest])
     if length > chunk_tokens:

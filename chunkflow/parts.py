@@ -2,12 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from chunkflow.attention.base import ChunkView
+from chunkflow.engine import Engine, forward_as
 from chunkflow.errors import UnsupportedModelError
+from chunkflow.loss import LogitRule
+
+
+class Runnable(Protocol):
+    """What the executor and the runner need of a model."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, for its parameters."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """How its parameters come to be where they are used."""
+        ...
+
+    @property
+    def head(self) -> Any:
+        """What has the output projection's `weight` [V, D] and `bias` [V] or None."""
+        ...
+
+    @property
+    def rule(self) -> LogitRule:
+        """What the model does to the output projection's logits."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the chunks have to be."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """Targets are below this."""
+        ...
+
+    @property
+    def num_positions(self) -> int | None:
+        """Positions the model has learned embeddings for; None where it computes them."""
+        ...
+
+    def hidden(self, *, input_ids: Tensor, position_ids: Tensor, chunk_view: ChunkView) -> Tensor:
+        """Run the model without its head over ids and positions [1, T]; return the last hidden states [1, T, D]."""
+        ...
+
+    def at_head(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Return `compute(hidden)`, run where the head's weight is to be had."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +78,26 @@ class CausalParts:
     head: nn.Linear
     layers: dict[str, nn.Module]
     """The decoder layers by name, in order."""
+    rule: LogitRule
+    """What the model does to the output projection's logits."""
+    engine: Engine
+
+    @property
+    def device(self) -> torch.device:
+        """Where the chunks have to be."""
+        return self.head.weight.device
 
     @property
     def vocabulary(self) -> int:
         """Rows of the input embedding."""
         embedding = self.model.get_input_embeddings()
-        assert isinstance(embedding.weight, Tensor)
-        return embedding.weight.shape[0]
+        rows = getattr(embedding, "num_embeddings", None)
+        return rows if isinstance(rows, int) else _rows(embedding)
+
+    @property
+    def num_targets(self) -> int:
+        """Rows of the output projection; its weight itself may be sharded, or not here."""
+        return self.head.out_features
 
     @property
     def num_positions(self) -> int | None:
@@ -36,8 +108,22 @@ class CausalParts:
         # Some keep a row or two for padding.
         return limit if limit is not None and any(0 <= rows - limit <= 2 for rows in tables) else None
 
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Run the model without its head; return the last hidden states [1, T, D]."""
+        return self.engine.call(lambda **kwargs: self.base(**kwargs).last_hidden_state, use_cache=False, **inputs)
 
-def parts_of(model: nn.Module) -> CausalParts:
+    def logits(self, **inputs: Any) -> Tensor:
+        """Run the whole model; return its logits [1, T, V]."""
+        return self.engine.call(lambda **kwargs: type(self.model).forward(self.model, **kwargs).logits,
+                                use_cache=False, **inputs)  # fmt: skip
+
+    def at_head(self, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Return `compute(hidden)`, run as the forward of the output projection, where its weight is to be had."""
+        with forward_as(self.head, compute):
+            return self.head(hidden)
+
+
+def parts_of(model: PreTrainedModel, engine: Engine) -> CausalParts:
     """Take a model apart; raise UnsupportedModelError where it is not a transformers causal LM."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -45,15 +131,25 @@ def parts_of(model: nn.Module) -> CausalParts:
     head, base = model.get_output_embeddings(), model.base_model
     if not isinstance(head, nn.Linear) or base is model:
         raise UnsupportedModelError(f"{kind} has no linear output projection over a base model; it must be a causal LM")
-    layers = _decoder_layers(model, base)
-    sharded = [n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
-    if sharded:
-        raise UnsupportedModelError(f"{sharded[0]} is sharded (DTensor); chunks run on plain or DDP models so far")
-    return CausalParts(model, base, head, layers)
+    return CausalParts(model, base, head, _decoder_layers(model, base), LogitRule.of(model.config), engine)
+
+
+def require_whole_head(parts: CausalParts) -> None:
+    """Raise UnsupportedModelError when the output projection is a DTensor of its own, as under tensor parallelism."""
+    if isinstance(parts.head.weight, DTensor):
+        raise UnsupportedModelError(
+            f"the output projection of {type(parts.model).__name__} is sharded (DTensor) and the model is not an FSDP2 "
+            "root; leave it whole, or call fully_shard on the model itself"
+        )
+
+
+def _rows(embedding: nn.Module) -> int:
+    assert isinstance(embedding.weight, Tensor)
+    return embedding.weight.shape[0]
 
 
 def _decoder_layers(model: PreTrainedModel, base: nn.Module) -> dict[str, nn.Module]:
-    count = getattr(model.config, "num_hidden_layers", None)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for name, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             prefix = f"{model.base_model_prefix}.{name}"

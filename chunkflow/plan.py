@@ -1,6 +1,6 @@
 """The plan of one optimizer step: a frozen value, a pure function of integers, equal on every rank.
 
-split -> pack -> assign -> order -> program, each in the file of its name.
+split and pack -> assign (`layout`), then, when asked for, order -> program, each in the file of its name.
 """
 
 from __future__ import annotations
@@ -8,40 +8,47 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from operator import index
 from typing import Any
 
 from chunkflow import plan_report, validate
-from chunkflow.assign import assign
 from chunkflow.config import PlannerConfig
-from chunkflow.cost import job_cost
 from chunkflow.errors import PlanError
-from chunkflow.order import Job, order
-from chunkflow.pack import pack
-from chunkflow.program import common_program, local_program
+from chunkflow.layout import Ints, make_layout
+from chunkflow.lazy import LazyRows, LazyText
+from chunkflow.order import envelope
+from chunkflow.plan_input import checked
+from chunkflow.program import common_program, job_program
 from chunkflow.records import Chunk, Segment
-from chunkflow.split import split, tail_tokens
 
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
-    """Which chunks every rank trains in one optimizer step, in which order."""
+    """Which chunks every rank trains in one optimizer step, in which order. Chunks and program are made when asked for.
+
+    A plan holds arrays until then: planning ahead costs the training nothing, and only engines that shard parameters
+    ask for the program.
+    """
 
     step: int
     """Optimizer steps before this one."""
     samples: tuple[int, ...]
     """The global batch, in drawing order; each sample once."""
-    ranks: tuple[tuple[Chunk, ...], ...]
+    ranks: Sequence[tuple[Chunk, ...]]
     """Chunks of each data-parallel rank in forward order; empty for a rank that has only dummies to run."""
-    program: str
-    """The common op program of all ranks (see `chunkflow.program`)."""
     denominator: float
-    """Sum of the loss weights of the whole step, over all ranks."""
+    """What the weighted sum of the losses is divided by: for the mean, the sum of all loss weights of the step."""
     config: PlannerConfig
     """What the plan was made with."""
+    program: LazyText = LazyText()  # noqa: RUF009 - a descriptor, not a default
+    """The common op program of all ranks (see `chunkflow.program`), a string."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "program": self.program, "ranks": tuple(self.ranks)}  # made: functions would not travel
 
     @property
     def lengths(self) -> dict[int, int]:
@@ -61,7 +68,8 @@ class StepPlan:
 
     def validate(self, lengths: Mapping[int, int] | Sequence[int]) -> None:
         """Raise PlanError unless the plan keeps every rule for samples of these lengths (as `plan_step` takes them)."""
-        validate.validate(self, as_mapping(self.samples, lengths))
+        samples, tokens = checked(self.samples, lengths, None)
+        validate.validate(self, dict(zip(samples.tolist(), tokens.tolist(), strict=True)))
 
     def to_json(self) -> str:
         """Return the plan as one line of JSON; segments are [sample, start, length, offset]."""
@@ -86,8 +94,8 @@ class StepPlan:
 
 def plan_step(
     step: int,
-    samples: Sequence[int],
-    lengths: Mapping[int, int] | Sequence[int],
+    samples: Sequence[int] | Ints,
+    lengths: Mapping[int, int] | Sequence[int] | Ints,
     *,
     config: PlannerConfig,
     world_size: int,
@@ -98,66 +106,28 @@ def plan_step(
     `lengths`, in tokens, are {sample: length} or stand in the order of `samples`. Chunks and groups depend on samples
     and lengths only, never on `world_size`. Ranks get no chunk at all where there are fewer chunks than ranks.
 
-    Raises PlanError on an empty step, a sample drawn twice, a length below 1, or a denominator that is no finite sum.
+    Raises PlanError on an empty step, a sample drawn twice, a length below 1, over 2**31 - 1 or over
+    `config.max_tokens`, or a denominator that is no finite sum.
     """
     if world_size < 1:
         raise PlanError(f"world_size is {world_size}; it must be at least 1")
     if not (math.isfinite(denominator) and denominator >= 0):
         raise PlanError(f"the denominator of step {step} is {denominator}; it must be a finite sum of loss weights")
-    samples = tuple(index(sample) for sample in samples)
-    jobs = _jobs(as_mapping(samples, lengths), config)
-    assignment = assign([job_cost(job, config) for job in jobs], world_size=world_size)
-    ranks = tuple(order(jobs[job] for job in mine) for mine in assignment.ranks)
-    program = common_program(local_program(chunks, config.retain) for chunks in ranks)
-    return StepPlan(step, samples, ranks, program, denominator, config)
+    numbers, tokens = checked(samples, lengths, config.max_tokens)
+    layout = make_layout(numbers, tokens, config=config, world_size=world_size)
+    jobs = layout.jobs()
+    ranks = LazyRows(world_size, lambda rank: layout.chunks(jobs[rank]))
+    program = partial(_program, [layout.counts[mine].tolist() for mine in jobs], config.retain)
+    return StepPlan(step, tuple(numbers.tolist()), ranks, denominator, config, program)
 
 
-def as_mapping(samples: Sequence[int], lengths: Mapping[int, int] | Sequence[int]) -> dict[int, int]:
-    """Return {sample: length} with plain ints. Raises PlanError, naming the sample, on what cannot be planned."""
-    if not isinstance(lengths, Mapping):
-        if len(lengths) != len(samples):
-            raise PlanError(f"{len(lengths)} lengths for {len(samples)} samples; give one length a sample")
-        given = dict(zip(samples, lengths, strict=True))
-    else:
-        given = lengths
-    if not samples:
-        raise PlanError("a step of no samples cannot be planned; draw at least one")
-    if len(set(samples)) < len(samples):
-        twice = next(sample for sample in samples if samples.count(sample) > 1)
-        raise PlanError(f"sample {twice} stands {samples.count(twice)} times in one step; a sample can occur only once")
-    found = {sample: index(given[sample]) for sample in samples if sample in given}
-    for sample in samples:
-        if sample not in found:
-            raise PlanError(f"sample {sample} has no length; give a length for every sample of the step")
-        if found[sample] < 1:
-            raise PlanError(f"sample {sample} has {found[sample]} tokens; it needs at least 1: drop it before planning")
-    return found
+def _program(counts: Sequence[Sequence[int]], retain: int) -> str:
+    """Return the shorter of two programs that run all ranks: their rows merged, or their groups side by side.
 
-
-def _jobs(lengths: Mapping[int, int], config: PlannerConfig) -> list[Job]:
-    """Groups, numbered from the longest down, then standalone chunks."""
-    size = config.chunk_tokens
-    shorts = {sample: length for sample, length in lengths.items() if length <= size}
-    longs = sorted((s for s, length in lengths.items() if length > size), key=lambda s: (-lengths[s], s))
-    tails = {sample: tail_tokens(lengths[sample], chunk_tokens=size) for sample in longs}
-    packing = pack(shorts, tails, chunk_tokens=size)
-    groups = [_group(number, s, packing.fills[s], lengths, size) for number, s in enumerate(longs)]
-    return groups + [(Chunk(_side_by_side(samples, lengths, 0)),) for samples in packing.standalone]
-
-
-def _group(number: int, sample: int, fill: Sequence[int], lengths: Mapping[int, int], chunk_tokens: int) -> Job:
-    own = split(sample, lengths[sample], chunk_tokens=chunk_tokens)
-    chunks = [Chunk((segment,), number, n, len(own)) for n, segment in enumerate(own)]
-    filled = (*own[-1:], *_side_by_side(fill, lengths, own[-1].length))
-    return (*chunks[:-1], replace(chunks[-1], segments=filled))
-
-
-def _side_by_side(samples: Sequence[int], lengths: Mapping[int, int], offset: int) -> tuple[Segment, ...]:
-    segments = []
-    for sample in samples:
-        segments.append(Segment(sample, 0, lengths[sample], offset))
-        offset += lengths[sample]
-    return tuple(segments)
+    `counts` are the chunks of each rank's jobs, in order.
+    """
+    merged = common_program("".join(job_program(count, retain) for count in mine) for mine in counts)
+    return min(merged, envelope(counts, retain=retain), key=len)
 
 
 def _scalars(plan: StepPlan) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from chunkflow.attention.base import ChunkView, Span
 from chunkflow.attention.interface import attention_of
@@ -20,6 +21,7 @@ from chunkflow.rng import replay, rng_state
 from chunkflow.state import GroupState
 
 _TOKENS, _BORDER, _STRANGER = 12, 5, 4
+_NARROW = 3
 _LARGE_LOGIT, _MOST_SCALE = 256.0, 1000.0
 """Logits are looked at this large: at their size in a fresh model a cap of 15 is less than the rounding."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -33,15 +35,15 @@ _REROUTED = 2
 def probe(parts: CausalParts) -> None:
     """Run a few tokens whole and in chunks; raise for the first layer that sees a difference."""
     model = parts.model
-    device = parts.head.weight.device
+    device = parts.device
     if device.type == "meta":
         raise UnsupportedModelError(f"{type(model).__name__} is on the meta device; load its weights first")
-    vocabulary = min(parts.vocabulary, parts.head.weight.shape[0])
+    vocabulary = min(parts.vocabulary, parts.num_targets)
     ids = (torch.arange(_TOKENS, device=device) * 7 + 3) % vocabulary
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with replay(rng_state(device), device):
+        with replay(rng_state(device), device), _narrow_windows(model):
             whole = _run_whole(parts, ids)
             _check_finite(parts, whole)
             _compare_head(parts, ids, whole[-1])
@@ -58,7 +60,7 @@ def _run_whole(parts: CausalParts, ids: Tensor) -> list[Tensor]:
     """Return the output of every layer and of the base model."""
     positions = torch.arange(len(ids), device=ids.device)
     with _outputs_of(parts) as outputs:
-        hidden = parts.base(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state
+        hidden = parts.hidden(input_ids=ids[None], position_ids=positions[None])
     return [*outputs, hidden]
 
 
@@ -75,12 +77,8 @@ def _run_chunk(parts: CausalParts, tokens: Tensor, spans: tuple[Span, ...], stat
     positions = torch.cat([torch.arange(s.length, device=tokens.device) + s.prefix for s in spans])
     with attention_of(parts.model), _outputs_of(parts) as outputs:
         try:
-            hidden = parts.base(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                chunk_view=ChunkView(spans, state),
-            ).last_hidden_state
+            view = ChunkView(spans, state)
+            hidden = parts.hidden(input_ids=tokens[None], position_ids=positions[None], chunk_view=view)
         except ChunkflowError:
             raise
         except Exception as error:  # whatever a model's code raises, it is refused with it
@@ -107,45 +105,72 @@ def _check_finite(parts: CausalParts, whole: list[Tensor]) -> None:
 
 
 def _compare_head(parts: CausalParts, ids: Tensor, hidden: Tensor) -> None:
-    """Compare the model's logits with what our loss makes them from: hidden states, weight and bias alone."""
+    """Compare the model's logits with what our loss makes them from: hidden states, weight, bias and `LogitRule`."""
     head = parts.head
-    size = nn.functional.linear(hidden, head.weight, head.bias).abs().max().float()
+    size = parts.at_head(lambda x: nn.functional.linear(x, head.weight, head.bias), hidden).abs().max().float()
     scale = (_LARGE_LOGIT / size).clamp(max=_MOST_SCALE).to(hidden.dtype)
     positions = torch.arange(len(ids), device=ids.device)
     enlarge = head.register_forward_pre_hook(lambda _module, args: (args[0] * scale, *args[1:]))
     try:
-        logits = parts.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits
+        logits = parts.logits(input_ids=ids[None], position_ids=positions[None])
     finally:
         enlarge.remove()
-    ours = nn.functional.linear(hidden * scale, head.weight, head.bias)
-    if ours.shape != logits.shape or _error(ours, logits) > _tolerance(logits.dtype, depth=1):
+    ours = parts.at_head(lambda x: nn.functional.linear(x * scale, head.weight, head.bias), hidden)
+    ours, _ = parts.rule.apply_(ours)
+    precision = _precision(parts.device, logits.dtype)
+    if ours.shape != logits.shape or _error(ours, logits, precision) > _tolerance(precision, depth=1):
         raise UnsupportedModelError(
             f"{type(parts.model).__name__}: its logits are not what its output projection gives for the last hidden "
-            "state (it caps or scales them), so our loss would be another one"
+            f"state under {parts.rule} (it does something else to them), so our loss would be another one"
         )
 
 
 def _compare_layers(parts: CausalParts, whole: list[Tensor], chunked: list[Tensor]) -> None:
     names = [*parts.layers, f"{parts.model.base_model_prefix}, after the last layer"]
     for depth, (name, a, b) in enumerate(zip(names, whole, chunked, strict=True), start=1):
-        if (error := _error(b, a)) > _tolerance(a.dtype, depth):
+        precision = _precision(parts.device, a.dtype)
+        if (error := _error(b, a, precision)) > _tolerance(precision, depth):
             raise UnsupportedModelError(
                 f"{name}: hidden states of {a.shape[1]} tokens in two chunks differ from the whole run by {error:.1e}; "
                 "something in it depends on tokens or positions outside the chunk"
             )
 
 
+def _precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that products are rounded to."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
 def _tolerance(dtype: torch.dtype, depth: int) -> float:
     return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]) * depth**0.5
 
 
-def _error(a: Tensor, b: Tensor) -> float:
+def _error(a: Tensor, b: Tensor, precision: torch.dtype) -> float:
     """Return how far the values of the worst token are from those in b, relative to their norm; [1, tokens, ...]."""
-    narrow = torch.finfo(a.dtype).bits == 16
+    narrow = torch.finfo(precision).bits == 16
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     errors = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=torch.finfo(b.dtype).tiny)
     worst = errors[0].nan_to_num(nan=torch.inf).sort(descending=True).values
     return float(worst[_REROUTED if narrow else 0])
+
+
+@contextmanager
+def _narrow_windows(model: nn.Module) -> Iterator[None]:
+    """Make sliding windows narrow enough for a few tokens to show whether the attention we are called with has them."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    texts = [text for config in configs.values() if (text := config.get_text_config()) is not config]
+    wide = [
+        (owner, owner.sliding_window)
+        for owner in [*configs.values(), *texts, *model.modules()]
+        if isinstance(getattr(owner, "sliding_window", None), int)
+    ]
+    try:
+        for owner, window in wide:
+            owner.sliding_window = min(window, _NARROW)
+        yield
+    finally:
+        for owner, window in reversed(wide):
+            owner.sliding_window = window
 
 
 @contextmanager

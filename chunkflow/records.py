@@ -17,9 +17,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chunkflow.errors import PlanError
+from chunkflow.lazy import LazyText
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MAX_SAMPLE_TOKENS = 2**31 - 1
+"""Attention kernels count tokens in int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Chunk:
         return self.payload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepBatch:
     """What one rank trains in one optimizer step."""
 
@@ -83,8 +87,11 @@ class StepBatch:
     chunks: tuple[Chunk, ...]
     """This rank's chunks in forward order; the chunks of a group stand together, in ascending order."""
     denominator: float
-    """Sum of the loss weights of the whole step, over all ranks and chunks."""
-    program: str
-    """The op program (see `chunkflow.program`), identical on every rank."""
+    """What the weighted sum of the losses of all ranks and chunks is divided by: for the mean, the sum of weights."""
+    program: LazyText = LazyText()  # noqa: RUF009 - a descriptor, not a default
+    """The op program (see `chunkflow.program`), a string, identical on every rank; made when it is first asked for."""
     samples: tuple[int, ...] = ()
     """The global batch: every sample of the step, over all ranks, in drawing order."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "program": self.program}  # made, where it was not: the function would not travel

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 BUCKET_BYTES = 32 * 2**20
@@ -28,15 +29,32 @@ def sum_gradients(parameters: Iterable[Parameter], group: dist.ProcessGroup) -> 
         return
     used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
     dist.all_reduce(used, group=group)
-    grads = []
+    grads: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for parameter, count in zip(trained, used.tolist(), strict=True):
         if count and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if parameter.grad is not None:
-            grads.append(parameter.grad)
-    for bucket in _buckets(grads):
+            groups, local = _where_summed(parameter.grad, group)
+            grads.setdefault(groups, []).append(local)
+    for groups, tensors in grads.items():
+        for bucket in _buckets(tensors):
+            _sum_bucket(bucket, groups)
+
+
+def _where_summed(grad: Tensor, group: dist.ProcessGroup) -> tuple[tuple[dist.ProcessGroup, ...], Tensor]:
+    """Return the groups to sum a gradient over, one after another, and the part of it that is here."""
+    if not isinstance(grad, DTensor):
+        return (group,), grad
+    mesh = grad.device_mesh
+    replicated = [axis for axis, placement in enumerate(grad.placements) if placement.is_replicate()]
+    return tuple(mesh.get_group(axis) for axis in replicated), grad.to_local()
+
+
+def _sum_bucket(bucket: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> None:
+    if groups:
         flat = torch.cat([g.reshape(-1) for g in bucket])
-        dist.all_reduce(flat, group=group)
+        for group in groups:
+            dist.all_reduce(flat, group=group)
         for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
 

@@ -26,28 +26,34 @@ REFERENCE = "chunkflow_reference"
 
 
 def full_sequence_step(
-    model: PreTrainedModel, samples: Mapping[int, Sample], *, denominator: float, dropout_seed: int | None = None
+    model: PreTrainedModel,
+    samples: Mapping[int, Sample],
+    *,
+    denominator: float,
+    dropout_seed: int | None = None,
+    attention: str = "sdpa",
 ) -> Tensor:
     """Run forward and backward of every sample whole; add to `.grad`; return the mean loss, fp64, detached.
 
     `samples` maps their numbers, which key the dropout masks, to the samples. With `dropout_seed`, attention dropout
-    uses the masks that a `StepExecutor` draws with that seed.
+    uses the masks that a `StepExecutor` draws with that seed. Otherwise it is transformers' `attention`; its "eager" is
+    the one that knows windows, caps and sinks.
     """
     total = torch.zeros((), dtype=torch.float64)
     for number, sample in samples.items():
         dropout = None if dropout_seed is None else (dropout_seed, number)
-        loss = _sum_of_losses(model, sample, dropout) / denominator
+        loss = _sum_of_losses(model, sample, dropout, attention) / denominator
         loss.backward()
         total += loss.detach().double().cpu()
     return total
 
 
-def _sum_of_losses(model: PreTrainedModel, sample: Sample, dropout: tuple[int, int] | None) -> Tensor:
+def _sum_of_losses(model: PreTrainedModel, sample: Sample, dropout: tuple[int, int] | None, attention: str) -> Tensor:
     ids, labels, weights = (
         torch.as_tensor(x, device=model.device) for x in (sample.input_ids, sample.shift_labels, sample.loss_weights)
     )
     positions = torch.arange(len(ids), device=model.device)
-    with attention_of(model, "sdpa" if dropout is None else REFERENCE):
+    with attention_of(model, attention if dropout is None else REFERENCE):
         extra = {} if dropout is None else {"reference_dropout": dropout}
         logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -91,17 +97,22 @@ class _KeepFloat64(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
             if func in (Tensor.to, Tensor.type) and torch.float32 in (*args[1:], kwargs.get("dtype")):
                 return args[0]
+            if func in (torch.softmax, Tensor.softmax, nn.functional.softmax) and kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 
 @contextmanager
 def float64_throughout() -> Iterator[None]:
-    """Run an fp64 model in fp64 even where its code casts to fp32 inside (norms, RoPE), for comparisons to 1e-10."""
+    """Run an fp64 model in fp64 even where its code casts to fp32 inside (norms, RoPE, softmax).
+
+    For comparisons to 1e-10.
+    """
     with _KeepFloat64():
         yield

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from chunkflow.adapters import unwrap
 from chunkflow.attention.interface import attention_of
+from chunkflow.autocast import without_weight_cache
+from chunkflow.engine import Engine
 from chunkflow.errors import ChunkflowError, SourceError
 from chunkflow.executor import StepExecutor
+from chunkflow.parts import Runnable
 from chunkflow.program import operations
 from chunkflow.records import Chunk, StepBatch
-from chunkflow.reduce import sum_gradients
 from chunkflow.sources import NO_TARGET
 from chunkflow.support import require_exact
 from chunkflow.world import resolve_group
@@ -22,26 +22,38 @@ from chunkflow.world import resolve_group
 class ChunkRunner:
     """Trains the chunks of one step with exact gradients.
 
-    `model` is a transformers causal LM, plain or wrapped in DDP (whose own reduction is not used). `retain` is how many
-    chunks of a long sequence keep their activations: memory is set by `chunk_tokens * retain`. `group` are the ranks
-    that share the global batch: the default process group where there is one, `SINGLE` for this process alone.
+    `model` is a transformers causal LM: plain, or wrapped in DDP (whose own reduction is not used), FSDP2's
+    `fully_shard`, a DeepSpeed engine, or PEFT's LoRA. `retain` is how many chunks of a long sequence keep their
+    activations: memory is set by `chunk_tokens * retain`. `group` are the ranks that share the global batch: by default
+    the wrapper's, or the default process group where there is one; `SINGLE` is this process alone. `offload` keeps keys
+    and values of long sequences in the host's memory, for models on an accelerator.
 
     Made on every rank. Raises UnsupportedModelError, naming the layer and the reason, for a model that could not be
     trained exactly; it finds out by running a few tokens.
     """
 
     def __init__(
-        self, model: nn.Module, *, retain: int = 1, group: dist.ProcessGroup | str | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        retain: int = 1,
+        group: dist.ProcessGroup | str | None = None,
+        seed: int = 0,
+        offload: bool = False,
+    ) -> None:
+        wrapped = unwrap(model, group)
+        ranks = resolve_group(wrapped.group)
+        engine = wrapped.engine(ranks)
+        parts = require_exact(wrapped.model, engine)
+        self._begin(parts, engine, ranks, retain=retain, seed=seed, offload=offload)
+
+    def _begin(
+        self, parts: Runnable, engine: Engine, group: dist.ProcessGroup | None, *, retain: int, seed: int, offload: bool
     ) -> None:
         if retain < 1:
             raise ChunkflowError(f"retain is {retain}; it must be at least 1, the chunk that is trained now")
-        if isinstance(model, DistributedDataParallel):
-            group = model.process_group if group is None else group
-            model = model.module
-        self._group = resolve_group(group)
-        self._parts = require_exact(model)
-        self._retain = retain
-        self._seed = seed
+        self._group, self._engine, self._parts = group, engine, parts
+        self._retain, self._seed, self._offload = retain, seed, offload
 
     @property
     def num_positions(self) -> int | None:
@@ -52,44 +64,35 @@ class ChunkRunner:
         """Run one step's forward and backward; return the step's mean loss over all ranks, fp64, 0-d, detached.
 
         Every rank of the group calls once a step. Afterwards `.grad` of every parameter holds the gradient of that loss
-        (added to what was there), the same on every rank; call `optimizer.step()` next. Activations of at most `retain`
-        chunks are alive at a time. Train or eval mode is the caller's.
+        (added to what was there), the same on every rank, or the rank's shard of it; call `optimizer.step()` next.
+        Activations of at most `retain` chunks are alive at a time. Train or eval mode is the caller's.
         """
         self._check_tokens(batch)
         parameters = [p for p in self._parts.model.parameters() if p.requires_grad]
-        before = self._set_aside(parameters)
-        executor = StepExecutor(self._parts, batch.chunks, dropout_seed=self._dropout_seed(batch))
-        with attention_of(self._parts.model):
-            loss = executor.train(operations(batch.chunks, self._retain), denominator=batch.denominator)
-        if self._group is not None:
-            sum_gradients(parameters, self._group)
-        for parameter, grad in before:
-            parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        steps = self._engine.operations(batch.program, list(operations(batch.chunks, self._retain)))
+        with (
+            attention_of(self._parts.model),
+            without_weight_cache(self._parts.device),
+            self._engine.training(parameters),
+        ):
+            loss = self._executor(batch).train(steps, denominator=batch.denominator)
         return self._over_ranks(loss)
 
     def evaluate(self, batch: StepBatch) -> Tensor:
         """Return the step's mean loss over all ranks, fp64, without gradients. Every rank of the group calls."""
         self._check_tokens(batch)
-        executor = StepExecutor(self._parts, batch.chunks, dropout_seed=self._dropout_seed(batch))
-        with attention_of(self._parts.model):
-            return self._over_ranks(executor.score(denominator=batch.denominator))
+        steps = self._engine.scoring_operations(batch.program, len(batch.chunks))
+        with attention_of(self._parts.model), without_weight_cache(self._parts.device), self._engine.scoring():
+            return self._over_ranks(self._executor(batch).score(steps, denominator=batch.denominator))
 
-    def _dropout_seed(self, batch: StepBatch) -> int:
-        return self._seed * 1_000_003 + batch.step
-
-    def _set_aside(self, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Take away gradients of earlier steps: they are summed over the ranks already and must not be again."""
-        if self._group is None:
-            return []
-        before = [(p, p.grad) for p in parameters if p.grad is not None]
-        for parameter, _ in before:
-            parameter.grad = None
-        return before
+    def _executor(self, batch: StepBatch) -> StepExecutor:
+        seed = self._seed * 1_000_003 + batch.step
+        return StepExecutor(self._parts, batch.chunks, dropout_seed=seed, offload=self._offload)
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
         if self._group is None:
             return loss
-        loss = loss.to(self._parts.head.weight.device)
+        loss = loss.to(self._parts.device)
         dist.all_reduce(loss, group=self._group)
         return loss.cpu()
 
@@ -100,7 +103,7 @@ class ChunkRunner:
             labels, weights = tensors["shift_labels"], tensors["loss_weights"]
             targets = labels.masked_fill((labels == NO_TARGET) | (weights == 0), 0)
             _check_ids(chunk, "id", tensors["input_ids"], self._parts.vocabulary)
-            _check_ids(chunk, "target", targets, self._parts.head.weight.shape[0])
+            _check_ids(chunk, "target", targets, self._parts.num_targets)
 
 
 def _check_positions(chunk: Chunk, num_positions: int | None) -> None:

@@ -18,8 +18,6 @@ from chunkflow.errors import SourceError
 
 NO_TARGET = -100
 """A label that is no target, as torch's and transformers' losses have it."""
-MAX_SAMPLE_TOKENS = 2**31 - 1
-"""Attention kernels count tokens in int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +95,13 @@ class Source(Protocol):
         ...
 
 
+def shifted(input_ids: np.ndarray, labels: np.ndarray | None) -> Sample:
+    """Return the sample of tokens [L] and unshifted labels [L] (None: every token), each target counting 1."""
+    shift_labels = np.full(len(input_ids), NO_TARGET, dtype=np.int64)
+    shift_labels[:-1] = (input_ids if labels is None else labels)[1:]
+    return Sample(input_ids.astype(np.int64), shift_labels, (shift_labels != NO_TARGET).astype(np.float32))
+
+
 def manifest_of(description: Mapping[str, Any]) -> str:
     """Return the xxh3 hex digest of a description."""
     return xxhash.xxh3_128_hexdigest(json.dumps(description, sort_keys=True, ensure_ascii=True).encode())
@@ -116,7 +121,10 @@ def fetch(source: Source, index: int) -> Sample:
             "the data changed while it was used, or the source's lengths are wrong"
         )
     no_target = sample.shift_labels == NO_TARGET
-    if not no_target[-1] or sample.loss_weights[no_target].any():
+    open_ended = getattr(
+        source, "open_ended", False
+    )  # a piece of a sample ends with a target: the token behind the cut
+    if not (no_target[-1] or open_ended) or sample.loss_weights[no_target].any():
         raise SourceError(
             f"sample {index} has a target at its last token, or a loss weight where there is no target; "
             f"shift_labels must end in {NO_TARGET}, and weights be 0 wherever it stands"
@@ -149,6 +157,7 @@ class Selection:
         self.min_token_id = base.min_token_id
         self.max_token_id = base.max_token_id
         self.skipped = base.skipped
+        self.open_ended = getattr(base, "open_ended", False)
 
     def __len__(self) -> int:
         return len(self._indices)

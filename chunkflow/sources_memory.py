@@ -19,6 +19,8 @@ class MemorySource:
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = tuple(samples)
+        for number, sample in enumerate(self._samples):
+            _check_arrays(number, sample)
         self.lengths = np.array([len(s.input_ids) for s in self._samples], dtype=np.int64)
         if len(self._samples) == 0 or self.lengths.min() < 2:
             where = (
@@ -49,6 +51,19 @@ class MemorySource:
     def select(self, indices: Iterable[int]) -> Selection:
         """Return some of the samples, in a given order."""
         return Selection(self, indices)
+
+
+def _check_arrays(number: int, sample: Sample) -> None:
+    for name in ("input_ids", "shift_labels"):
+        array = getattr(sample, name)
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
+            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise SourceError(f"sample {number}: {name} is {got}; it must be a flat numpy array of whole numbers")
+    weights = sample.loss_weights
+    if not isinstance(weights, np.ndarray) or weights.dtype.kind != "f" or not np.isfinite(weights).all():
+        raise SourceError(f"sample {number}: loss_weights must be a numpy array of finite floats")
+    if len(weights) and weights.min() < 0:
+        raise SourceError(f"sample {number}: a loss weight is {weights.min()}; it must be 0 or more")
 
 
 def _bounds(sample: Sample) -> tuple[int, int]:

@@ -1,22 +1,24 @@
 """Which models can be trained in chunks exactly; the others are refused, by layer and reason.
 
 Two lines of defence. The configuration is read for what would go wrong only on long sequences (RoPE whose frequencies
-follow the length, windows, chunked attention). Then a few tokens are run whole and in chunks (`chunkflow.probe`).
+follow the length, chunked attention, layers without attention). Then a few tokens are run whole and in chunks
+(`chunkflow.probe`).
 """
 
 from __future__ import annotations
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from chunkflow.autocast import without_weight_cache
+from chunkflow.engine import Engine, WholeParameters
 from chunkflow.errors import UnsupportedModelError
-from chunkflow.parts import CausalParts, parts_of
+from chunkflow.parts import CausalParts, parts_of, require_whole_head
 from chunkflow.probe import probe
 
 FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 """RoPE types whose frequencies do not depend on the positions in the call."""
 
 _REFUSED_CONFIG = {
-    "sliding_window": "a window over earlier chunks is not exact yet; sliding_window=None is full attention",
     "attention_chunk_size": "attention in chunks of its own would not see our prefix",
     "layerdrop": "a layer that is skipped for one chunk has no keys and values for the next; set it to 0",
     "decoder_layerdrop": "a layer that is skipped for one chunk has no keys and values for the next; set it to 0",
@@ -25,16 +27,26 @@ _REFUSED_CONFIG = {
 """Settings that would make chunks another model, and why."""
 
 
-def require_exact(model: nn.Module) -> CausalParts:
-    """Return the parts of a model that chunks train exactly; raise UnsupportedModelError for any other."""
-    parts = parts_of(model)
+EXACT_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers, as configurations name them, that chunks train exactly."""
+
+
+def require_exact(model: PreTrainedModel, engine: Engine) -> CausalParts:
+    """Return the parts of a model that chunks train exactly; raise UnsupportedModelError for any other.
+
+    Every rank that shares parameters calls.
+    """
+    parts = parts_of(model, engine)
+    if isinstance(engine, WholeParameters):
+        require_whole_head(parts)
     _check_config(parts)
-    probe(parts)
+    with without_weight_cache(parts.device), engine.scoring():
+        probe(parts)
     return parts
 
 
 def _check_config(parts: CausalParts) -> None:
-    config = parts.model.config
+    config = parts.model.config.get_text_config()
     for name, module in parts.base.named_modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
@@ -45,10 +57,8 @@ def _check_config(parts: CausalParts) -> None:
                 )
     kinds = getattr(config, "layer_types", None) or []
     for (name, layer), kind in zip(parts.layers.items(), kinds, strict=False):
-        if kind != "full_attention":
-            raise UnsupportedModelError(
-                f"{name} ({type(layer).__name__}): layer type {kind!r} is not exact in chunks yet"
-            )
+        if kind not in EXACT_LAYERS:
+            raise UnsupportedModelError(f"{name} ({type(layer).__name__}): layer type {kind!r} is not exact in chunks")
     for feature, why in _REFUSED_CONFIG.items():
         if getattr(config, feature, None):
             first = next(iter(parts.layers))

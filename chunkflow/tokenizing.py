@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from chunkflow.chat import Chat, encode_chat
 from chunkflow.errors import SourceError
 from chunkflow.index import Row
+from chunkflow.sources import NO_TARGET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,15 @@ class Text:
 
     name: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and what should follow it, the only target."""
+
+    name: str
+    prompt: str
+    completion: str
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -47,44 +58,74 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     # The last call's truncation and padding are kept here too; ours sets its own.
     parts.pop("truncation", None)
     parts.pop("padding", None)
+    parts["chat_template"] = tokenizer.chat_template
     parts["eos_token_id"] = tokenizer.eos_token_id
     parts["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
-def encode(items: Iterable[Row | Text], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Row]:
-    """Yield rows in the order of the items: a row as it is, a text whole and ended by the eos token.
+def encode(items: Iterable[Row | Text | Pair | Chat], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Row]:
+    """Yield rows in the order of the items: a row as it is, a text or a completion ended by the eos token.
 
-    `tokenizer` may be None when no item is a text.
+    `tokenizer` may be None when every item is a row.
     """
-    batch: list[Row | Text] = []
+    batch: list[Row | Text | Pair | Chat] = []
     size = 0
     for item in items:
         batch.append(item)
-        size += len(item.text) if isinstance(item, Text) else len(item.input_ids)
+        size += len(item.text) if isinstance(item, Text) else 256
         if size >= _BATCH_SIZE or len(batch) == _BATCH_ITEMS:
             yield from _encode_batch(batch, tokenizer)
             batch, size = [], 0
     yield from _encode_batch(batch, tokenizer)
 
 
-def _encode_batch(batch: list[Row | Text], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Row]:
-    texts = [item.text for item in batch if isinstance(item, Text)]
-    ids = iter(_encode_texts(texts, tokenizer) if texts and tokenizer is not None else [])
+def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Row]:
+    if tokenizer is None:
+        yield from (item for item in batch if isinstance(item, Row))
+        return
+    texts = iter(_ids([item.text for item in batch if isinstance(item, Text)], tokenizer))
+    pairs = [item for item in batch if isinstance(item, Pair)]
+    prompts = iter(_ids([pair.prompt for pair in pairs], tokenizer))
+    # What the model is asked for begins behind the prompt's last token, so the two are never tokenized as one.
+    completions = iter(_ids([pair.completion for pair in pairs], tokenizer, add_special_tokens=False))
     for item in batch:
-        yield item if isinstance(item, Row) else Row(item.name, next(ids))
+        if isinstance(item, Row):
+            yield item
+        elif isinstance(item, Text):
+            yield Row(item.name, _ended(next(texts), tokenizer))
+        elif isinstance(item, Pair):
+            yield _completed(item.name, next(prompts), next(completions), tokenizer)
+        else:
+            yield encode_chat(item, tokenizer)
 
 
-def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> list[list[int]]:
+    if not texts:
+        return []
     encoded = tokenizer(
         texts,
+        add_special_tokens=add_special_tokens,
         truncation=False,
         padding=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # no warning about model_max_length: samples are split, not cut
     )
+    return encoded["input_ids"]
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return int64 [L], ended by eos; some tokenizers end every text themselves."""
     eos = tokenizer.eos_token_id
-    for ids in encoded["input_ids"]:
-        # Some tokenizers end every text themselves.
-        yield np.array(ids if ids and ids[-1] == eos else [*ids, eos], dtype=np.int64)
+    return np.array(ids if ids and ids[-1] == eos else [*ids, eos], dtype=np.int64)
+
+
+def _completed(name: str, prompt: list[int], completion: list[int], tokenizer: PreTrainedTokenizerBase) -> Row:
+    if prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]
+    ended = _ended(completion, tokenizer)
+    ids = np.concatenate([np.array(prompt, dtype=np.int64), ended])
+    labels = ids.copy()
+    labels[: len(prompt)] = NO_TARGET
+    return Row(name, ids, labels)

@@ -99,6 +99,10 @@ class Costs:
         """Bytes of one activation between layers."""
         return self.boundary_bytes[microbatch if len(self.boundary_bytes) != 1 else 0]
 
+    def between_s(self, microbatch: int) -> float:
+        """Seconds from one device to another."""
+        return self.hop_s + self.boundary(microbatch) / self.link_bytes_per_s
+
     def weights(self, layers: tuple[int, int]) -> float:
         """Bytes of the weights of some layers."""
         return _total(self.weight_bytes, layers)

@@ -166,7 +166,7 @@ class _Run:
         action = self.graph.listing.actions[i]
         if action.op is Op.GET:
             return self.costs.hop_s
-        return self.costs.hop_s + self.costs.boundary(action.microbatch or 0) / self.costs.link_bytes_per_s
+        return self.costs.between_s(action.microbatch or 0)
 
     def release(self, i: int, by: int) -> None:
         """One thing less that i waits for; the last one is the cause of its start."""

@@ -44,7 +44,7 @@ def validate(schedule: Schedule, *, costs: Costs | None = None, memory_cap_bytes
     _check_groups(found)
     check_acyclic(graph)
     if costs is not None and memory_cap_bytes is not None:
-        _check_cap(schedule, costs, memory_cap_bytes)
+        _check_cap(found, costs, memory_cap_bytes)
 
 
 def _check_tiling(found: Listing) -> None:
@@ -167,15 +167,15 @@ def _check_groups(found: Listing) -> None:
                 raise found.fail(i, f"ends group {unit.group}; one FREE of it has to follow, there are {len(free)}")
 
 
-def _check_cap(schedule: Schedule, costs: Costs, memory_cap_bytes: float) -> None:
-    result = simulate(schedule, costs)
+def _check_cap(found: Listing, costs: Costs, memory_cap_bytes: float) -> None:
+    result = simulate(found.schedule, costs)
     for device, peak in enumerate(result.peak_bytes):
         if peak > memory_cap_bytes:
             at = next(t for t, level in result.memory[device] if level == peak)
-            running = [s for s in result.spans if s.device == device and s.start_s <= at]
-            last = max(running, key=lambda s: s.start_s, default=None)
-            raise ScheduleError(
-                f"{schedule.name} needs {peak:.0f} bytes on device {device}, during "
-                f"{last.action.label if last else 'nothing'}; the cap is {memory_cap_bytes:.0f}. "
-                "Recompute activations, use shorter micro-batches, or more stages\n" + schedule.table()
+            mine = [i for i, s in enumerate(result.spans) if s.device == device and s.action.op in COMPUTE]
+            i = max((i for i in mine if result.spans[i].start_s <= at), default=mine[0])
+            raise found.fail(
+                i,
+                f"{peak:.0f} bytes are on device {device} by now; the cap is {memory_cap_bytes:.0f}. Recompute "
+                "activations, use shorter micro-batches, or more stages",
             )

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,14 +13,11 @@ import torch
 
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
 from checkpointing.storage.local import LocalStorage
+from tests.crash_states import Disk, crash_states, put, recorded
 from tests.flat_states import Flat, same
 
-CHANGES = ["make_folders", "make_folder", "create", "write", "sync", "close", "sync_folder", "rename"]
-CHANGES += ["remove_file", "remove_tree"]
-
-
-class Death(BaseException):
-    """The process is gone: nothing of ours may catch this and tidy up."""
+CHANGES = ["make_folders", "make_folder", "create", "create_direct", "write", "write_at", "truncate", "sync", "close"]
+CHANGES += ["sync_folder", "rename", "link", "remove_file", "remove_tree"]
 
 
 def state(step: int) -> dict:
@@ -41,8 +39,8 @@ class Fault:
                 self.calls.append(name)
                 over = len(self.calls) - 1 == self.at if self.once else len(self.calls) - 1 >= self.at
                 if over:
-                    if name == "write":
-                        os.write(args[1], bytes(args[2])[: len(args[2]) // 2])  # half of it got through
+                    if name in ("write", "write_at"):  # half of it got through
+                        method(args[0], args[1], args[2][: len(args[2]) // 8192 * 4096], *args[3:])
                     if name == "remove_tree":
                         for entry in list(os.scandir(args[1]))[:1]:
                             os.unlink(entry.path)
@@ -78,16 +76,15 @@ def fresh(path):
         return info
 
 
-def save(path, step):
-    """As a process that may die anywhere: without a close on the way out."""
-    ckpt = Checkpointer(path, group=SINGLE, keep=KeepLast(2))
-    return ckpt.save(step, {"run": Flat(state(step))}).wait()
+def save(path, step, **settings):
+    with Checkpointer(path, group=SINGLE, keep=KeepLast(2), **settings) as ckpt:
+        return ckpt.save(step, {"run": Flat(state(step))}).wait()
 
 
 def count_calls(tmp_path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         prepare(tmp_path / "count")
-        fault = Fault(patch, 10**9, Death)
+        fault = Fault(patch, 10**9, OSError)
         save(tmp_path / "count", 30)
         return fault.calls
 
@@ -95,28 +92,48 @@ def count_calls(tmp_path) -> list[str]:
 def test_a_save_makes_the_calls_in_the_order_of_the_contract(tmp_path):
     calls = count_calls(tmp_path)
     durable = calls.index("rename")
-    data = ["create", "write", "write", "write", "sync", "close"]
-    assert calls[:durable] == ["make_folders", "make_folder", *data, "create", "write", "sync", "close", "sync_folder"]
+    data = ["create_direct", "write_at", "write_at", "truncate", "sync", "close"]
+    manifest = ["create", "write", "sync", "close"]
+    assert calls[:durable] == ["make_folders", "make_folder", *data, *manifest, "sync_folder"]
     assert calls[durable : durable + 2] == ["rename", "sync_folder"]
     assert calls.index("remove_tree") > durable + 2
     assert sorted(p.name for p in (tmp_path / "count").iterdir()) == ["latest", "step-20", "step-30"]
 
 
-def test_death_at_every_call(tmp_path):
-    calls = count_calls(tmp_path)
-    committed = calls.index("rename")
-    for at in range(len(calls)):
-        path = tmp_path / str(at)
-        prepare(path)
-        with pytest.MonkeyPatch.context() as patch:
-            Fault(patch, at, Death)
-            with pytest.raises(Death):
-                save(path, 30)
-        info = fresh(path)
-        assert (info.step, info.skipped) == (20 if at <= committed else 30, ())
-        save(path, 31)
-        assert fresh(path).step == 31
-        assert not list(path.glob("*.tmp-*")), "a later successful save clears what was left"
+@pytest.mark.parametrize("incremental", [False, True])
+def test_every_state_a_crash_could_leave_loads_what_was_acknowledged(tmp_path, incremental):
+    origin = tmp_path / "origin"
+    prepare(origin)
+    disk = Disk.read(origin)
+    base = {"base": torch.arange(50_000.0)}  # large enough to be referred to
+    with recorded() as log, Checkpointer(origin, group=SINGLE, keep=KeepLast(2), incremental=incremental) as ckpt:
+        for step in (30, 31, 32, 33):
+            ckpt.save(step, {"run": Flat(state(step)), "base": Flat(base)}).wait()
+        ckpt._engine.idle()
+    assert [args for name, *args in log if name == "ack"] == [[30], [31], [32], [33]]
+    assert any(name == "link" for name, *_ in log) == incremental
+    seen: dict[tuple, int] = {}
+    for number, (what, acknowledged, left) in enumerate(crash_states(disk, log)):
+        digest = tuple((str(path), data) for path, data in sorted(left.items()))
+        if digest not in seen:
+            root = tmp_path / f"state-{number}"
+            put(root, left, origin)
+            seen[digest] = loaded_step(root, base)
+            shutil.rmtree(root)
+        newest = max(acknowledged, default=20)
+        assert newest <= seen[digest] <= 33, f"{what}: {seen[digest]} was loaded, and {newest} was acknowledged"
+    print(f"{number + 1} states, {len(seen)} of them different")
+
+
+def loaded_step(root, base) -> int:
+    """The step a new process restores, after checking that every bit of it is that step's."""
+    with Checkpointer(root, group=SINGLE) as ckpt:
+        run, rest = Flat({}), Flat({})
+        info = ckpt.restore({"run": run, "base": rest})
+    assert info is not None
+    assert same(run.loaded, state(info.step))
+    assert same(rest.loaded, base if info.step >= 30 else {})
+    return info.step
 
 
 @pytest.mark.parametrize(("code", "once"), [(errno.EIO, True), (errno.ENOSPC, False)])
@@ -131,6 +148,7 @@ def test_an_error_at_every_call(tmp_path, code, once, caplog):
             ckpt = Checkpointer(path, group=SINGLE, keep=KeepLast(2))
             caplog.clear()
             handle = ckpt.save(30, {"run": Flat(state(30))})
+            assert ckpt._engine.idle(20)
             fault.armed = False
             if at <= committed:
                 with pytest.raises(CheckpointError, match=f"save of step 30 failed: .*{os.strerror(code)}"):
@@ -165,8 +183,9 @@ def test_a_failed_save_leaves_no_bytes_behind(tmp_path, monkeypatch):
 
 
 def test_short_writes_and_interrupted_reads_are_continued(tmp_path, monkeypatch):
-    write, preadv = os.write, os.preadv
+    write, pwrite, preadv = os.write, os.pwrite, os.preadv
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:1000]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:4096] if at < 4096 else data[:1000], at))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:700]], at))
     save(tmp_path, 1)
     assert fresh(tmp_path).step == 1
@@ -178,6 +197,7 @@ def test_errors_nobody_waited_for_surface_at_the_next_call(tmp_path):
         ckpt = Checkpointer(tmp_path, group=SINGLE)
         fault = Fault(patch, 2, lambda: OSError(errno.EIO, "broken"))
         ckpt.save(30, {"run": Flat(state(30))})
+        assert ckpt._engine.idle(20)
         fault.armed = False
         with pytest.raises(CheckpointError, match=r"save of step 30 failed: .*broken"):
             ckpt.save(40, {"run": Flat(state(40))})

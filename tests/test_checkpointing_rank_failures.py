@@ -68,7 +68,7 @@ def fail_writing(info, path):
     with Checkpointer(path, timeout_s=20) as ckpt, pytest.MonkeyPatch.context() as patch:
         ckpt.save(1, {"run": Flat(own_and_shared(info.rank))}).wait()
         if info.rank == 1:
-            patch.setattr(LocalStorage, "write", disk_full)
+            patch.setattr(LocalStorage, "write_at", disk_full)
         handle = ckpt.save(2, {"run": Flat(own_and_shared(info.rank))})
         with pytest.raises(SaveError) as caught:
             handle.wait()
@@ -79,7 +79,7 @@ def fail_writing(info, path):
         return str(caught.value), steps, leftovers, ckpt.latest()
 
 
-def disk_full(self, fd, data):
+def disk_full(self, fd, data, offset):
     raise OSError(28, "No space left on device")
 
 
@@ -97,6 +97,8 @@ def fail_unheard(info, path):
                 handle = ckpt.save(step, Flat({"a": 1}) if (step, info.rank) != (1, 1) else Unready({}))
                 if info.rank == 0 or step == 3:
                     handle.wait()
+                while not handle.is_over:  # else rank 1 may be at its next save before it knows
+                    time.sleep(0.001)
             except CheckpointError as error:
                 heard.append((step, str(error)))
         return heard
@@ -153,16 +155,17 @@ def test_a_silent_rank_is_named_within_the_deadline(tmp_path):
 
 def work_long(info, path):
     """Rank 1 takes three deadlines to write, and gives signs of life."""
-    with Checkpointer(path, timeout_s=1) as ckpt, pytest.MonkeyPatch.context() as patch:
+    settings = {"flush_threads": 1, "hurried_threads": 1}
+    with Checkpointer(path, timeout_s=1, **settings) as ckpt, pytest.MonkeyPatch.context() as patch:
         if info.rank == 1:
-            write = LocalStorage.write
+            write = LocalStorage.write_at
 
-            def slow(self, fd, data):
+            def slow(self, fd, data, offset):
                 time.sleep(0.5)
-                write(self, fd, data)
+                write(self, fd, data, offset)
 
-            patch.setattr(LocalStorage, "write", slow)
-        ckpt.save(1, Flat({f"own.{info.rank}.{i}": torch.ones(1) for i in range(6)})).wait()
+            patch.setattr(LocalStorage, "write_at", slow)
+        ckpt.save(1, Flat({f"own.{info.rank}": torch.ones(6 * 2**20)})).wait()  # 7 writes, one behind the other
         return ckpt.steps()
 
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from chunkflow.attention.base import PREFIX_BLOCK, Span, Tile, merge, prefix_blocks
+from chunkflow.attention.base import Scoring, Span, merge
 from chunkflow.attention.dropout import BLOCK, AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
+from chunkflow.attention.tiles import PREFIX_BLOCK, Tile, prefix_blocks
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.state import GroupState
 
@@ -25,7 +26,7 @@ def written_out(q, k, v, scale, prefix):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("prefix", [0, 5, 64])
 def test_span_attention_equals_attention_written_out(backend, dtype, prefix, monkeypatch):
-    monkeypatch.setattr("chunkflow.attention.base.PREFIX_BLOCK", 16)  # several blocks, the last one ragged
+    monkeypatch.setattr("chunkflow.attention.tiles.PREFIX_BLOCK", 16)  # several blocks, the last one ragged
     torch.manual_seed(0)
     heads, per_head, n, width, scale = 2, 3, 21, 8, 0.4
     wide = {"dtype": torch.float64, "requires_grad": True}
@@ -39,7 +40,7 @@ def test_span_attention_equals_attention_written_out(backend, dtype, prefix, mon
     k_, v_ = k.detach().to(dtype), v.detach().to(dtype)
     if prefix:
         state.write(0, 0, k_[:, :prefix], v_[:, :prefix])
-    attention = SpanAttention(backend, Span(0, n, prefix, 0), state, 0, scale, None)
+    attention = SpanAttention(backend, Span(0, n, prefix, 0), state, 0, Scoring(scale))
     own = (q.detach().to(dtype), k_[:, prefix:], v_[:, prefix:])
     out, lse = attention.forward(*own)
     dq, dk, dv = attention.backward(dout.to(dtype), *own, out.to(dtype), lse)
@@ -66,7 +67,7 @@ def test_the_last_chunk_is_nobodys_prefix():
     k = torch.randn(1, 4, 2)
     state.write(0, 0, k, k)
     state.write(0, 4, k, k)  # beyond the capacity: not kept
-    assert state.layers[0].kv.shape == (2, 1, 4, 2)
+    assert state.layers[0].k.shape == state.layers[0].v.shape == (1, 4, 2)
     assert state.gradient(0, 4, 4) is None
 
 
@@ -83,9 +84,12 @@ def test_a_layer_that_did_not_run_for_an_earlier_chunk_is_an_error(ran_for):
 def test_merge_is_one_softmax_over_both_parts():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 1, 3, 4), torch.randn(1, 9, 4), torch.randn(1, 9, 4)
-    tile = Tile(100, 0, causal=False)
-    parts = [Masked().forward(q, k[:, r], v[:, r], tile=tile, scale=1.0) for r in (slice(0, 4), slice(4, 9))]
-    whole, whole_lse = Masked().forward(q, k, v, tile=tile, scale=1.0)
+    how = Scoring(1.0)
+    parts = [
+        Masked().forward(q, k[:, low:high], v[:, low:high], tile=Tile(100, 103, low, high), how=how)
+        for low, high in ((0, 4), (4, 9))
+    ]
+    whole, whole_lse = Masked().forward(q, k, v, tile=Tile(100, 103, 0, 9), how=how)
     out, lse = merge(*parts[0], *parts[1])
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(lse, whole_lse)

@@ -58,5 +58,5 @@ def test_backward_in_the_wrong_order_is_seen(monkeypatch):
 
 
 def test_a_model_that_is_refused_is_refused_here_too():
-    with pytest.raises(UnsupportedModelError, match="sliding_window"):
-        check_exact(tiny_model("mistral", sliding_window=8))
+    with pytest.raises(UnsupportedModelError, match="RoPE type 'dynamic'"):
+        check_exact(tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))

@@ -68,7 +68,7 @@ def oracle():
 @pytest.mark.parametrize(("num_chunks", "retain"), CASES)
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_equal_whole_sequences(name, num_chunks, retain, oracle, monkeypatch):
-    monkeypatch.setattr("chunkflow.attention.base.PREFIX_BLOCK", 32)  # blocks that do not fall on chunk borders
+    monkeypatch.setattr("chunkflow.attention.tiles.PREFIX_BLOCK", 32)  # blocks that do not fall on chunk borders
     loss, reference = oracle(name, num_chunks)
     model, _ = make(name)
     batch = batch_of(*step_of(num_chunks))

@@ -137,9 +137,19 @@ def test_the_state_advances_with_the_loop_not_with_the_thread(tmp_path):
             state = loader.state_dict()
             places.append((state["epoch"], state["step"]))
     assert places == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
-    assert set(state) == {"manifest", "description", "planner", "seed", "global_batch", "epoch", "step"}
+    assert set(state) == {
+        "manifest",
+        "description",
+        "planner",
+        "seed",
+        "global_batch",
+        "weighting",
+        "balance",
+        "epoch",
+        "step",
+    }
     assert state["manifest"] == source.manifest
-    assert state["planner"] == {"chunk_tokens": CHUNK, "retain": 1, "pair_cost": 1 / 4096}
+    assert state["planner"] == {"chunk_tokens": CHUNK, "retain": 1, "pair_cost": 1 / 4096, "max_tokens": None}
 
 
 def test_a_break_and_a_second_iterator_go_on(tmp_path):
@@ -268,11 +278,11 @@ def test_errors_of_the_thread_surface_with_their_cause(tmp_path):
     source = Altered(long_tail(tmp_path).folder)
     source.failure = SourceError("sample 3 is gone")
     with pytest.raises(SourceError, match="sample 3 is gone") as caught:
-        next(iter(make(source)))
+        next(iter(make(source, chunk_tokens=128)))
     assert any(entry.name == "collate" for entry in caught.traceback)
     source.failure = MemoryError("no more")
     with pytest.raises(SourceError, match=r"step 0 could not be loaded: MemoryError\('no more'\)") as caught:
-        next(iter(make(source)))
+        next(iter(make(source, chunk_tokens=128)))
     assert isinstance(caught.value.__cause__, MemoryError)
     assert prefetch_threads() == []
 

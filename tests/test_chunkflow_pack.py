@@ -7,50 +7,49 @@ from hypothesis import strategies as st
 
 from chunkflow.lengths import DISTRIBUTIONS
 from chunkflow.pack import lower_bound_chunks, pack
-from chunkflow.split import split, tail_tokens
-
-
-@given(st.integers(1, 200), st.integers(1, 40))
-def test_split_covers_a_sequence_in_order(length, chunk_tokens):
-    segments = split(7, length, chunk_tokens=chunk_tokens)
-    assert [t for s in segments for t in range(s.start, s.start + s.length)] == list(range(length))
-    assert [s.length for s in segments[:-1]] == [chunk_tokens] * (len(segments) - 1)
-    assert segments[-1].length == tail_tokens(length, chunk_tokens=chunk_tokens) <= chunk_tokens
-    assert {(s.sample, s.offset) for s in segments} == {(7, 0)}
 
 
 def bins_of(lengths, chunk_tokens):
-    """Pack all lengths; return the packing and the number of chunks it needs with the full ones."""
-    shorts = {n: x for n, x in enumerate(lengths) if x <= chunk_tokens}
-    tails = {n: tail_tokens(x, chunk_tokens=chunk_tokens) for n, x in enumerate(lengths) if x > chunk_tokens}
-    packing = pack(shorts, tails, chunk_tokens=chunk_tokens)
-    full = sum((x - 1) // chunk_tokens for x in lengths if x > chunk_tokens)
-    return shorts, tails, packing, full + len(tails) + len(packing.standalone)
+    """Pack all lengths; return shorts, tails, the contents of each bin, and all chunks with the full ones."""
+    shorts = np.sort([x for x in lengths if x <= chunk_tokens]).astype(np.int64)[::-1].copy()
+    longs = np.array([x for x in lengths if x > chunk_tokens], dtype=np.int64)
+    tails = np.sort((longs - 1) % chunk_tokens + 1)[::-1].copy()
+    where, num_bins = pack(shorts, tails, chunk_tokens)
+    bins = [shorts[where == n].tolist() for n in range(num_bins)]
+    return shorts, tails, bins, int(((longs - 1) // chunk_tokens).sum()) + num_bins
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(4, 24))
 def test_packing_places_every_short_sequence_once_and_within_the_chunk(lengths, chunk_tokens):
-    shorts, tails, packing, chunks = bins_of(lengths, chunk_tokens)
-    assert packing.fills.keys() == tails.keys()
-    filled = [tails[owner] + sum(shorts[s] for s in samples) for owner, samples in packing.fills.items()]
-    assert all(tokens <= chunk_tokens for tokens in filled)
-    assert all(samples and sum(shorts[s] for s in samples) <= chunk_tokens for samples in packing.standalone)
-    placed = [s for samples in (*packing.fills.values(), *packing.standalone) for s in samples]
-    assert sorted(placed) == sorted(shorts)
+    shorts, tails, bins, chunks = bins_of(lengths, chunk_tokens)
+    assert all(tail + sum(fill) <= chunk_tokens for tail, fill in zip(tails, bins, strict=False))
+    assert all(fill and sum(fill) <= chunk_tokens for fill in bins[len(tails) :])
+    assert sorted(x for fill in bins for x in fill) == sorted(shorts)
     assert lower_bound_chunks(lengths, chunk_tokens=chunk_tokens) <= chunks
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.randoms())
-def test_packing_does_not_depend_on_the_order_of_the_samples(lengths, random):
-    shuffled = list(enumerate(lengths))
-    random.shuffle(shuffled)
-    assert pack(dict(shuffled), {99: 3}, chunk_tokens=40) == pack(dict(enumerate(lengths)), {99: 3}, chunk_tokens=40)
+def plain_best_fit(shorts, tails, chunk_tokens):
+    """Best fit, longest first, as the textbook has it."""
+    rooms, where = [chunk_tokens - tail for tail in tails], []
+    for x in shorts:
+        fits = [(room, n) for n, room in enumerate(rooms) if room >= x]
+        if not fits:
+            fits = [(chunk_tokens, len(rooms))]
+            rooms.append(chunk_tokens)
+        where.append(min(fits)[1])
+        rooms[where[-1]] -= x
+    return where, len(rooms)
+
+
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(4, 24))
+def test_packing_is_best_fit_longest_first(lengths, chunk_tokens):
+    shorts, tails, *_ = bins_of(lengths, chunk_tokens)
+    where, num_bins = pack(shorts, tails, chunk_tokens)
+    assert (where.tolist(), num_bins) == plain_best_fit(shorts.tolist(), tails.tolist(), chunk_tokens)
 
 
 def test_best_fit_fills_the_tightest_tail():
-    packing = pack({1: 4, 2: 6, 3: 9}, {10: 6, 11: 3}, chunk_tokens=10)
-    assert packing.fills == {10: (1,), 11: (2,)}
-    assert packing.standalone == ((3,),)
+    assert bins_of([4, 6, 9, 16, 13], 10)[2] == [[4], [6], [9]]
 
 
 def fewest_bins(shorts, tails, chunk_tokens):
@@ -79,8 +78,8 @@ def fewest_bins(shorts, tails, chunk_tokens):
 def test_lower_bound_is_no_more_than_the_optimum(shorts, tails):
     bound = lower_bound_chunks([*shorts, *(12 + tail for tail in tails)], chunk_tokens=12) - len(tails)
     optimum = fewest_bins(shorts, tails, 12)
-    packing = pack(dict(enumerate(shorts)), {100 + n: tail for n, tail in enumerate(tails)}, chunk_tokens=12)
-    packed = len(tails) + len(packing.standalone)
+    *_, chunks = bins_of([*shorts, *(12 + tail for tail in tails)], 12)
+    packed = chunks - len(tails)
     assert bound <= optimum <= packed <= optimum + 1
     if sum(shorts) + sum(tails) > 0:
         assert bound >= 1

@@ -121,6 +121,16 @@ def test_table_shows_the_plan():
         ({"lengths": []}, "a step of no samples cannot be planned"),
         ({"lengths": [3, 0], "samples": [8, 9]}, "sample 9 has 0 tokens; it needs at least 1: drop it before planning"),
         ({"lengths": {8: 3, 9: -4}, "samples": [8, 9]}, "sample 9 has -4 tokens"),
+        (
+            {"lengths": [3, 2**31], "samples": [8, 9]},
+            "sample 9 has 2147483648 tokens; at most 2147483647 can be counted",
+        ),
+        ({"lengths": [3, 2.5]}, "lengths must be whole numbers of at most 64 bits"),
+        ({"lengths": [3, 2**70]}, "lengths must be whole numbers of at most 64 bits"),
+        (
+            {"lengths": [3, 50], "config": replace(CONFIG, max_tokens=49)},
+            "sample 1 has 50 tokens; max_tokens, .* is 49: raise it, or choose an overflow",
+        ),
         ({"lengths": {8: 3}, "samples": [8, 9]}, "sample 9 has no length"),
         ({"lengths": [3], "samples": [8, 9]}, "1 lengths for 2 samples; give one length a sample"),
         ({"lengths": [3, 3], "samples": [8, 8]}, "sample 8 stands 2 times in one step"),

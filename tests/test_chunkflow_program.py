@@ -2,12 +2,14 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chunkflow.errors import PlanError
-from chunkflow.program import align, common_program, depths, local_program, operations
+from chunkflow.order import envelope, order_jobs
+from chunkflow.program import align, common_program, depths, job_program, local_program, operations
 from chunkflow.records import Chunk, Segment
 
 
@@ -164,6 +166,24 @@ def test_rows_too_long_for_one_table_still_have_a_common_program():
     check_aligned(common, a)
     check_aligned(common, b)
     assert len(common) <= len(a) + len(b)
+
+
+@given(st.integers(1, 9), st.integers(1, 4))
+def test_the_program_of_a_job_needs_only_its_count(count, retain):
+    assert job_program(count, retain) == local_program(group(count), retain)
+
+
+@given(st.lists(st.lists(st.integers(1, 7), max_size=6), min_size=1, max_size=4), st.integers(1, 4))
+def test_groups_side_by_side_run_every_rank(counts, retain):
+    jobs = list(enumerate(count for mine in counts for count in mine))
+    ends = np.cumsum([len(mine) for mine in counts])
+    ranks = [[n for n, _ in jobs[end - len(mine) : end]] for mine, end in zip(counts, ends, strict=True)]
+    every = [count for _, count in jobs]
+    ordered = [[every[job] for job in mine] for mine in order_jobs(ranks, every, retain=retain)]
+    assert [sorted(mine) for mine in ordered] == [sorted(mine) for mine in counts]
+    program = envelope(ordered, retain=retain)
+    for mine in ordered:
+        check_aligned(program, "".join(job_program(count, retain) for count in mine))
 
 
 def test_alike_ranks_have_no_dummies():

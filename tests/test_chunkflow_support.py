@@ -5,6 +5,8 @@ import torch
 import transformers as tf
 
 from chunkflow import ChunkRunner, UnsupportedModelError
+from chunkflow.attention.base import ChunkView, Span
+from chunkflow.attention.interface import chunk_attention
 from tests.tiny import tiny_model
 
 SIZES = {
@@ -29,6 +31,15 @@ def with_another_head():
     return model
 
 
+def with_a_window_by_mask_only():
+    """As a model would have it whose code hands its window to the mask alone."""
+    kinds = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 4096}
+    model = tf.Qwen2ForCausalLM(tf.Qwen2Config(**SIZES, **kinds))
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    return model
+
+
 def with_a_nan():
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -40,15 +51,9 @@ REFUSED = {
         lambda: tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         r"model\.rotary_emb: RoPE type 'dynamic'",
     ),
-    "sliding window": (
-        lambda: tiny_model("mistral", sliding_window=4096),
-        r"model\.layers\.0.*sliding_window = 4096",
-    ),
-    "some layers with a window": (
-        lambda: tiny_model(
-            "qwen3", layer_types=["full_attention", "sliding_attention"], sliding_window=8, use_sliding_window=True
-        ),
-        r"model\.layers\.1 \(Qwen3DecoderLayer\): layer type 'sliding_attention'",
+    "a window that attention is not told of": (
+        with_a_window_by_mask_only,
+        r"model\.layers\.0: hidden states of 12 tokens in two chunks differ",
     ),
     "chunked attention": (
         lambda: tiny_model("qwen3", layer_types=["full_attention", "chunked_attention"]),
@@ -74,19 +79,11 @@ REFUSED = {
         lambda: tf.BertGenerationDecoder(tf.BertGenerationConfig(**SIZES)),
         r"bert\.encoder\.layer\.0: hidden states of 12 tokens in two chunks differ",
     ),
-    "scaled logits": (
-        lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**SIZES, logits_scaling=2.0)),
-        r"logits are not what its output projection gives",
-    ),
     "router loss": (
         lambda: tf.MixtralForCausalLM(
             tf.MixtralConfig(**SIZES, sliding_window=None, num_local_experts=4, output_router_logits=True)
         ),
         r"router's auxiliary loss",
-    ),
-    "capped logits that are small yet": (
-        lambda: tf.NanoChatForCausalLM(tf.NanoChatConfig(**SIZES)).bfloat16(),
-        r"logits are not what its output projection gives",
     ),
     "an output projection that does more": (with_another_head, r"logits are not what its output projection gives"),
     "layer dropout": (
@@ -153,10 +150,11 @@ def test_a_fresh_output_projection_of_zeros_is_no_reason_to_refuse():
     ChunkRunner(model)
 
 
-def test_autocast_is_refused_with_what_to_do_instead():
-    model = tiny_model(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match=r"layer 0 .* convert the"):
-        ChunkRunner(model)
+def test_dtypes_that_differ_without_autocast_are_refused():
+    layer = tiny_model().model.layers[1].self_attn
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 .* convert the whole model"):
+        chunk_attention(layer, q, k, k.bfloat16(), None, chunk_view=ChunkView((Span(0, 3, 0, 0),)))
 
 
 def test_which_models_have_learned_positions():

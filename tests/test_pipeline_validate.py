@@ -202,7 +202,7 @@ def test_peak_bytes_are_held_to_the_cap():
     costs = Costs.uniform(4, activation_bytes=((100,),), boundary_bytes=(1,))
     schedule = SCHEDULES["gpipe"](devices=4, microbatches=8)
     validate(schedule, costs=costs, memory_cap_bytes=800)
-    with pytest.raises(ScheduleError, match=r"needs 800 bytes on device 0, during 0F7; the cap is 799"):
+    with pytest.raises(ScheduleError, match=r"0F7: 800 bytes are on device 0 by now; the cap is 799"):
         validate(schedule, costs=costs, memory_cap_bytes=799)
     validate(with_recompute(schedule), costs=costs, memory_cap_bytes=110)
 

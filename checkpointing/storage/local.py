@@ -8,10 +8,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # One write or read returns at most about 2 GiB anyway; smaller pieces keep signs of life coming.
 CHUNK_BYTES = 64 * 2**20
+SMALL_BYTES = 2**29
 
 
 class LocalStorage:
@@ -38,15 +42,42 @@ class LocalStorage:
 
         Returns the file descriptor.
         """
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return _with_room(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), length)
+
+    def create_direct(self, path: Path, length: int) -> int:
+        """As `create`, for `write_at` past the page cache; through it where the file system knows no O_DIRECT."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            if length:
-                os.posix_fallocate(fd, 0, length)
+            fd = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                os.close(fd)
+            if error.errno != errno.EINVAL:
                 raise
-        return fd
+            # Some file systems make the file first and refuse then.
+            fd = os.open(path, flags & ~os.O_EXCL, 0o666)
+        return _with_room(fd, length)
+
+    def write_at(self, fd: int, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`. From several threads at once; for O_DIRECT all three are to be aligned."""
+        done = 0
+        while done < len(data):
+            try:
+                written = os.pwrite(fd, data[done:], offset + done)
+            except OSError as error:
+                # Refused at the first write (a larger block size), or behind a write that ended off the grid.
+                if error.errno != errno.EINVAL or not _without_direct(fd):
+                    raise
+                continue
+            if not written:
+                raise OSError(errno.EIO, "a write of 0 bytes")
+            done += written
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file to its length, when writes were padded."""
+        os.ftruncate(fd, length)
+
+    def link(self, old: Path, new: Path) -> None:
+        """Give a file a second name, which keeps its bytes when the first one goes."""
+        os.link(old, new)
 
     def write(self, fd: int, data: memoryview | bytes) -> None:
         """Write all of `data` at the file's position."""
@@ -87,6 +118,45 @@ class LocalStorage:
             os.unlink(entry.path)
         os.rmdir(path)
 
+    def write_new(self, path: Path, data: bytes) -> None:
+        """Write a small file that is not there yet, and return when its bytes are on the device."""
+        fd = self.create(path, len(data))
+        try:
+            self.write(fd, data)
+            self.sync(fd)
+        finally:
+            self.close(fd)
+
+    def write_stream(self, path: Path, length: int, parts: Iterable[memoryview | bytes]) -> None:
+        """Write a file that is not there yet from parts, and return when its bytes are on the device."""
+        fd = self.create(path, length)
+        try:
+            for part in parts:
+                self.write(fd, part)
+            self.sync(fd)
+        finally:
+            self.close(fd)
+
+    def sync_tree(self, path: Path) -> None:
+        """Return when a file, or a folder with all in it, is on the device; for what other libraries wrote."""
+        if path.is_dir():
+            for entry in list(os.scandir(path)):
+                self.sync_tree(Path(entry.path))
+            self.sync_folder(path)
+            return
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.sync(fd)
+        finally:
+            self.close(fd)
+
+    def discard(self, path: Path) -> None:
+        """Remove a file or folder with all in it, if it is there; for what we were writing and gave up."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
     def lock(self, path: Path) -> int | None:
         """Lock a folder until `close`, or until this process dies. Returns the descriptor; None if it cannot."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -104,17 +174,36 @@ class LocalStorage:
         except FileNotFoundError:
             return []
 
-    def read(self, path: Path) -> bytes:
-        """Return the bytes of a small file."""
-        return path.read_bytes()
+    def read(self, path: Path, limit_bytes: int = SMALL_BYTES) -> bytes:
+        """Return the bytes of a small file; one of more than `limit_bytes` is an OSError."""
+        fd = self.open(path)
+        try:
+            length = os.fstat(fd).st_size
+            if length > limit_bytes:
+                raise OSError(errno.EFBIG, f"{length} bytes long, and at most {limit_bytes} were expected", str(path))
+            data = bytearray(length)
+            return bytes(data[: self.read_into(fd, memoryview(data), 0)])
+        finally:
+            os.close(fd)
 
     def length(self, path: Path) -> int:
-        """Return the bytes of a file."""
-        return path.stat().st_size
+        """Return the bytes of a plain file. A pipe, a device, a folder or a link is an OSError."""
+        found = os.stat(path, follow_symlinks=False)
+        _must_be_plain(found.st_mode, path)
+        return found.st_size
 
     def open(self, path: Path) -> int:
-        """Open a file for reading. Returns the file descriptor."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Open a plain file for reading. Returns the file descriptor. Anything but a plain file is an OSError."""
+        # Looked at first, as opening a device may do something; and again, as it may be another file by then. A pipe
+        # would be waited for without O_NONBLOCK.
+        self.length(path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            _must_be_plain(os.fstat(fd).st_mode, path)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def read_into(self, fd: int, data: memoryview, offset: int) -> int:
         """Fill `data` from the file at `offset`. Returns the bytes read, fewer where the file ends."""
@@ -125,3 +214,39 @@ class LocalStorage:
                 break
             done += count
         return done
+
+    def read_vectors(self, fd: int, parts: Sequence[memoryview], offset: int) -> int:
+        """Fill neighbouring parts, at most 1000, from the file at `offset`. Returns the bytes read."""
+        total = sum(map(len, parts))
+        filled = os.preadv(fd, parts, offset)
+        if filled in (0, total):
+            return filled
+        filled = 0
+        for part in parts:  # a short read is rare: once more, part by part
+            filled += self.read_into(fd, part, offset + filled)
+        return filled
+
+
+def _must_be_plain(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a plain file (a link, pipe, device or folder)", str(path))
+
+
+def _with_room(fd: int, length: int) -> int:
+    try:
+        if length:
+            os.posix_fallocate(fd, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(fd)
+            raise
+    return fd
+
+
+def _without_direct(fd: int) -> bool:
+    """Turn O_DIRECT off; return whether another write may fare better."""
+    flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+    if flags & direct:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
+        return True
+    return False

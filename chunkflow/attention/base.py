@@ -2,13 +2,12 @@
 
 Hk key/value heads, G query heads per key/value head, n queries, m keys, D head width
 
-A tile is a run of queries against a run of keys of one sequence: the chunk's own tokens (causal), or a block of what
-stands before it (everything visible). Tiles are merged by log-sum-exp, so no more than a tile is ever in memory.
+Attention of a span is made of tiles (`chunkflow.attention.tiles`), which are merged by log-sum-exp, so no more than a
+tile is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +15,8 @@ import torch
 from torch import Tensor
 
 from chunkflow.attention.dropout import AttentionDropout
+from chunkflow.attention.tiles import Tile
 from chunkflow.state import GroupState
-
-PREFIX_BLOCK = 2048
-"""Keys in one tile of the prefix; its borders are absolute positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,44 +29,44 @@ class Span:
     sample: int
 
 
-@dataclass(frozen=True, slots=True)
 class ChunkView:
-    """What attention has to know about the chunk that is running; handed to the model as a keyword argument."""
+    """What attention has to know about the chunk that is running; handed to the model as a keyword argument.
 
-    spans: tuple[Span, ...]
-    state: GroupState | None = None
-    """State of the group whose tokens are the first span; None for a standalone chunk."""
-    dropout_seed: int = 0
+    `state` is that of the group whose tokens are the first span; None for a standalone chunk. No dataclass: FSDP2 looks
+    into those among a layer's arguments, for tensors to cast, and copies them.
+    """
+
+    __slots__ = ("dropout_seed", "spans", "state")
+
+    def __init__(self, spans: tuple[Span, ...], state: GroupState | None = None, dropout_seed: int = 0) -> None:
+        self.spans, self.state, self.dropout_seed = spans, state, dropout_seed
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Where a tile stands: absolute position of its first query and key, and whether later keys are hidden."""
+class Scoring:
+    """How scores become probabilities, the same in every tile of a layer and span."""
 
-    query_start: int
-    key_start: int
-    causal: bool
+    scale: float
+    softcap: float | None = None
+    """Scores are replaced by softcap * tanh(scores / softcap)."""
     dropout: AttentionDropout | None = None
 
 
 class Backend(Protocol):
-    """Computes one tile. q, out: [Hk, G, n, D]; k, v: [Hk, m, D]; lse: [Hk, G, n], natural log, fp32 or wider."""
+    """Computes one tile, of any kind that `tiles_of` gives.
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    q, out: [Hk, G, n, D]; k, v: [Hk, m, D]; lse: [Hk, G, n], natural log, fp32 or wider.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, how: Scoring) -> tuple[Tensor, Tensor]:
         """Return out and lse of these keys alone."""
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, tile: Tile, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, tile: Tile, how: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv of this tile, given out and lse merged over *all* tiles of these queries."""
         ...
-
-
-def prefix_blocks(prefix: int) -> Iterator[tuple[int, int]]:
-    """Cut tokens `0 .. prefix` at the absolute block borders."""
-    for start in range(0, prefix, PREFIX_BLOCK):
-        yield start, min(start + PREFIX_BLOCK, prefix)
 
 
 def merge(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,3 +75,13 @@ def merge(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> tuple
     out.mul_((lse - merged).exp_().unsqueeze(-1))
     out.addcmul_(tile_out.to(out.dtype), (tile_lse - merged).exp_().unsqueeze(-1).to(out.dtype))
     return out, merged
+
+
+def hidden_pairs(tile: Tile, device: torch.device) -> Tensor | None:
+    """Return bool [n, m], true where the query may not see the key; None where it sees all."""
+    if not tile.causal and tile.window is None:
+        return None
+    rows = torch.arange(tile.query_start, tile.query_stop, device=device).unsqueeze(-1)
+    columns = torch.arange(tile.key_start, tile.key_stop, device=device)
+    hidden = columns > rows if tile.causal else torch.zeros_like(columns > rows)
+    return hidden if tile.window is None else hidden | (columns <= rows - tile.window)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -29,6 +30,9 @@ def chunk_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     chunk_view: ChunkView | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **features: Any,
 ) -> tuple[Tensor, None]:
     """Attend query [1, H, T, D] to key and value [1, Hk, T, D] and the state in `chunk_view`; return [1, T, H, D]."""
@@ -42,16 +46,20 @@ def chunk_attention(
         raise UnsupportedModelError(f"{name} has no layer_idx, so its keys and values could not be kept apart")
     if attention_mask is not None:
         raise UnsupportedModelError(f"{name} got an attention mask; chunks carry their own borders, drop the mask")
-    for feature in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if features.get(feature) is not None:
-            raise UnsupportedModelError(f"{name} uses {feature}, which is not trained exactly in chunks yet")
+    if features.get("position_bias") is not None:
+        raise UnsupportedModelError(f"{name} uses position_bias, which is not trained exactly in chunks yet")
+    if torch.is_autocast_enabled(query.device.type):
+        narrow = torch.get_autocast_dtype(query.device.type)  # as autocast has it for scaled_dot_product_attention
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if not query.dtype == key.dtype == value.dtype:
         raise UnsupportedModelError(
             f"{name} got queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}; they must be of "
-            "one dtype: instead of running under autocast, convert the model, for example model.to(torch.bfloat16)"
+            "one dtype: convert the whole model, for example model.to(torch.bfloat16)"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = ChunkAttention.apply(query[0], key[0], value[0], LayerCall(chunk_view, layer, scale, dropout))
+    widths_differ = query.shape[-1] != value.shape[-1]
+    call = LayerCall(chunk_view, layer, scale, dropout, sliding_window, softcap, widths_differ)
+    out = ChunkAttention.apply(query[0], key[0], value[0], s_aux, call)
     assert isinstance(out, Tensor)
     return out.transpose(0, 1).unsqueeze(0), None
 
@@ -60,7 +68,7 @@ AttentionInterface.register(NAME, chunk_attention)
 
 
 @contextmanager
-def attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+def attention_of(model: nn.Module, name: str = NAME) -> Iterator[None]:
     """Switch every submodel to the attention called `name`, and back: outside, the model is the user's as it was."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]

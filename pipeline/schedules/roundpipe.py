@@ -75,11 +75,14 @@ def roundpipe(
     rounds: int = 1,
     steps: int = 1,
     staleness: int = 0,
+    order: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> Schedule:
     """`microbatches` of one step pass through all slots in `rounds`, for `steps` optimizer steps.
 
-    In strict slot order; `dispatch.ready_first` reorders it. With `staleness` 1, step s runs on the weights that the
-    steps up to s - 2 made, so that the optimizer of step s - 1 need not be waited for.
+    In strict slot order, which `dispatch.ready_first` can change; or as `order` says, which holds for each device of
+    the first step its (slot, micro-batch) pairs. In later steps the devices change places with the cursor. With
+    `staleness` 1, step s runs on the weights that the steps up to s - 2 made, so that the optimizer of step s - 1 need
+    not be waited for.
 
     Raises PlanError or ScheduleError for slots, rounds or steps that do not fit.
     """
@@ -90,15 +93,16 @@ def roundpipe(
         slots = even_slots(layers if layers is not None else 3 * devices + 1, devices)
     elif layers not in (None, slots.num_layers):
         raise PlanError(f"the slots hold {slots.num_layers} layers and the model has {layers}")
+    order = strict_order(devices, microbatches, slots, rounds) if order is None else order
+    _check_order(order, devices, microbatches, slots)
+    ranges = slots.ranges()
     rows: list[list[Action]] = [[] for _ in range(devices)]
-    cursor = 0
     for step in range(steps):
         version = max(0, step - staleness) if staleness else None
-        for lo, hi in even_stages(microbatches, rounds):
-            members = range(step * microbatches + lo, step * microbatches + hi)
-            for k, (op, _) in enumerate(slots.ranges()):
-                rows[cursor % devices] += _slot(op, k, members, version)
-                cursor += 1
+        for d, pairs in enumerate(order):
+            row = rows[(d + step * rounds * len(ranges)) % devices]
+            for slot, m in pairs:
+                row += _actions(ranges[slot][0], slot, step * microbatches + m, version)
     return Schedule(
         name="roundpipe",
         devices=tuple(tuple(row) for row in rows),
@@ -111,8 +115,27 @@ def roundpipe(
     )
 
 
-def _slot(op: Op, slot: int, members: Sequence[int], version: int | None) -> Iterator[Action]:
-    for m in members:
-        if op is Op.B:
-            yield Action(Op.R, slot, m, version=version)
-        yield Action(op, slot, m, version=version)
+def strict_order(devices: int, microbatches: int, slots: Slots, rounds: int) -> list[list[tuple[int, int]]]:
+    """For each device its (slot, micro-batch) pairs of one step, slot after slot."""
+    order: list[list[tuple[int, int]]] = [[] for _ in range(devices)]
+    cursor = 0
+    for lo, hi in even_stages(microbatches, rounds):
+        for slot in range(len(slots.ranges())):
+            order[cursor % devices] += [(slot, m) for m in range(lo, hi)]
+            cursor += 1
+    return order
+
+
+def _check_order(order: Sequence[Sequence[tuple[int, int]]], devices: int, microbatches: int, slots: Slots) -> None:
+    given = sorted(pair for row in order for pair in row)
+    if len(order) != devices or given != [(s, m) for s in range(len(slots.ranges())) for m in range(microbatches)]:
+        raise PlanError(
+            f"the order has {len(given)} pairs on {len(order)} devices; it needs every one of {len(slots.ranges())} "
+            f"slots and {microbatches} micro-batches once, on {devices} devices"
+        )
+
+
+def _actions(op: Op, slot: int, microbatch: int, version: int | None) -> Iterator[Action]:
+    if op is Op.B:
+        yield Action(Op.R, slot, microbatch, version=version)
+    yield Action(op, slot, microbatch, version=version)

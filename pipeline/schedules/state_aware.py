@@ -1,14 +1,17 @@
 """State-aware 1F1B (ChunkFlow, arXiv 2503.02356, section 4.3): 1F1B over chunks, groups of dependent ones among them.
 
 A group runs forward in ascending and backward in descending order on every stage; all but its last `retain` chunks run
-forward again before their backward. A literal 1F1B over groups starves: before B(x), stage r must have run
-devices - r - 1 forwards *after* F(x), so that the stages behind it have work when they need it.
+forward again before their backward. A literal 1F1B over groups starves the stages behind: before B(x), stage r has to
+have run devices - r - 1 forwards *after* F(x), and one more with each further backward. Counting these in chunks costs
+the memory of 1F1B and a few chunks; counting them in whole groups (`ahead="groups"`) keeps more, and waits less, since
+the backward of a group of n chunks feeds the next stage nothing for n forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from pipeline.actions import Action, Op
 from pipeline.errors import PlanError
@@ -23,6 +26,7 @@ def state_aware_1f1b(
     units: Sequence[Unit] | None = None,
     microbatches: int | None = None,
     layers: Layers | None = None,
+    ahead: Literal["chunks", "groups"] = "chunks",
 ) -> Schedule:
     """The schedule of `units` in the order they stand in; micro-batch m is units[m].
 
@@ -36,22 +40,47 @@ def state_aware_1f1b(
     if microbatches not in (None, len(units)):
         raise PlanError(f"{microbatches} micro-batches are asked for, and {len(units)} units are given")
     backwards = backward_order(units)
-    rows = [_row(d, devices, units, backwards) for d in range(devices)]
+    needs = (forwards_needed(units, backwards, devices - d, ahead) for d in range(devices))
+    rows = [_row(d, units, backwards, need) for d, need in enumerate(needs)]
     schedule = made("state_aware_1f1b", rows, layers, devices, len(units))
     return replace(schedule, units=units)
 
 
-def _row(stage: int, devices: int, units: Sequence[Unit], backwards: Sequence[int]) -> Iterator[Action]:
+def _row(stage: int, units: Sequence[Unit], backwards: Sequence[int], needs: Sequence[int]) -> Iterator[Action]:
     forwards = 0
-    for m in backwards:
-        while forwards < min(m + devices - stage, len(units)):
-            yield Action(Op.F, stage, forwards)
-            forwards += 1
+    for m, need in zip(backwards, needs, strict=True):
+        yield from (Action(Op.F, stage, f) for f in range(forwards, need))
+        forwards = need
         if not units[m].kept:
             yield Action(Op.R, stage, m)
         yield Action(Op.B, stage, m)
         if units[m].group is not None and units[m].index == 0:
             yield Action(Op.FREE, stage, m)
+
+
+def forwards_needed(units: Sequence[Unit], backwards: Sequence[int], lead: int, ahead: str) -> list[int]:
+    """How many forwards a stage has run before each backward; `lead` is 1 on the last stage, devices on the first.
+
+    What the next group or unit needs is run one at a time between the backwards before it, and no further ahead, or
+    the backwards of a long group would fill the memory with forwards.
+    """
+    ends: list[int] = []
+    block: list[int] = []
+    for m, unit in enumerate(units):
+        block.append(len(ends))
+        if unit.index == unit.count - 1:
+            ends.append(m + 1)
+
+    def least(m: int) -> int:
+        after = ends[min(block[m] + lead, len(ends)) - 1] if ahead == "groups" else 0
+        return min(max(after, m + lead), len(units))
+
+    needs, count = [], 0
+    for m in backwards:
+        following = least(ends[block[m] + 1] - 1) if block[m] + 1 < len(ends) else len(units)
+        count = max(least(m), min(count + bool(needs), following))
+        needs.append(count)
+    return needs
 
 
 def backward_order(units: Sequence[Unit]) -> list[int]:

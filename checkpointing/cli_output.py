@@ -1,0 +1,167 @@
+"""What the `checkpoint` command prints: text for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """Progress bars on stderr, for work that may be long."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+
+    def bytes(self, what: str, total: int | None) -> Callable[[int], None]:
+        """Return a function that is told of bytes."""
+        if self._progress is None:
+            return lambda _: None
+        progress, task = self._progress, self._progress.add_task(what, total=total)
+        return lambda count: progress.update(task, advance=count)
+
+    def names(self, what: str, names: Collection[str]) -> Callable[[str], None]:
+        """Return a function that is told of names."""
+        step = self.bytes(what, len(names))
+        return lambda _: step(1)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Bars]:
+    """Show bars while the work goes on, when a person is watching."""
+    if quiet or not sys.stderr.isatty():
+        yield Bars(None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        yield Bars(shown)
+
+
+def show_steps(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print the list of a run's checkpoints."""
+    if as_json:
+        _json(rows)
+        return
+    table = _table("step", "size", "tensors", "ranks", "run", "")
+    for row in rows:
+        if row["ok"]:
+            cells = (size_text(row["bytes"]), str(row["tensors"]), str(row["world_size"]), row["run_id"][:8], "")
+        else:
+            cells = ("", "", "", "", row["reason"])
+        table.add_row(str(row["step"]), *cells)
+    _console.print(table if rows else "no checkpoints")
+
+
+def show_checkpoint(found: Mapping[str, Any], as_json: bool) -> None:
+    """Print one checkpoint."""
+    if as_json:
+        _json(found)
+        return
+    table = _table("tensor", "dtype", "shape", "size", "shards")
+    for one in found["tensors"]:
+        table.add_row(one["name"], one["dtype"], str(one["shape"]), size_text(one["bytes"]), _shards(one["shards"]))
+    for name, first in found["aliases"].items():
+        table.add_row(name, "", "", "", f"is {first}")
+    total = sum(file["bytes"] for file in found["files"])
+    _console.print(table)
+    _console.print(
+        f"step {found['step']} of run {found['run_id'][:8]}: {len(found['tensors'])} tensors, {size_text(total)} in "
+        f"{len(found['files'])} files of {found['world_size']} ranks"
+    )
+    for name, value in found["values"].items():
+        text = json.dumps(value, default=str)
+        _console.print(f"{name} = {text if len(text) <= 100 else text[:97] + '...'}", markup=False)
+
+
+def show_damages(found: Mapping[int, Sequence[Any]], as_json: bool) -> None:
+    """Print what verify has found."""
+    if as_json:
+        _json(
+            [{"step": step, "ok": not found[step], "damages": [_plain(one) for one in found[step]]} for step in found]
+        )
+        return
+    for step, damages in found.items():
+        if not damages:
+            print(f"step {step}: every byte is what was saved")
+        for damage in damages:
+            print(damage)
+
+
+def show_differences(found: Sequence[Any], as_json: bool) -> None:
+    """Print what diff has found."""
+    if as_json:
+        _json([asdict(one) for one in found])
+        return
+    if not found:
+        print("no differences")
+        return
+    table = _table("name", "differs in", "A", "B", "max abs", "max rel", "elements")
+    for one in found:
+        numbers = (
+            "" if one.max_abs is None else f"{one.max_abs:.3g}",
+            "" if one.max_rel is None else f"{one.max_rel:.3g}",
+        )
+        sides = ("" if side is None else _short(side) for side in (one.a, one.b))
+        table.add_row(one.name, one.kind, *sides, *numbers, "" if one.different is None else str(one.different))
+    _console.print(table)
+
+
+def show_findings(findings: Sequence[Any], as_json: bool) -> None:
+    """Print what doctor has found."""
+    if as_json:
+        _json([asdict(one) for one in findings])
+        return
+    for one in findings:
+        print(f"{one.level:8} {one.what}")
+
+
+def show_done(what: Mapping[str, Any], as_json: bool) -> None:
+    """Print what was done."""
+    if as_json:
+        _json(what)
+        return
+    for name, value in what.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{name}: {line}")
+
+
+def size_text(num_bytes: int) -> str:
+    """Return bytes as people read them: `1.6 GB`."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _shards(shards: Sequence[Mapping[str, Any]]) -> str:
+    files = [shard["file"].removesuffix(".safetensors") for shard in shards]
+    return files[0] if len(files) == 1 else f"{len(files)}: {', '.join(files[:4])}{', ...' * (len(files) > 4)}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else {"reason": str(value)}
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))

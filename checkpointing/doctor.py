@@ -1,0 +1,94 @@
+"""Is this folder fit for checkpoints, and is anything wrong in it? Needs no torch, and reads no tensor."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from checkpointing.errors import IntegrityError
+from checkpointing.folder import Folder
+from checkpointing.records import Manifest
+
+_GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: str
+    """`ok`, `note` or `problem`."""
+    what: str
+
+
+def examine(folder: Folder) -> Iterator[Finding]:
+    """Yield findings on the file system and on what is in the folder. Leaves nothing behind."""
+    yield from _file_system(folder)
+    found = yield from _checkpoints(folder)
+    if found:
+        size = sum(file.length for file in found[max(found)].files)
+        space = os.statvfs(folder.root)
+        free = space.f_bavail * space.f_frsize
+        level = "problem" if free < size else "note" if free < 3 * size else "ok"
+        yield Finding(level, f"{free / _GB:.1f} GB are free; the newest checkpoint has {size / _GB:.3f} GB")
+
+
+def _file_system(folder: Folder) -> Iterator[Finding]:
+    """Try on a folder of our own what a save does: create, write, fsync, lock, rename, fsync the parent."""
+    storage = folder.storage
+    name = f"doctor-{uuid.uuid4().hex[:8]}"
+    first, second = folder.root / name, folder.root / f"{name}-renamed"
+    try:
+        storage.make_folder(first)
+    except OSError as error:
+        yield Finding("problem", f"{folder.root} cannot be written: {error.strerror}")
+        return
+    try:
+        storage.write_new(first / "file", b"x" * 4096)
+        lock = storage.lock(first)
+        if lock is None:
+            yield Finding("note", "no locks on this file system: what a crash leaves stays until `checkpoint prune`")
+        else:
+            storage.close(lock)
+        storage.sync_folder(first)
+        storage.rename(first, second)
+        storage.sync_folder(folder.root)
+        yield Finding("ok", "files and folders can be written, synced and renamed")
+    except OSError as error:
+        yield Finding("problem", f"{folder.root}: {error.strerror} (while a save was tried)")
+    finally:
+        storage.discard(first)
+        storage.discard(second)
+
+
+def _checkpoints(folder: Folder) -> Iterator[Finding]:  # returns {step: Manifest}
+    found: dict[int, Manifest] = {}
+    for step in folder.candidates():
+        try:
+            found[step] = folder.inspect(step)
+        except IntegrityError as error:
+            level = "problem" if folder.has_manifest(step) else "note"
+            yield Finding(level, str(error))
+    yield Finding("ok" if found else "note", f"{len(found)} committed checkpoints: {', '.join(map(str, found))}")
+    runs = {manifest.run_id for manifest in found.values()}
+    if len(runs) > 1:
+        yield Finding("problem", f"checkpoints of {len(runs)} runs share the folder; a restore takes the newest")
+    names = folder.storage.names(folder.root)
+    for kind, why in (("tmp", "under way, or left by a crash"), ("bad", "set aside as damaged")):
+        some = sorted(name for name in names if f".{kind}-" in name)
+        if some:
+            yield Finding("note", f"{len(some)} folders {why}: {', '.join(some[:3])}")
+    if found and "latest" in names:
+        yield _latest(folder, max(found))
+    return found
+
+
+def _latest(folder: Folder, newest: int) -> Finding:
+    try:
+        said = folder.storage.read(folder.root / "latest", 200).decode(errors="replace").strip()
+    except OSError as error:
+        return Finding("problem", f"latest: {error.strerror}")
+    right = said == folder.at(newest).name
+    return Finding("ok" if right else "note", f"latest says {said}; the newest is step {newest}")

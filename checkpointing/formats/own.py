@@ -1,0 +1,40 @@
+"""Our own checkpoints as a source: every tensor is verified as it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from checkpointing.errors import FormatError
+from checkpointing.folder import Folder, split_step
+from checkpointing.formats.base import Lazy, Source
+from checkpointing.load import read_global
+from checkpointing.storage import open_storage
+from checkpointing.torch_dtypes import DTYPES
+
+
+def read(path: Path | str, step: int | None) -> Source:
+    """Open a run's folder (its newest checkpoint, or `step`), or one checkpoint. Raises IntegrityError."""
+    root, storage = open_storage(str(path))
+    root, named = split_step(root)
+    folder = Folder(root, storage)
+    step = named if named is not None else step
+    if step is None:
+        committed = folder.committed()
+        if not committed:
+            raise FormatError(f"there is no committed checkpoint in {path}")
+        step = max(committed)
+    manifest = folder.inspect(step)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for entry in manifest.tensors:
+        shapes.setdefault(entry.name, (entry.dtype, entry.global_shape))
+
+    def lazy(name: str, dtype: str, shape: tuple[int, ...]) -> Lazy:
+        def tensor() -> torch.Tensor:
+            return read_global(folder, manifest, name)
+
+        return Lazy(DTYPES[dtype], shape, tensor)
+
+    tensors = {name: lazy(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
+    return Source("longrail", folder.at(step), tensors, manifest.values, step, manifest.aliases)

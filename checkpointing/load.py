@@ -1,0 +1,234 @@
+"""From a checkpoint into memory: the plan of `reshard`, carried out. Every byte is verified as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from checkpointing.datafile import bytes_of
+from checkpointing.errors import IntegrityError
+from checkpointing.folder import Folder
+from checkpointing.reading import RUN_BYTES, Fill, read_fills
+from checkpointing.records import Manifest, TensorEntry
+from checkpointing.reshard import Box, LoadPlan, Wants, box_of, entries_by_name, plan_load, whole
+from checkpointing.torch_dtypes import DTYPES
+from checkpointing.verify import check_head
+
+_ALIGN = 64
+
+
+class Exchange(Protocol):
+    """How ranks hand bytes to each other during a load."""
+
+    rank: int
+
+    def broadcast(self, data: torch.Tensor, reader: int) -> None:
+        """Give all ranks what `reader` has; a collective."""
+        ...
+
+    def send(self, data: torch.Tensor, rank: int) -> None:
+        """Give bytes to one rank, which must be receiving them."""
+        ...
+
+    def receive(self, data: torch.Tensor, rank: int) -> None:
+        """Take bytes from one rank."""
+        ...
+
+
+class NoExchange:
+    """One process: nothing to hand over."""
+
+    rank = 0
+
+    def broadcast(self, data: torch.Tensor, reader: int) -> None:
+        """Nobody else."""
+
+    def send(self, data: torch.Tensor, rank: int) -> None:
+        """Nobody else."""
+
+    def receive(self, data: torch.Tensor, rank: int) -> None:
+        """Nobody else."""
+
+
+class GroupExchange:
+    """Over a process group; through its device where the group cannot move host memory."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self._group = dist.get_rank(group), group
+        on_host = "cpu" in str(dist.get_backend_config(group)) or dist.get_backend(group) == "gloo"
+        self._device = None if on_host else torch.accelerator.current_accelerator()
+
+    def broadcast(self, data: torch.Tensor, reader: int) -> None:
+        """Give all ranks what `reader` has; a collective."""
+        moved = self._there(data)
+        dist.broadcast(moved, group=self._group, group_src=reader)
+        if moved is not data:
+            data.copy_(moved)
+
+    def send(self, data: torch.Tensor, rank: int) -> None:
+        """Give bytes to one rank."""
+        dist.send(self._there(data), group=self._group, group_dst=rank)
+
+    def receive(self, data: torch.Tensor, rank: int) -> None:
+        """Take bytes from one rank."""
+        moved = self._there(data)
+        dist.recv(moved, group=self._group, group_src=rank)
+        if moved is not data:
+            data.copy_(moved)
+
+    def _there(self, data: torch.Tensor) -> torch.Tensor:
+        return data if self._device is None else data.to(self._device)
+
+
+class Buffers:
+    """Fresh memory for the entries a rank touches; neighbours on disk share a block and are read and sent together."""
+
+    def __init__(self, entries: Sequence[TensorEntry], owners: Sequence[object]) -> None:
+        self.blocks: list[tuple[torch.Tensor, list[TensorEntry], object]] = []
+        self.of: dict[TensorEntry, torch.Tensor] = {}
+        """The bytes of each entry, uint8."""
+        for run, owner in _blocks(entries, owners):
+            begin = run[0].begin - run[0].begin % _ALIGN  # a view needs the alignment its place in the file has
+            block = torch.empty(run[-1].end - begin, dtype=torch.uint8)
+            self.blocks.append((block, run, owner))
+            for entry in run:
+                self.of[entry] = block[entry.begin - begin : entry.end - begin]
+
+    def tensor(self, entry: TensorEntry) -> torch.Tensor:
+        """Return an entry as the tensor it is."""
+        return typed(self.of[entry], entry)
+
+
+def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """Return bytes as the tensor an entry is; a view where its alignment allows."""
+    dtype = DTYPES[entry.dtype]
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).reshape(entry.shape)
+
+
+def _blocks(entries: Sequence[TensorEntry], owners: Sequence[object]) -> list[tuple[list[TensorEntry], object]]:
+    runs: list[tuple[list[TensorEntry], object]] = []
+    for entry, owner in zip(entries, owners, strict=True):
+        last = runs[-1][0] if runs else []
+        joins = last and (last[-1].file, last[-1].end, runs[-1][1]) == (entry.file, entry.begin, owner)
+        if joins and entry.end - last[0].begin <= RUN_BYTES:
+            last.append(entry)
+        else:
+            runs.append(([entry], owner))
+    return runs
+
+
+def read_part(folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, alive: Callable[[], None]) -> Buffers:
+    """Read and verify what the plan gives to this rank. Raises IntegrityError naming file and tensor.
+
+    A rank that reads the first bytes of a file verifies its header, too.
+    """
+    needed = [task for task in plan.tasks if task.reader == rank or rank in task.takers]
+    buffers = Buffers([task.entry for task in needed], [(task.reader, task.shared) for task in needed])
+    mine = [task.entry for task in needed if task.reader == rank]
+    heads = {file for file, reader in first_readers(plan).items() if reader == rank}
+    place = folder.at(manifest.step)
+    fills = [Fill(entry, buffers.of[entry].numpy().data) for entry in mine]
+    read_fills(folder.storage, place, manifest.piece_bytes, fills, alive)
+    # Last: format 1 has one hash for header and tensors together, and then a tensor is the better name.
+    _check_heads(folder, manifest, heads)
+    return buffers
+
+
+def first_readers(plan: LoadPlan) -> dict[str, int]:
+    """Return which rank verifies the header of each file: the one that reads its first bytes."""
+    readers: dict[str, int] = {}
+    for task in plan.tasks:
+        readers.setdefault(task.entry.file, task.reader)
+    return readers
+
+
+def hand_over(exchange: Exchange, plan: LoadPlan, buffers: Buffers, wants: Sequence[Wants]) -> None:
+    """Give every rank what it needs of what others read. Every rank must call, in this order of tasks."""
+    rank = exchange.rank
+    for block, _, owner in buffers.blocks:
+        reader, shared = owner  # pyright: ignore[reportGeneralTypeIssues]
+        if shared and block.numel():
+            exchange.broadcast(block, reader)
+    for task in plan.tasks:
+        others = [] if task.shared else [taker for taker in task.takers if taker != task.reader]
+        for taker in others:
+            shared_box = box_of(task.entry).overlap(wants[taker][task.entry.name])
+            if shared_box is None or rank not in (taker, task.reader):
+                continue
+            # Read-only slices of what may be a larger entry: only the part a rank needs goes over the wire.
+            part = buffers.tensor(task.entry)[shared_box.within(box_of(task.entry))]
+            if rank == task.reader:
+                exchange.send(_bytes(part), taker)
+            else:
+                received = torch.empty(shared_box.shape, dtype=part.dtype)
+                exchange.receive(_bytes(received), task.reader)
+                part.copy_(received)
+
+
+def assemble(name: str, box: Box, entries: Sequence[TensorEntry], buffers: Buffers) -> torch.Tensor:
+    """Return the wanted box of a tensor, made of the entries that overlap it; a view when it is one entry."""
+    if len(entries) == 1 and box_of(entries[0]) == box:
+        return buffers.tensor(entries[0])
+    made = torch.empty(box.shape, dtype=DTYPES[entries[0].dtype])
+    for entry in entries:
+        shared = box_of(entry).overlap(box)
+        if shared is not None:
+            made[shared.within(box)] = buffers.tensor(entry)[shared.within(box_of(entry))]
+    return made
+
+
+def load_wants(
+    folder: Folder,
+    manifest: Manifest,
+    wants: Wants,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """Read boxes of tensors in one process. Raises IntegrityError; nothing is returned then."""
+    plan = plan_load(manifest, [wants])
+    buffers = read_part(folder, manifest, plan, 0, alive)
+    by_name = entries_by_name(manifest)
+    return {name: assemble(name, box, by_name[name], buffers) for name, box in wants.items()}
+
+
+def read_global(folder: Folder, manifest: Manifest, name: str) -> torch.Tensor:
+    """Read one whole tensor. Raises IntegrityError."""
+    entries = entries_by_name(manifest)[name]
+    return load_wants(folder, manifest, {name: whole(entries[0].global_shape)})[name]
+
+
+def load_into(
+    folder: Folder, step: int, tensors: Mapping[str, torch.Tensor], alive: Callable[[], None] = lambda: None
+) -> None:
+    """Read whole tensors straight into the memory of the given ones, without another copy; one process.
+
+    Raises IntegrityError when bytes are not what was saved (`tensors` hold undefined numbers then), and before
+    anything is changed when a name, dtype or shape differs or a tensor is not contiguous in host memory.
+    """
+    manifest = folder.inspect(step)
+    by_name = entries_by_name(manifest)
+    fills = []
+    for name, tensor in tensors.items():
+        entries = by_name.get(manifest.aliases.get(name, name), [])
+        box = whole(tensor.shape)
+        if len(entries) != 1 or box_of(entries[0]) != box or DTYPES[entries[0].dtype] != tensor.dtype:
+            raise IntegrityError(f"{name!r} is not saved as one {tensor.dtype} of shape {list(tensor.shape)}")
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise IntegrityError(f"{name!r} is not contiguous host memory; give one that is, or use restore")
+        fills.append(Fill(entries[0], bytes_of(tensor)))
+    read_fills(folder.storage, folder.at(step), manifest.piece_bytes, fills, alive)
+    _check_heads(folder, manifest, {fill.entry.file for fill in fills})
+
+
+def _check_heads(folder: Folder, manifest: Manifest, files: set[str]) -> None:
+    for file in manifest.files:
+        if file.path in files:
+            check_head(folder.storage, folder.at(manifest.step), file)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,136 @@
+"""The table of tensors in a manifest: read strictly. Pure; all raise IntegrityError naming the tensor.
+
+Format 1 holds whole tensors, each with one hash of its own. From format 2 on an entry may be a slice, and the hashes of
+the pieces stand with the files: one string a file, its tensors in the order of their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from math import prod
+from typing import Any
+
+from checkpointing.dtypes import ITEMSIZES, itemsize
+from checkpointing.errors import IntegrityError
+from checkpointing.manifest_fields import read_dims, read_hash, read_list, read_number, read_record, read_text
+from checkpointing.pieces import num_pieces
+from checkpointing.records import FileEntry, TensorEntry
+
+FIELDS = ("name", "dtype", "global_shape", "offset", "shape", "file", "begin", "end")
+_FIELDS_1 = (*FIELDS, "xxh3_64")
+
+
+def tensor_fields(entry: TensorEntry) -> dict[str, Any]:
+    """Return an entry as JSON, without its hashes."""
+    return {name: getattr(entry, name) for name in FIELDS}
+
+
+def read_tensors_1(body: Mapping[str, Any], files: Sequence[FileEntry]) -> tuple[TensorEntry, ...]:
+    """Return the tensors of a format-1 manifest."""
+    lengths = {file.path: file.length for file in files}
+    tensors = []
+    for record in read_list(body, "tensors"):
+        found = read_record(record, "TensorEntry", _FIELDS_1)
+        tensor = _tensor(found, lengths)
+        hash_ = read_hash(found["xxh3_64"], tensor.name)
+        if (tensor.global_shape, tensor.offset) != (tensor.shape, (0,) * len(tensor.shape)):
+            raise IntegrityError(f"manifest: tensor {tensor.name!r} is a slice; format 1 holds whole tensors")
+        tensors.append(_with_hashes(tensor, (hash_,) if tensor.end > tensor.begin else ()))
+    _check(tensors)
+    return tuple(tensors)
+
+
+def read_tensors(
+    body: Mapping[str, Any], files: Sequence[FileEntry], pieces: Mapping[str, str], piece_bytes: int
+) -> tuple[TensorEntry, ...]:
+    """Return the tensors of a manifest; `pieces` are the hashes of each file, one behind the other."""
+    lengths = {file.path: file.length for file in files}
+    tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths) for one in read_list(body, "tensors")]
+    _check(tensors)
+    at = dict.fromkeys(pieces, 0)
+    hashed = {}
+    for tensor in sorted(tensors, key=_place):
+        begin = at[tensor.file]
+        at[tensor.file] = end = begin + 16 * num_pieces(tensor.begin, tensor.end, piece_bytes)
+        text = pieces[tensor.file]
+        if end > len(text):
+            raise IntegrityError(f"manifest: {tensor.file} has too few hashes for tensor {tensor.name!r}")
+        hashed[tensor.name, tensor.offset] = tuple(text[i : i + 16] for i in range(begin, end, 16))
+    for path, end in at.items():
+        if end != len(pieces[path]):
+            raise IntegrityError(f"manifest: {path} has {len(pieces[path])} hex digits of hashes, and needs {end}")
+    return tuple(_with_hashes(tensor, hashed[tensor.name, tensor.offset]) for tensor in tensors)
+
+
+def hashes_of_files(tensors: Iterable[TensorEntry], paths: Iterable[str]) -> dict[str, str]:
+    """Return the hashes of each file, one behind the other, as `read_tensors` takes them."""
+    found: dict[str, list[str]] = {path: [] for path in paths}
+    for tensor in sorted(tensors, key=_place):
+        found[tensor.file].extend(tensor.hashes)
+    return {path: "".join(hashes) for path, hashes in found.items()}
+
+
+def _place(tensor: TensorEntry) -> tuple[Any, ...]:
+    return (tensor.file, tensor.begin, tensor.end, tensor.name)
+
+
+def _tensor(found: Mapping[str, Any], lengths: Mapping[str, int]) -> TensorEntry:
+    name, dtype, file = read_text(found, "name"), read_text(found, "dtype"), read_text(found, "file")
+    global_shape, offset, shape = (read_dims(found[field], name) for field in ("global_shape", "offset", "shape"))
+    begin, end = (read_number(found[field], f"{field} of tensor {name!r}", 8) for field in ("begin", "end"))
+    if dtype not in ITEMSIZES:
+        raise IntegrityError(f"manifest: tensor {name!r} has the dtype {dtype!r}; upgrade longrail, or it is damaged")
+    if file not in lengths or end > lengths[file]:
+        raise IntegrityError(f"manifest: tensor {name!r} lies outside of the files: {file!r}, bytes {begin}..{end}")
+    if end - begin != prod(shape) * itemsize(dtype):
+        raise IntegrityError(f"manifest: tensor {name!r}, {dtype} {list(shape)}, cannot have {end - begin} bytes")
+    return TensorEntry(name, dtype, global_shape, offset, shape, file, begin, end, ())
+
+
+def _with_hashes(tensor: TensorEntry, hashes: tuple[str, ...]) -> TensorEntry:
+    return TensorEntry(
+        tensor.name, tensor.dtype, tensor.global_shape, tensor.offset, tensor.shape, tensor.file, tensor.begin,
+        tensor.end, hashes,
+    )  # fmt: skip
+
+
+def _check(tensors: Sequence[TensorEntry]) -> None:
+    for name, slices in groupby(sorted(tensors, key=lambda one: (one.name, one.offset)), key=lambda one: one.name):
+        _check_slices(name, list(slices))
+    for before, after in pairwise(sorted(tensors, key=_place)):
+        if before.file == after.file and before.end > after.begin:
+            raise IntegrityError(f"manifest: tensors {before.name!r} and {after.name!r} overlap in {after.file}")
+
+
+def _check_slices(name: str, slices: Sequence[TensorEntry]) -> None:
+    """Refuse slices that do not tile the whole."""
+    first = slices[0]
+    for one in slices:
+        if (one.dtype, one.global_shape) != (first.dtype, first.global_shape):
+            raise IntegrityError(f"manifest: the slices of tensor {name!r} differ in dtype or global shape")
+        inside = len(one.offset) == len(one.shape) == len(one.global_shape) and all(
+            at + size <= whole for at, size, whole in zip(one.offset, one.shape, one.global_shape, strict=True)
+        )
+        if not inside:
+            raise IntegrityError(
+                f"manifest: tensor {name!r} has a slice of {list(one.shape)} at {list(one.offset)}, outside of "
+                f"{list(one.global_shape)}"
+            )
+    for before, after in pairwise(slices):
+        if before.offset == after.offset:
+            raise IntegrityError(f"manifest: a tensor stands twice in tensors: {name!r}")
+    if sum(prod(one.shape) for one in slices) != prod(first.global_shape) or _any_overlap(slices):
+        raise IntegrityError(f"manifest: the slices of tensor {name!r} have gaps or overlap")
+
+
+def _any_overlap(slices: Sequence[TensorEntry]) -> bool:
+    # Slices are sorted by offset; only those behind `one` that begin before its end in the first dim can meet it.
+    for index, one in enumerate(slices):
+        for other in slices[index + 1 :]:
+            if not one.shape or other.offset[0] >= one.offset[0] + one.shape[0]:
+                break
+            spans = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
+            if all(a < c + d and c < a + b for a, b, c, d in spans):
+                return True
+    return False

@@ -1,0 +1,86 @@
+"""Rank 0's plan of a save, kept from save to save: reports and answers are long only when a structure changed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from checkpointing import manifest as manifests
+from checkpointing.datafile import file_name
+from checkpointing.errors import SaveError
+from checkpointing.plan import plan_tensors
+from checkpointing.records import TensorEntry, TensorSpec
+from checkpointing.snapshot import described
+
+
+class Planner:
+    """Who writes what, as long as every rank's fingerprint stays."""
+
+    def __init__(self) -> None:
+        self._fingerprints: list[str] = []
+        self._specs: list[tuple[TensorSpec, ...]] = []
+        self._plan_id = ""
+        self._writes: tuple[tuple[TensorSpec, ...], ...] = ()
+        self.aliases: dict[str, str] = {}
+        self.taken: dict[str, int] = {}
+        """Names of tensors and objects, and a rank that holds each."""
+        self._table_key, self._table = "", ""
+
+    @property
+    def objects(self) -> dict[str, str]:
+        """Names of objects, and their encoding."""
+        return {spec.name: spec.encoding for specs in self._writes for spec in specs if spec.encoding}
+
+    def plan(self, bodies: Sequence[Mapping[str, Any]]) -> None:
+        """Take the ranks' reports. Raises StateError where they disagree."""
+        known = self._specs or [()] * len(bodies)
+        fingerprints = [body["fingerprint"] for body in bodies]
+        if fingerprints == self._fingerprints and all(body["specs"] is None for body in bodies):
+            return
+        specs = [
+            old if body["specs"] is None else tuple(map(described, body["specs"]))
+            for old, body in zip(known, bodies, strict=True)
+        ]
+        self._writes, self.aliases = plan_tensors(specs)
+        self.taken = {spec.name: rank for rank, found in enumerate(specs) for spec in found}
+        # Last: after an error above, nothing is known, and ranks that are asked anew send everything.
+        self._specs, self._fingerprints, self._plan_id = specs, fingerprints, uuid.uuid4().hex[:16]
+
+    def task(self, rank: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a rank has to write: the names only when it does not have this plan."""
+        names = None if body["plan"] == self._plan_id else [spec.name for spec in self._writes[rank]]
+        return {"plan": self._plan_id, "names": names}
+
+    def table(self, key: str, bodies: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+        """Return the table of tensors of a manifest, and whether it is another than the last one.
+
+        `key` is everything of the reports that it depends on, beside the plan.
+        """
+        fresh = self._table_key != self._plan_id + key
+        if fresh:
+            entries = [entry for rank, body in enumerate(bodies) for entry in self._entries(rank, body)]
+            self._table = manifests.dumps_table(sorted(entries, key=lambda entry: (entry.name, entry.offset)))
+            self._table_key = self._plan_id + key
+        return self._table, fresh
+
+    def _entries(self, rank: int, body: Mapping[str, Any]) -> list[TensorEntry]:
+        by_name = {spec.name: spec for spec in self._writes[rank]}
+        entries = []
+        for link in body["links"]:
+            for name, begin, end in link["entries"]:
+                entries.append(_entry(by_name.pop(name), link["file"][0], begin, end))
+        at = body["file"][1]
+        for spec in by_name.values():  # dicts keep the order, which is that of the file
+            size = body["objects"].get(spec.name, 0) if spec.encoding else spec.num_bytes
+            entries.append(_entry(spec, file_name(rank), at, at + size))
+            at += size
+        if at != body["file"][0]:
+            raise SaveError(f"rank {rank} wrote {body['file'][0]} bytes where the plan says {at}")
+        return entries
+
+
+def _entry(spec: TensorSpec, file: str, begin: int, end: int) -> TensorEntry:
+    shape = (end - begin,) if spec.encoding else spec.shape
+    whole, offset = (shape, (0,)) if spec.encoding else (spec.whole_shape, spec.begin)
+    return TensorEntry(spec.name, spec.dtype, whole, offset, shape, file, begin, end, ())

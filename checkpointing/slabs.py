@@ -1,0 +1,76 @@
+"""A ring of buffers through which all bytes pass: pre-faulted, aligned, and never more than its budget."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from checkpointing.errors import SaveError
+from checkpointing.pieces import PIECE_BYTES
+
+_BATCH = 4
+"""Slabs mapped at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """One buffer of PIECE_BYTES, aligned to a page."""
+
+    address: int
+    view: memoryview
+
+
+class SlabRing:
+    """At most `budget_bytes`, cut into slabs. Memory is mapped when it is first needed, and kept until `close`."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.num_slabs = max(_BATCH, budget_bytes // PIECE_BYTES)
+        self._free: list[Slab] = []
+        self._mapped = 0
+        self._changed = threading.Condition()
+
+    def acquire(self, timeout_s: float) -> Slab | None:
+        """Return a free slab, or None when there is none for `timeout_s`."""
+        with self._changed:
+            if not self._free and self._mapped < self.num_slabs:
+                self._map()
+            if not self._changed.wait_for(lambda: self._free, timeout_s):
+                return None
+            # The slab given back last is taken first, while it is in the cache.
+            return self._free.pop()
+
+    def release(self, slab: Slab) -> None:
+        """Give a slab back."""
+        with self._changed:
+            self._free.append(slab)
+            self._changed.notify()
+
+    @contextmanager
+    def borrowed(self, timeout_s: float) -> Iterator[Slab]:
+        """Hold a slab inside. Raises SaveError when none comes free in time."""
+        slab = self.acquire(timeout_s)
+        if slab is None:
+            raise SaveError(f"no buffer came free for {timeout_s:g} s: the disk has stopped")
+        try:
+            yield slab
+        finally:
+            self.release(slab)
+
+    def close(self) -> None:
+        """Forget the memory. Slabs that a hung write still holds keep theirs alive."""
+        with self._changed:
+            self._free.clear()
+
+    def _map(self) -> None:
+        # First touch of pages is dear in virtual machines: once, here, and not in the copies.
+        populate = getattr(mmap, "MAP_POPULATE", 0)
+        count = min(_BATCH, self.num_slabs - self._mapped)
+        mapped = mmap.mmap(-1, count * PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | populate)
+        start, view = ctypes.addressof(ctypes.c_char.from_buffer(mapped)), memoryview(mapped)
+        cuts = range(0, count * PIECE_BYTES, PIECE_BYTES)
+        self._free += [Slab(start + at, view[at : at + PIECE_BYTES]) for at in cuts]
+        self._mapped += count

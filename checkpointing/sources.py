@@ -1,0 +1,100 @@
+"""Where the bytes of a block come from; `copy` is the only way they leave live memory."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from checkpointing.providers.base import Chunk, Cost, Place, Provider
+from checkpointing.providers.composite import CompositeProvider
+from checkpointing.providers.tensors import TensorProvider
+from checkpointing.slabs import Slab
+
+
+class Source(Protocol):
+    """Random access to the bytes of a provider."""
+
+    def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
+        """Copy `length` bytes from `at` into a slab."""
+        ...
+
+
+class HostSource:
+    """Bytes in host memory, in one or more buffers."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._arrays = [np.frombuffer(chunk, dtype=np.uint8) for chunk in chunks if len(chunk)]  # kept alive
+        ends = np.cumsum([0, *(array.nbytes for array in self._arrays)]).tolist()
+        self._parts = [(ends[i], ends[i + 1], array.ctypes.data) for i, array in enumerate(self._arrays)]
+        self.num_bytes = ends[-1]
+
+    def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
+        """Copy without the interpreter's lock: ctypes gives it up."""
+        end = at + length
+        for begin, stop, address in self._parts:
+            low, high = max(at, begin), min(end, stop)
+            if low < high:
+                ctypes.memmove(slab.address + slab_at + low - at, address + low - begin, high - low)
+
+
+class DeviceSource:
+    """A row-major tensor in the memory of an accelerator."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._bytes = tensor.detach().reshape(-1).view(torch.uint8)
+
+    def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
+        """Copy through the current stream, and wait for it."""
+        into = torch.frombuffer(slab.view, dtype=torch.uint8, count=length, offset=slab_at)
+        into.copy_(self._bytes[at : at + length])
+
+
+class LaterSource:
+    """Bytes that another thread is making."""
+
+    def __init__(self, made: Future[HostSource]) -> None:
+        self._made = made
+
+    def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
+        """Copy once they are there; raises what making them raised."""
+        self._made.result().copy(at, slab, slab_at, length)
+
+
+def view_source(provider: Provider) -> Source | None:
+    """Return a source of what needs no work; None where it does."""
+    if provider.cost is not Cost.VIEW:
+        return None
+    if provider.place is Place.DEVICE and isinstance(provider, TensorProvider):
+        return DeviceSource(provider.local)
+    return HostSource(list(provider.chunks()))
+
+
+def made_source(provider: Provider) -> HostSource:
+    """Return a source of what needs work, after doing it."""
+    if isinstance(provider, TensorProvider | CompositeProvider):  # one chunk, made for us
+        return HostSource(list(provider.chunks()))
+    # Copies: another provider may use one buffer for all its chunks.
+    return HostSource([bytes(chunk) for chunk in provider.chunks()])
+
+
+def later(provider: Provider) -> Future[HostSource]:
+    """Begin the work on a thread of its own; a daemon, as it must not keep the process from ending."""
+    made: Future[HostSource] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(made_source(provider))
+        except BaseException as error:  # noqa: BLE001 - raised where the bytes are asked for
+            made.set_exception(error)
+
+    try:
+        threading.Thread(target=work, name="checkpoint-serialise", daemon=True).start()
+    except RuntimeError:  # the interpreter is ending, and starts no threads any more
+        work()
+    return made

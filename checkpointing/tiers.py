@@ -1,0 +1,144 @@
+"""A second tier: committed checkpoints are copied, in the background, to another folder or to an object store.
+
+The first tier is quick (NVMe), the second is safe (a shared file system, `s3://`). A copy is verified on its way, piece
+by piece, and becomes visible only when it is whole: by a rename, or by its manifest, written last.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from checkpointing import manifest as manifests
+from checkpointing.errors import CheckpointError, IntegrityError, SaveError
+from checkpointing.folder import Folder
+from checkpointing.pieces import piece_ranges
+from checkpointing.records import FileEntry, Manifest
+from checkpointing.storage import open_storage
+from checkpointing.storage.local import LocalStorage
+
+_READ_BYTES = 8 * 2**20
+
+
+class Mirror:
+    """Copies what it is told of to the second tier, one at a time, on a thread of its own."""
+
+    def __init__(self, first: Folder, second: str) -> None:
+        self.first, self.second = first, Folder(*open_storage(second))
+        self._jobs: queue.Queue[int | None] = queue.Queue()
+        self._errors: list[CheckpointError] = []
+        self._thread = threading.Thread(target=self._serve, name="checkpoint-mirror", daemon=True)
+        self._thread.start()
+
+    def copy(self, step: int) -> None:
+        """Copy a committed step, some time soon."""
+        self._jobs.put(step)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for what was asked for. Raises SaveError when a copy failed or is not done in time."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise SaveError(f"copying to {self.second.root} is not done after {timeout_s:g} s; the first tier is whole")
+        self.raise_errors()
+
+    def raise_errors(self) -> None:
+        """Raise what went wrong since the last call. Raises SaveError."""
+        errors, self._errors[:] = list(self._errors), []
+        if errors:
+            raise SaveError(f"the second tier lacks a checkpoint: {'; '.join(map(str, errors))}") from errors[0]
+
+    def _serve(self) -> None:
+        while (step := self._jobs.get()) is not None:
+            try:
+                copy_step(self.first, self.second, step)
+            except CheckpointError as error:
+                self._errors.append(error)
+            except OSError as error:
+                self._errors.append(SaveError(f"step {step} to {self.second.root}: {error}"))
+
+
+def copy_step(source: Folder, dest: Folder, step: int) -> Path:
+    """Copy a committed checkpoint, verifying every byte. Returns its new place; does nothing when it is there already.
+
+    Raises IntegrityError when the source is damaged or another checkpoint of this step stands at the destination.
+    """
+    manifest = source.inspect(step)
+    place = dest.at(step)
+    if dest.has_manifest(step):
+        if source.storage.read(source.at(step) / manifests.FILE_NAME) != _manifest_of(dest, step):
+            raise IntegrityError(f"{place} is another checkpoint; nothing is overwritten: move it away")
+        return place
+    dest.storage.make_folders(dest.root)
+    if isinstance(dest.storage, LocalStorage):
+        _copy_by_rename(source, dest, manifest)
+    else:
+        _copy_files(source, dest.storage, place, manifest)
+    return place
+
+
+def _copy_by_rename(source: Folder, dest: Folder, manifest: Manifest) -> None:
+    place = dest.at(manifest.step)
+    tmp = place.with_name(f"{place.name}.tmp-{manifest.run_id[:8]}-{uuid.uuid4().hex[:8]}")
+    dest.storage.make_folder(tmp)
+    try:
+        _copy_files(source, dest.storage, tmp, manifest)
+        dest.storage.sync_folder(tmp)
+        dest.storage.rename(tmp, place)
+    except BaseException:
+        dest.storage.discard(tmp)
+        raise
+    dest.storage.sync_folder(dest.root)
+
+
+def _copy_files(source: Folder, storage: Any, place: Path, manifest: Manifest) -> None:
+    origin = source.at(manifest.step)
+    for file in manifest.files:
+        fd = source.storage.open(origin / file.path)
+        try:
+            storage.write_stream(place / file.path, file.length, _verified(source, fd, manifest, file))
+        finally:
+            source.storage.close(fd)
+    storage.write_new(place / manifests.FILE_NAME, source.storage.read(origin / manifests.FILE_NAME))
+
+
+def _verified(source: Folder, fd: int, manifest: Manifest, file: FileEntry) -> Iterator[memoryview]:
+    """Yield a file from its beginning to its end; raises IntegrityError before it ends when a piece is not right."""
+    where = f"step-{manifest.step}/{file.path}"
+    for begin, end, said, what in _spans(manifest, file):
+        own = xxhash.xxh3_64()
+        for at in range(begin, end, _READ_BYTES):
+            part = memoryview(bytearray(min(_READ_BYTES, end - at)))
+            if source.storage.read_into(fd, part, at) != len(part):
+                raise IntegrityError(f"{where}: ends before byte {at + len(part)}")
+            own.update(part)
+            yield part
+        if said is not None and own.hexdigest() != said:
+            raise IntegrityError(f"{where}: {what} (bytes {begin}..{end}) is not what was saved")
+
+
+def _spans(manifest: Manifest, file: FileEntry) -> Iterator[tuple[int, int, str | None, str]]:
+    """Yield (begin, end, hash, what it is) of each run of bytes of a file, in order and without gaps."""
+    whole = file.head_bytes == file.length  # format 1, or a file without tensors
+    at = file.length if whole else file.head_bytes
+    yield 0, at, file.xxh3_64, "the file" if whole else "the header"
+    mine = (tensor for tensor in manifest.tensors if tensor.file == file.path and not whole)
+    for tensor in sorted(mine, key=lambda one: (one.begin, one.end)):
+        if at < tensor.begin:
+            yield at, tensor.begin, None, "a gap"
+        ranges = piece_ranges(tensor.begin, tensor.end, manifest.piece_bytes)
+        for piece, ((begin, end), said) in enumerate(zip(ranges, tensor.hashes, strict=True)):
+            yield begin, end, said, f"tensor {tensor.name!r}, piece {piece}"
+        at = max(at, tensor.end)
+    if at < file.length:
+        yield at, file.length, None, "a gap"
+
+
+def _manifest_of(folder: Folder, step: int) -> bytes:
+    return folder.storage.read(folder.at(step) / manifests.FILE_NAME)

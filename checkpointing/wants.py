@@ -1,0 +1,143 @@
+"""What a rank needs of a checkpoint: every saved name under its prefixes, as its live state is sharded now.
+
+A name whose live tensor is a DTensor is wanted as this rank's shard, and given as a DTensor like the live one. A saved
+`optim.<parameter>.<slot>` that is not live yet (no step was taken) is sharded like the parameter, if it has its shape.
+Everything else is wanted whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from checkpointing.errors import CheckpointError
+from checkpointing.objects import load_object
+from checkpointing.records import Manifest, Stateful
+from checkpointing.reshard import Box, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a rank holds, as the other ranks need to know it."""
+
+    prefixes: tuple[str, ...]
+    shards: Mapping[str, tuple[tuple[int, ...], Box]]
+    """Global name of a DTensor to its global shape and the box this rank holds."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it travels."""
+        shards = {name: [shape, box.offset, box.shape] for name, (shape, box) in self.shards.items()}
+        return {"prefixes": self.prefixes, "shards": shards}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Live:
+        """Return what `to_json` gave."""
+        shards = {
+            name: (tuple(shape), Box(tuple(offset), tuple(local)))
+            for name, (shape, offset, local) in body["shards"].items()
+        }
+        return cls(tuple(body["prefixes"]), shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one rank wants, and how to make of it what its state is given."""
+
+    boxes: Mapping[str, Box]
+    """By saved name: an alias is wanted as the name it was written under."""
+    names: tuple[str, ...]
+    """Names that are given, aliases and values included."""
+    like: Mapping[str, str]
+    """Names that are given as a DTensor, to the name of the live one they are like."""
+
+
+def live_shards(parts: Mapping[str, Stateful]) -> dict[str, DTensor]:
+    """Return the DTensors of the live state by global name."""
+    found = {}
+    for prefix, part in parts.items():
+        state = part.state_dict()
+        for name, value in state.items() if isinstance(state, Mapping) else ():
+            if isinstance(value, DTensor):
+                found[f"{prefix}.{name}" if prefix else name] = value
+    return found
+
+
+def live_of(prefixes: Iterable[str], shards: Mapping[str, DTensor]) -> Live:
+    """Return what this rank tells the others."""
+    return Live(tuple(prefixes), {name: (tuple(one.shape), local_box(one)) for name, one in shards.items()})
+
+
+def need_of(manifest: Manifest, live: Live) -> Need:
+    """Return what a rank needs. Raises CheckpointError when a live shard is of another shape than what was saved."""
+    shapes = {entry.name: entry.global_shape for entry in manifest.tensors}
+    every = (*shapes, *manifest.aliases, *manifest.values)
+    names = tuple(name for name in every if any(not p or name.startswith(f"{p}.") for p in live.prefixes))
+    like: dict[str, str] = {}
+    boxes: dict[str, Box] = {}
+    for name in names:
+        saved = manifest.aliases.get(name, name)
+        if saved not in shapes:
+            continue
+        box = whole(shapes[saved])
+        model = name if name in live.shards else _parameter_of(name)
+        if model in live.shards and saved not in manifest.objects:
+            shape, held = live.shards[model]
+            if shape == shapes[saved]:
+                like[name], box = model, held
+            elif model == name:
+                raise CheckpointError(f"{name!r} was saved as {list(shapes[saved])} and is {list(shape)} now")
+        # Two names of one tensor that are sharded differently: the whole serves both.
+        boxes[saved] = box if boxes.get(saved, box) == box else whole(shapes[saved])
+    return Need(boxes, names, like)
+
+
+def local_box(tensor: DTensor) -> Box:
+    """Return the box this rank holds; all of it where the placements are not plain shards."""
+    plain = all(type(place) is Shard or place.is_replicate() for place in tensor.placements)
+    if not plain or tensor.device_mesh.get_coordinate() is None:
+        return whole(tuple(tensor.shape))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Box(tuple(offset), tuple(shape)) if all(shape) else Box((0,) * len(shape), tuple(shape))
+
+
+def given(
+    manifest: Manifest, need: Need, loaded: Mapping[str, torch.Tensor], shards: Mapping[str, DTensor]
+) -> dict[str, Any]:
+    """Return {name: what the state is given}: tensors, DTensors, objects and values."""
+    out: dict[str, Any] = {}
+    for name in need.names:
+        saved = manifest.aliases.get(name, name)
+        if saved in manifest.objects:
+            out[name] = load_object(saved, loaded[saved].numpy().data)
+        elif saved in loaded:
+            out[name] = _sharded(loaded[saved], shards[need.like[name]]) if name in need.like else loaded[saved]
+        else:
+            out[name] = manifest.values[name]
+    return out
+
+
+def _sharded(tensor: torch.Tensor, live: DTensor) -> DTensor:
+    tensor = tensor.to(live.to_local().device)
+    if local_box(live).shape != tuple(tensor.shape):  # it came whole
+        return distribute_tensor(tensor, live.device_mesh, live.placements, src_data_rank=None)
+    return DTensor.from_local(
+        tensor, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=_row_major(live.shape)
+    )
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(max(dim, 1) for dim in shape[at + 1 :]) for at in range(len(shape)))
+
+
+def _parameter_of(name: str) -> str:
+    """Return the name of the parameter that an `optim.<parameter>.<slot>` is of; "" when it is none."""
+    at = name.find("optim.")
+    if at < 0 or (at and name[at - 1] != "."):
+        return ""
+    return f"{name[:at]}model.{name[at + len('optim.') :].rpartition('.')[0]}"

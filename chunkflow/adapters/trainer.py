@@ -1,0 +1,155 @@
+"""transformers' `Trainer` in chunks: a mixin. Everything else of the trainer stays: logs, callbacks, saves, resume.
+
+    class ChunkTrainer(ChunkMixin, Trainer):
+        chunks = PlannerConfig(chunk_tokens=8192)
+    trainer = ChunkTrainer(model=model, args=args, train_dataset=tokenized, data_collator=collator)
+
+`per_device_train_batch_size` is what it was: samples in a step = that times the number of ranks. Long samples are not
+cut, and their gradients are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from chunkflow.adapters.accelerate import AcceleratedRunner
+from chunkflow.adapters.rows import CollatedRows
+from chunkflow.config import PlannerConfig
+from chunkflow.errors import ChunkflowError
+from chunkflow.loader import ChunkLoader
+from chunkflow.records import StepBatch
+from chunkflow.sources import Source
+
+_EPOCHS = 2**20
+"""More than any run has; the trainer counts them."""
+
+
+class Steps(IterableDataset[StepBatch]):
+    """One epoch of optimizer steps at a time."""
+
+    def __init__(self, loader: ChunkLoader) -> None:
+        self._loader = loader
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is next."""
+        self._epoch = epoch
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._loader.source)
+
+    def __len__(self) -> int:
+        return self._loader.steps_per_epoch
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        state = {**self._loader.state_dict(), "epoch": self._epoch, "step": 0}
+        self._loader.load_state_dict(state)
+        for _, batch in zip(range(len(self)), self._loader, strict=False):
+            yield batch
+
+
+class StepLoader(DataLoader[StepBatch]):
+    """What a trainer iterates: `Steps`, unbatched."""
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__(steps, batch_size=None)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is next."""
+        assert isinstance(self.dataset, Steps)
+        self.dataset.set_epoch(epoch)
+
+
+class ChunkMixin(Trainer):
+    """Put before `Trainer`, or a subclass of it, among the bases."""
+
+    chunks: PlannerConfig
+    """How sequences become chunks; set it in the class, or on the trainer before `train`."""
+
+    _accelerated: AcceleratedRunner | None = None
+
+    def source(self, dataset: Any) -> Source:
+        """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
+        if all(hasattr(dataset, name) for name in ("manifest", "lengths", "read", "select")):
+            return dataset
+        return CollatedRows(dataset, self.data_collator)
+
+    def get_train_dataloader(self) -> StepLoader:
+        """Return the steps of an epoch, planned and loaded ahead."""
+        args = self.args
+        if args.gradient_accumulation_steps != 1:
+            raise ChunkflowError(
+                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}; set it to 1 and multiply "
+                "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
+            )
+        return self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
+        """Return the evaluation's steps."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            assert isinstance(self.eval_dataset, dict)
+            dataset = self.eval_dataset[dataset]
+        return self._steps(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)
+
+    def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
+        loader = ChunkLoader(
+            self.source(dataset),
+            chunk_tokens=self.chunks.chunk_tokens,
+            retain=self.chunks.retain,
+            pair_cost=self.chunks.pair_cost,
+            global_batch=global_batch,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            epochs=epochs,
+        )
+        return StepLoader(Steps(loader))
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Return the samples of a data set, of which a step holds several."""
+        dataset = dataloader.dataset
+        return dataset.num_samples if isinstance(dataset, Steps) else super().num_examples(dataloader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """Return the next step; its targets are counted in it."""
+        return [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Train one step in chunks; return its mean loss over all ranks."""
+        model.train()
+        return self._runner(model).forward_backward(inputs).to(self.args.device, torch.float32)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 6 * parameters * tokens of a step."""
+        tokens = sum(chunk.num_tokens for chunk in inputs.chunks)
+        assert self.model is not None
+        return 6 * tokens * sum(p.numel() for p in self.model.parameters())
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """Return the mean loss over all targets of a data set; predictions are not kept."""
+        model: Any = self.model_wrapped
+        if not self.is_in_train:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        runner = self._runner(model)
+        steps = [(float(runner.evaluate(batch)) * batch.denominator, batch.denominator) for batch in dataloader]
+        loss = sum(total for total, _ in steps) / sum(count for _, count in steps)
+        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, self.num_examples(dataloader))
+
+    def _runner(self, model: Any) -> AcceleratedRunner:
+        if self._accelerated is None:
+            self._accelerated = AcceleratedRunner(self.accelerator, model, retain=self.chunks.retain)
+        return self._accelerated

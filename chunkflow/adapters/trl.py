@@ -1,0 +1,36 @@
+"""TRL's `SFTTrainer` in chunks: TRL prepares the data set and decides what is trained, chunks train it, nothing cut.
+
+class Chunked(ChunkedSFTTrainer):
+    chunks = PlannerConfig(chunk_tokens=8192)
+trainer = Chunked(model, args=SFTConfig(max_length=None, ...), train_dataset=dataset)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl.trainer.sft_trainer import SFTTrainer
+
+from chunkflow.adapters.trainer import ChunkMixin
+from chunkflow.errors import ChunkflowError
+from chunkflow.sources import Source
+
+
+class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):
+    """`SFTTrainer` over `ChunkMixin`. Set `chunks`. Raises ChunkflowError for what would cut samples or pack twice."""
+
+    def source(self, dataset: Any) -> Source:
+        """See `ChunkMixin.source`."""
+        args: Any = self.args
+        if args.packing or args.padding_free:
+            raise ChunkflowError("SFTConfig.packing and padding_free must be off; chunks are packed already")
+        if args.max_length is not None:
+            raise ChunkflowError(
+                f"SFTConfig.max_length is {args.max_length}, and TRL has cut longer samples there already; set it to "
+                "None: chunks train samples of any length"
+            )
+        if args.loss_type not in ("nll", "chunked_nll"):
+            raise ChunkflowError(
+                f"SFTConfig.loss_type is {args.loss_type!r}; chunks train the cross entropy of each target: use 'nll'"
+            )
+        return super().source(dataset)

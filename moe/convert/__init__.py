@@ -1,0 +1,1 @@
+"""Models into MoE models, and back to files that everybody reads."""

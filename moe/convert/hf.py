@@ -1,0 +1,139 @@
+"""Expert-parallel models to a Hugging Face folder, with a proof that every expert went round.
+
+The ranks hash the experts they hold; what was written is read back and hashed again, tensor by tensor. So an expert
+that was dropped, doubled or swapped on the way is an error here, and not a model that trains a little worse.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from moe.errors import MoeError
+from moe.parallel import expert_layers
+from moe.state import state_dict
+from moe.sync import placement_of
+
+_EXPERT = re.compile(r"^(.*\.)(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+Prints = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and xxh3-128 of tensors, by name; experts as `<block>.experts.<number>.<gate_proj|up_proj|down_proj>`."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was written and compared with what the ranks held: names, shapes and hashes."""
+
+    folder: str
+    num_tensors: int
+    num_expert_tensors: int
+    digest: str
+    """xxh3-128 over all names, shapes and hashes, in order."""
+
+
+def save_pretrained(model: PreTrainedModel, folder: str | Path) -> Proof:
+    """Write the whole model as transformers does, from the first rank of the mesh, and prove it. Every rank calls.
+
+    Returns on every rank once the folder is complete and proven. Raises MoeError, on every rank, when writing failed or
+    when a tensor on disk is missing, unknown, or differs from what a rank held.
+    """
+    place = placement_of(model)
+    is_writer = all(c == 0 for c in place.mesh.get_coordinate() or [0])
+    held = _held_everywhere(_of_model(model))
+    whole = {name: _whole(value, keep=is_writer) for name, value in state_dict(model).items()}
+    outcome: list[Proof | str] = ["nothing was written"]
+    if is_writer:
+        try:
+            model.save_pretrained(folder, state_dict=whole)
+            outcome = [_prove(folder, held)]
+        except Exception as error:  # noqa: BLE001 (the other ranks wait for this rank's answer)
+            outcome = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(outcome, src=int(place.mesh.mesh.reshape(-1)[0]))
+    if isinstance(outcome[0], str):
+        raise MoeError(f"{folder} is not a true copy of the model: {outcome[0]}")
+    return outcome[0]
+
+
+def _whole(value: Any, *, keep: bool) -> Any:
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if keep else None
+
+
+def _of_model(model: nn.Module) -> Prints:
+    """Return the prints of what this rank holds, with the experts numbered as in the whole model."""
+    prints: Prints = {}
+    layers = expert_layers(model)
+    for name, value in state_dict(model).items():
+        block, _, stack = name.rpartition(".")
+        if block not in layers:
+            prints[name] = _print(value)
+            continue
+        lanes, local = layers[block].runner.lanes, value.to_local()
+        first = lanes.position * len(local)
+        for e, expert in enumerate(local, start=first):
+            parts = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True)
+            parts = dict(parts) if stack == "gate_up_proj" else {"down_proj": expert}
+            prints |= {f"{block}.{e}.{part}": _print(weight) for part, weight in parts.items()}
+    return prints
+
+
+def _held_everywhere(own: Prints) -> Prints:
+    every: list[Prints] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, own)
+    held: Prints = {}
+    for rank, prints in enumerate(every):
+        for name, value in prints.items():
+            if held.setdefault(name, value) != value:
+                raise MoeError(f"rank {rank} holds another {name} than the ranks before it; average gradients over dp")
+    return held
+
+
+def _prove(folder: str | Path, held: Prints) -> Proof:
+    written = _of_folder(Path(folder))
+    tied = {name for name in held if name not in written and _has_twin(name, held, written)}
+    missing, unknown = sorted(set(held) - set(written) - tied), sorted(set(written) - set(held))
+    differing = sorted(name for name in set(held) & set(written) if held[name] != written[name])
+    for what, names in (("missing", missing), ("unknown", unknown), ("different", differing)):
+        if names:
+            raise MoeError(f"{len(names)} tensors are {what}, the first {names[0]}")
+    digest = xxhash.xxh3_128_hexdigest(repr(sorted(written.items())).encode())
+    return Proof(str(folder), len(written), sum(".experts." in name for name in written), digest)
+
+
+def _has_twin(name: str, held: Prints, written: Prints) -> bool:
+    """Whether a tensor that is not on disk is tied to one that is: only the LM head may be."""
+    return name == "lm_head.weight" and held[name] in written.values()
+
+
+def _of_folder(folder: Path) -> Prints:
+    prints: Prints = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                prints[_canonical(name)] = _print(tensors.get_tensor(name))
+    return prints
+
+
+def _canonical(name: str) -> str:
+    match = _EXPERT.match(name)
+    if match:
+        return f"{match[1]}mlp.experts.{match[2]}.{_PARTS.get(match[3], match[3])}"
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def _print(value: Tensor) -> tuple[tuple[int, ...], str]:
+    octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tuple(value.shape), xxhash.xxh3_128_hexdigest(octets.data)

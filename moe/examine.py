@@ -1,0 +1,222 @@
+"""`doctor`: what is wrong with an MoE model that trains, as findings. Every rank calls and gets the same.
+
+Most of these errors do not stop a run: experts whose gradients are a constant factor off are hidden by Adam, an expert
+twice in the optimizer moves twice as fast, a dead one wastes its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moe.errors import MoeConfigError
+from moe.experts import slice_inner
+from moe.parallel import ParallelExperts, expert_layers
+
+_SCALE_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, where, and what to do."""
+
+    check: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where}: {self.message}"
+
+
+def doctor(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
+    """Return what is wrong with a parallelized model, best asked after a forward and backward; none is good.
+
+    Looks for: experts inside DDP, expert parameters that are not marked or are twice in the optimizer, experts that are
+    copies of each other, experts that no rank sent a row to, NaN or infinite rows in weights and gradients, and experts
+    whose copies on the `dp` axis differ. For the scale of gradients see `audit_gradients`. Every rank calls.
+    """
+    layers = expert_layers(model)
+    if not layers:
+        raise MoeConfigError("this model is not expert-parallel; call moe.parallelize(model, mesh, ...) first")
+    own = [
+        *_inside_ddp(model),
+        *_unmarked(layers),
+        *_twice_in_optimizer(layers, optimizer),
+        *(finding for name, layer in layers.items() for finding in _bad_rows(name, layer)),
+    ]
+    found = dict.fromkeys(_from_all_ranks(own))
+    for name, layer in layers.items():
+        found |= dict.fromkeys(_copies(name, layer))
+        found |= dict.fromkeys(_dead(name, layer))
+    return list(found)
+
+
+def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Parameter]]) -> list[Finding]:
+    """Return the experts whose gradients are off by a factor from those of one process on the global batch.
+
+    `model` has finished its backward and its averaging; `reference` are the named parameters of the whole model, with
+    gradients of the same batch by one process. The factor found is what an error of groups looks like: the size of an
+    axis, or one over it. Every rank calls.
+    """
+    expected = {name: p.grad for name, p in reference}
+    own: list[Finding] = []
+    for name, layer in expert_layers(model).items():
+        for stack, param in layer.named_parameters():
+            want = _own_part(layer, stack, expected.get(f"{name}.{stack}"))
+            if param.grad is None or want is None:
+                own.append(Finding("gradient scale", f"{name}.{stack}", "there is no gradient to compare"))
+                continue
+            own += _compare(f"{name}.{stack}", param.grad, want)
+    return list(dict.fromkeys(_from_all_ranks(own)))
+
+
+def audit_aux_loss(
+    loss: Callable[[float], Tensor], gates: Iterable[nn.Parameter], *, coefficient: float
+) -> list[Finding]:
+    """Check that an auxiliary loss enters once: the gradient it adds to the gates grows with `coefficient`, not faster.
+
+    `loss(c)` returns the whole loss of one fixed batch with the auxiliary coefficient c. Loss and gradient at
+    `coefficient` less those at 0 must be half of those at twice the coefficient less those at 0.
+    """
+    params = list(gates)
+    grads = [_flat_grads(loss(c * coefficient), params) for c in (0, 1, 2)]
+    once, twice = grads[1] - grads[0], grads[2] - grads[0]
+    if not bool(once.abs().max() > 0):
+        return [Finding("aux loss", "gates", "the auxiliary loss gives the gates no gradient; it is left out")]
+    factor = float((twice * once).sum() / (once * once).sum())
+    if abs(factor - 2) > 2 * _SCALE_TOLERANCE:
+        return [Finding("aux loss", "gates", f"twice the coefficient gives {factor:.2f} times the gradient, not 2")]
+    return []
+
+
+def _flat_grads(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    pairs = zip(params, grads, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for p, g in pairs])
+
+
+def _inside_ddp(model: nn.Module) -> list[Finding]:
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, DistributedDataParallel):
+            continue
+        # Every parameter it takes part in is averaged over all its ranks, which have different experts.
+        ignored = set(getattr(module, "parameters_to_ignore", ()))
+        taken = [n for n, p in module.module.named_parameters() if getattr(p, "is_expert", False) and n not in ignored]
+        if taken:
+            message = "DDP averages it over ranks that hold other experts; set model._ddp_params_and_buffers_to_ignore"
+            found += [Finding("experts inside DDP", f"{name or 'model'}: {n}", message) for n in taken]
+    return found
+
+
+def _unmarked(layers: dict[str, ParallelExperts]) -> list[Finding]:
+    message = "it is not marked is_expert, so it is averaged over the wrong ranks; do not replace parameters after"
+    return [
+        Finding("unmarked expert", f"{name}.{stack}", message + " moe.parallelize")
+        for name, layer in layers.items()
+        for stack, param in layer.named_parameters()
+        if not getattr(param, "is_expert", False)
+    ]
+
+
+def _twice_in_optimizer(layers: dict[str, ParallelExperts], optimizer: torch.optim.Optimizer | None) -> list[Finding]:
+    if optimizer is None:
+        return []
+    found, held = [], [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for name, layer in layers.items():
+        for stack, param in layer.named_parameters():
+            count = held.count(id(param))
+            if param.requires_grad and count != 1:
+                message = f"it is {count} times in the optimizer; make the optimizer after moe.parallelize, each once"
+                found.append(Finding("expert in optimizer", f"{name}.{stack}", message))
+    return found
+
+
+def _bad_rows(name: str, layer: ParallelExperts) -> list[Finding]:
+    found = []
+    first = layer.runner.lanes.position * layer.num_experts
+    for stack, param in layer.named_parameters():
+        for what, value in (("weight", param.detach()), ("gradient", param.grad)):
+            if value is None:
+                continue
+            bad_E = (~value.isfinite()).flatten(1).any(1)
+            for e in bad_E.nonzero().flatten().tolist():
+                rows = int((~value[e].isfinite()).any(-1).sum())
+                message = f"{rows} rows of its {what} are NaN or infinite"
+                found.append(Finding("NaN rows", f"{name}.{stack}, expert {first + e}", message))
+    return found
+
+
+def _copies(name: str, layer: ParallelExperts) -> list[Finding]:
+    """Experts of one layer that are equal, and copies of one expert on different ranks that are not."""
+    prints: dict[tuple[int, int], list[str]] = {}
+    first = layer.runner.lanes.position * layer.num_experts
+    member = layer.runner.lanes.member
+    own = {(first + e, member): _print(layer, e) for e in range(layer.num_experts)}
+    for part in _gather(own):
+        for key, value in part.items():
+            prints.setdefault(key, []).append(value)
+    found = []
+    for (e, _), values in sorted(prints.items()):
+        if len(set(values)) > 1:
+            message = "its copies on the dp axis differ; average expert gradients over dp"
+            found.append(Finding("copies differ", f"{name}, expert {e}", message))
+    seen: dict[str, int] = {}
+    for (e, s), values in sorted(prints.items()):
+        if s == 0 and (twin := seen.setdefault(values[0], e)) != e:
+            message = f"it equals expert {twin}, which is so right after upcycling and an error after a step"
+            found.append(Finding("duplicated expert", f"{name}, expert {e}", message))
+    return found
+
+
+def _dead(name: str, layer: ParallelExperts) -> list[Finding]:
+    own = layer.rows_per_expert_E
+    every = [rows for rows in _gather(None if own is None else own.tolist()) if rows is not None]
+    if not every:
+        return []
+    total = torch.tensor(every).sum(0)
+    message = "no rank sent it a row in the last forward; look at the router's balance"
+    return [Finding("dead expert", f"{name}, expert {e}", message) for e in (total == 0).nonzero().flatten().tolist()]
+
+
+def _print(layer: ParallelExperts, e: int) -> str:
+    digest = xxhash.xxh3_128()
+    for param in layer.parameters():
+        digest.update(param.detach()[e].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _own_part(layer: ParallelExperts, stack: str, whole: Tensor | None) -> Tensor | None:
+    if whole is None:
+        return None
+    lanes = layer.runner.lanes
+    own = whole[lanes.position * layer.num_experts : (lanes.position + 1) * layer.num_experts]
+    return slice_inner(stack, own, lanes.member, lanes.num_members)
+
+
+def _compare(where: str, got: Tensor, want: Tensor) -> list[Finding]:
+    size = float((want * want).sum())
+    if not size:
+        return []
+    factor = float((got * want).sum()) / size
+    if abs(factor - 1) <= _SCALE_TOLERANCE:
+        return []
+    message = f"it is {factor:.3g} times that of one process; divide the sum over dp by the ranks of dp, ep and esp"
+    return [Finding("gradient scale", where, message)]
+
+
+def _from_all_ranks(own: list[Finding]) -> list[Finding]:
+    return [finding for part in _gather(own) for finding in part]
+
+
+def _gather(own: Any) -> list[Any]:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every

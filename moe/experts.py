@@ -1,0 +1,88 @@
+"""Experts: `experts(rows_ND, counts)`, rows expert by expert, `counts[e]` of local expert e; returns `[N, D]`.
+
+E experts of this rank, I inner width (of this rank's slice, where experts are shared), D model width, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUPED_ALIGN_BYTES = 16
+
+
+class StackedExperts(nn.Module):
+    """Gated experts in two stacked parameters, named and laid out as in transformers 5.
+
+    `gate_up_proj[E, 2I, D]`, `down_proj[E, D, I]`. Where experts are shared over an `esp` axis, this holds a slice of
+    I, and the outputs of the ranks add up to the expert's.
+    """
+
+    def __init__(
+        self, gate_up_EID: Tensor, down_EDI: Tensor, act: Callable[[Tensor], Tensor] = F.silu, *, grouped: bool = True
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(gate_up_EID), nn.Parameter(down_EDI)
+        self.act_fn = act
+        self.num_experts = len(down_EDI)
+        self._grouped = grouped
+
+    def forward(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Return `[N, D]`."""
+        if self._grouped and _can_group(rows_ND, self.gate_up_proj, self.down_proj):
+            return self._grouped_mm(rows_ND, counts)
+        out = [self._one(e, rows) for e, rows in enumerate(rows_ND.split(counts)) if len(rows)]
+        return torch.cat(out) if out else rows_ND
+
+    def _one(self, e: int, rows_ND: Tensor) -> Tensor:
+        gate, up = F.linear(rows_ND, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[e])
+
+    def _grouped_mm(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        # Rows past the last offset would be left uninitialised: the counts must add up to N.
+        assert sum(counts) == len(rows_ND), (counts, rows_ND.shape)
+        offsets_E = torch.tensor(counts, device=rows_ND.device).cumsum(0).to(torch.int32)
+        gate_up = F.grouped_mm(rows_ND, self.gate_up_proj.transpose(-2, -1), offs=offsets_E)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.grouped_mm(self.act_fn(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets_E)
+
+
+def _can_group(rows_ND: Tensor, gate_up_EID: Tensor, down_EDI: Tensor) -> bool:
+    dtype, size = rows_ND.dtype, rows_ND.element_size()
+    widths = (gate_up_EID.shape[1], gate_up_EID.shape[2], down_EDI.shape[2])
+    aligned = all(width * size % _GROUPED_ALIGN_BYTES == 0 for width in widths)
+    return aligned and dtype in _GROUPED_DTYPES and dtype == gate_up_EID.dtype == down_EDI.dtype
+
+
+class ModuleExperts(nn.Module):
+    """Any modules `[n, D] -> [n, D]`, one for each local expert."""
+
+    def __init__(self, experts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(experts)
+        self.num_experts = len(self.each)
+
+    def forward(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Return `[N, D]`; an expert without rows is not called."""
+        out = [self.each[e](rows) for e, rows in enumerate(rows_ND.split(counts)) if len(rows)]
+        return torch.cat(out) if out else rows_ND
+
+
+INNER = {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
+"""Of each stack: the dimension that holds I, and how many halves lie there one after the other."""
+
+
+def slice_inner(stack: str, value: Tensor, member: int, num_members: int) -> Tensor:
+    """Return, as a copy, the slice of a stack that one rank of the `esp` axis holds. I must divide."""
+    dim, halves = INNER[stack]
+    return torch.cat([half.chunk(num_members, dim)[member] for half in value.chunk(halves, dim)], dim)
+
+
+def join_inner(stack: str, parts: Sequence[Tensor]) -> Tensor:
+    """Return a stack from the slices of all ranks of the `esp` axis: the inverse of `slice_inner`."""
+    dim, halves = INNER[stack]
+    return torch.cat([part.chunk(halves, dim)[half] for half in range(halves) for part in parts], dim)

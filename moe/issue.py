@@ -1,0 +1,144 @@
+"""One issue queue for each link class: a Python thread that runs synchronous collectives in the order they were given.
+
+gloo does not keep the order of asynchronous operations, not even within a group, so the order is kept here. The thread
+spends its time inside the collective, which gives up the GIL; one thread that launches everything asynchronously gained
+nothing from chunks, one thread a link class follows the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from queue import SimpleQueue
+from threading import Lock, Thread
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from moe.errors import ExchangeError
+
+
+class Span(NamedTuple):
+    """When one operation ran on its link, in nanoseconds of `time.monotonic_ns`."""
+
+    link: str
+    layer: str
+    op: str
+    t0_ns: int
+    t1_ns: int
+
+
+class Ticket(Future):
+    """The handle of one submitted operation. `result()` is the only proof that it ran; it re-raises the cause."""
+
+    def __init__(self, who: str, timeout_s: float) -> None:
+        super().__init__()
+        self.who, self._timeout_s = who, timeout_s
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return what the operation returned. Raises ExchangeError when it failed or is later than the deadline."""
+        waited_s = self._timeout_s if timeout is None else timeout
+        try:
+            return super().result(waited_s)
+        except TimeoutError:
+            raise ExchangeError(
+                f"{self.who}: not done after {waited_s:g} s; a peer is lost, late, or issues in another order"
+            ) from None
+
+
+class IssueQueue:
+    """A thread that runs what is submitted, in order, on the process group of one link class.
+
+    Give each queue a group of its own (`own_group`): two threads in one group mix up their collectives. Every rank of
+    the group submits the same operations in the same order. After a failure the queue is broken: everything submitted
+    then fails with the first cause, for nobody knows any more what the peers are waiting for.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        name: str,
+        *,
+        timeout_s: float = 300.0,
+        on_span: Callable[[Span], None] | None = None,
+    ) -> None:
+        self.group, self.name, self.timeout_s = group, name, timeout_s
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._on_span = on_span
+        self._broken: ExchangeError | None = None
+        self._closed = False
+        self._lock = Lock()
+        self._waiting: SimpleQueue[tuple[Ticket, str, str, Callable[[], Any]] | None] = SimpleQueue()
+        # A daemon: a collective whose peer is gone may outlive every deadline, and must not keep the process.
+        self._thread = Thread(target=self._run, name=f"moe-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, fn: Callable[[], Any], *, layer: str = "", op: str = "") -> Ticket:
+        """Run `fn`, which does its collectives synchronously, after all that was submitted before; does not wait."""
+        where = f"rank {self._rank}, layer {layer or '?'}, {op or 'operation'} on the {self.name} link"
+        ticket = Ticket(where, self.timeout_s)
+        with self._lock:
+            if self._closed:
+                raise ExchangeError(f"{where}: the queue is closed; build the layer anew")
+            self._waiting.put((ticket, layer, op, fn))
+        return ticket
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for what was submitted, then end the thread. Raises ExchangeError when it is stuck."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._waiting.put(None)
+        waited_s = self.timeout_s if timeout_s is None else timeout_s
+        self._thread.join(waited_s)
+        if self._thread.is_alive():
+            raise ExchangeError(f"rank {self._rank}: the {self.name} link is still busy after {waited_s:g} s")
+
+    def __enter__(self) -> IssueQueue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with self._lock:  # the cause is on its way up: do not wait for peers that may never come
+            if not self._closed:
+                self._closed = True
+                self._waiting.put(None)
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            self._run_one(*item)
+            item = None  # closures hold tensors: free them before the next wait
+
+    def _run_one(self, ticket: Ticket, layer: str, op: str, fn: Callable[[], Any]) -> None:
+        if self._broken is not None:
+            ticket.set_exception(ExchangeError(f"{ticket.who}: not issued, for the link broke before: {self._broken}"))
+            return
+        t0_ns = time.monotonic_ns()
+        try:
+            value = fn()
+        except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
+            self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}")
+            self._broken.__cause__ = error
+            ticket.set_exception(self._broken)
+            return
+        if self._on_span is not None:
+            self._on_span(Span(self.name, layer, op, t0_ns, time.monotonic_ns()))
+        ticket.set_result(value)
+
+
+def own_group(group: dist.ProcessGroup | None, *, timeout_s: float = 300.0) -> dist.ProcessGroup:
+    """Return a new group of the ranks of `group` (None: all). Every one of these ranks calls, in the same order.
+
+    Its collectives fail after `timeout_s`, which is what bounds a wait for a rank that is lost.
+    """
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made

@@ -1,0 +1,139 @@
+"""The links of a layer: one queue and one process group for each link class, shared by all layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from moe.config import MoeConfig
+from moe.dispatch import DirectExchange, Exchange, TwoLevelExchange, stay
+from moe.errors import MoeConfigError
+from moe.issue import IssueQueue, Ticket, own_group
+
+
+class Result(Protocol):
+    """What a lane returns for something submitted."""
+
+    def result(self) -> Any:
+        """Wait for the value, or raise the cause."""
+        ...
+
+
+class Lane(Protocol):
+    """Runs what is submitted in order."""
+
+    def submit(self, fn: Callable[[], Any], *, layer: str = "", op: str = "") -> Result:
+        """Return a handle at once."""
+        ...
+
+
+class _Later:
+    """A value that is computed when it is first asked for."""
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        self._fn: Callable[[], Any] | None = fn
+        self._value: Any = None
+
+    def result(self) -> Any:
+        if self._fn is not None:
+            self._value, self._fn = self._fn(), None
+        return self._value
+
+
+class NoLink:
+    """The lane of an axis of one rank: nothing moves, so nothing has an order."""
+
+    def submit(self, fn: Callable[[], Any], *, layer: str = "", op: str = "") -> Result:
+        """Return the value, computed when asked for."""
+        return _Later(fn)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Everything a layer needs to reach the other ranks of its experts; `ep` and `esp` are None for one rank."""
+
+    inter: Lane
+    intra: Lane
+    ep: dist.ProcessGroup | None
+    esp: dist.ProcessGroup | None
+    exchange: Exchange
+    timeout_s: float
+    rank: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks among which experts are spread."""
+        return 1 if self.ep is None else self.ep.size()
+
+    @property
+    def num_members(self) -> int:
+        """Ranks that share an expert."""
+        return 1 if self.esp is None else self.esp.size()
+
+    @property
+    def position(self) -> int:
+        """This rank's place on the `ep` axis."""
+        return 0 if self.ep is None else self.ep.rank()
+
+    @property
+    def member(self) -> int:
+        """This rank's place on the `esp` axis."""
+        return 0 if self.esp is None else self.esp.rank()
+
+    def ticket(self, layer: str, op: str) -> Ticket:
+        """Return a handle for the lanes to wait for a computation of the calling thread."""
+        return Ticket(f"rank {self.rank}, layer {layer or '?'}, {op}", self.timeout_s)
+
+    def close(self) -> None:
+        """End the threads; the layers cannot be used afterwards."""
+        for lane in (self.inter, self.intra):
+            if isinstance(lane, IssueQueue):
+                lane.close()
+
+
+ALONE = Lanes(NoLink(), NoLink(), None, None, stay, timeout_s=0.0, rank=0)
+"""Every expert on this rank, whole."""
+
+
+def make_lanes(ep: dist.ProcessGroup | None, esp: dist.ProcessGroup | None, config: MoeConfig) -> Lanes:
+    """Return the lanes over two axes, each with groups and a thread of its own. Every rank of both groups calls.
+
+    Raises MoeConfigError when the nodes do not divide the `ep` axis.
+    """
+    timeout_s = config.timeout_s
+    ep = None if ep is None or ep.size() == 1 else own_group(ep, timeout_s=timeout_s)
+    esp = None if esp is None or esp.size() == 1 else own_group(esp, timeout_s=timeout_s)
+    return Lanes(
+        inter=NoLink() if ep is None else IssueQueue(ep, "inter", timeout_s=timeout_s),
+        intra=NoLink() if esp is None else IssueQueue(esp, "intra", timeout_s=timeout_s),
+        ep=ep,
+        esp=esp,
+        exchange=stay if ep is None else _exchange(ep, config),
+        timeout_s=timeout_s,
+        rank=dist.get_rank() if dist.is_initialized() else 0,
+    )
+
+
+def _exchange(ep: dist.ProcessGroup, config: MoeConfig) -> Exchange:
+    if config.exchange == "direct":
+        return DirectExchange(ep)
+    local, size = config.node_ranks, ep.size()
+    if size % local:
+        raise MoeConfigError(
+            f"node_ranks is {local}, but the ep axis has {size} ranks; give how many of them are on one node, a divisor"
+        )
+    ranks, place = dist.get_process_group_ranks(ep), ep.rank()
+    node, number = divmod(place, local)
+    intra = _subgroup(ranks[node * local : (node + 1) * local], config.timeout_s)
+    inter = _subgroup(ranks[number::local], config.timeout_s)
+    return TwoLevelExchange(intra, inter, levels=config.exchange)
+
+
+def _subgroup(ranks: list[int], timeout_s: float) -> dist.ProcessGroup:
+    made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made

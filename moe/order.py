@@ -1,0 +1,105 @@
+"""Orders: from token layout to expert layout and back. Rows lie expert by expert, `counts_E[e]` of expert e.
+
+`SparseOrder` sorts and moves rows (dropless, or without what a capacity dropped); `EinsumOrder` multiplies by the dense
+masks of GShard, whose experts all have as many rows. T tokens, A assignments, R rows, S slots, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moe.errors import ContractError
+from moe.gates.capacity import position_in_expert
+from moe.records import Assignments, Routing, Slots
+
+
+class Ordered(NamedTuple):
+    """What an order made of the tokens."""
+
+    rows_RD: Tensor
+    counts_E: Tensor
+    """int64; adds up to R."""
+    inverse: Callable[[Tensor], Tensor]
+    """Weighted sums of the experts' output `[R, D]`: returns `[T, D]` in the dtype of x."""
+
+
+class Order(Protocol):
+    """Arranges tokens for the experts; the inverse puts together what the experts made of them."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Ordered:
+        """Return the rows, and how to get back."""
+        ...
+
+
+class SparseOrder:
+    """Sorts the assignments by expert; within an expert they stay in token order."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Ordered:
+        """Return the rows, and how to get back."""
+        if not isinstance(routing, Assignments):
+            raise ContractError("SparseOrder takes Assignments; for a gate that makes Slots use EinsumOrder")
+        chosen_R = torch.argsort(routing.experts_A, stable=True)
+        if routing.keep_A is not None:
+            chosen_R = chosen_R[routing.keep_A[chosen_R]]
+        counts_E = torch.bincount(routing.experts_A[chosen_R], minlength=routing.num_experts)
+
+        def inverse(rows_RD: Tensor) -> Tensor:
+            weighted_RD = rows_RD * routing.weights_A[chosen_R].unsqueeze(-1)
+            return _sum_tokens(weighted_RD, chosen_R, routing).to(x_TD.dtype)
+
+        return Ordered(x_TD[routing.tokens_A[chosen_R]], counts_E, inverse)
+
+
+def _sum_tokens(weighted_RD: Tensor, chosen_R: Tensor, routing: Assignments) -> Tensor:
+    """Sum the rows of each token, in the order of its assignments: `[T, D]`, fp32 or wider where the weights are."""
+    width = weighted_RD.shape[-1]
+    if routing.per_token is None:
+        total = weighted_RD.new_zeros(routing.num_tokens, width)
+        return total.index_add(0, routing.tokens_A[chosen_R], weighted_RD)
+    if routing.keep_A is None:
+        place_A = torch.empty_like(chosen_R)
+        place_A[chosen_R] = torch.arange(len(chosen_R), device=chosen_R.device)
+        every_AD = weighted_RD[place_A]
+    else:
+        every_AD = weighted_RD.new_zeros(len(routing.experts_A), width).index_copy(0, chosen_R, weighted_RD)
+    return every_AD.view(routing.num_tokens, routing.per_token, width).sum(1)
+
+
+class EinsumOrder:
+    """Multiplies by dense masks: GShard's order, and the only one for `Slots`.
+
+    Every expert gets the same number of rows, the largest of this rank; those without a token are zeros.
+    """
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Ordered:
+        """Return the rows, and how to get back."""
+        slots = routing if isinstance(routing, Slots) else _as_slots(routing)
+        x_BTD = x_TD.reshape(*slots.dispatch_BTES.shape[:2], x_TD.shape[-1])
+        rows_EBSD = torch.einsum("btes,btd->ebsd", slots.dispatch_BTES.to(x_TD.dtype), x_BTD)
+        each = rows_EBSD.shape[1] * rows_EBSD.shape[2]
+        counts_E = torch.full((len(rows_EBSD),), each, dtype=torch.int64, device=x_TD.device)
+
+        def inverse(rows_RD: Tensor) -> Tensor:
+            combine = slots.combine_BTES
+            wide = torch.promote_types(combine.dtype, rows_RD.dtype)
+            rows = rows_RD.view(rows_EBSD.shape).to(wide)
+            return torch.einsum("btes,ebsd->btd", combine.to(wide), rows).reshape(x_TD.shape).to(x_TD.dtype)
+
+        return Ordered(rows_EBSD.reshape(-1, x_TD.shape[-1]), counts_E, inverse)
+
+
+def _as_slots(routing: Assignments) -> Slots:
+    tokens, experts, weights = routing.tokens_A, routing.experts_A, routing.weights_A
+    if routing.keep_A is not None:
+        tokens, experts, weights = tokens[routing.keep_A], experts[routing.keep_A], weights[routing.keep_A]
+    position = position_in_expert(experts, routing.num_experts)
+    slots = int(position.max()) + 1 if len(position) else 0
+    combine = weights.new_zeros(routing.num_tokens, routing.num_experts, slots)
+    mask = torch.zeros_like(combine)
+    mask[tokens, experts, position] = 1
+    combine = combine.index_put((tokens, experts, position), weights)
+    return Slots(mask.unsqueeze(0), combine.unsqueeze(0), routing.aux_loss)

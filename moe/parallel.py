@@ -1,0 +1,187 @@
+"""Expert parallelism for transformers models, in place: Mixtral, Qwen3-MoE, DeepSeek-V3, OLMoE and what is built alike.
+
+Only the module `experts` of each block is replaced. The router, with its top-k, normalisation and scaling, and experts
+shared by all tokens stay the model's own, so outputs and the auxiliary loss are computed as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe.config import MoeConfig
+from moe.errors import MoeConfigError
+from moe.experts import INNER, StackedExperts, slice_inner
+from moe.lanes import Lanes, make_lanes
+from moe.layer import ExpertRunner
+from moe.order import SparseOrder
+from moe.plan import PLAIN, LayerPlan
+from moe.records import top_k_assignments
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the experts of a model are: which axes of the mesh, and how many experts a layer has in all."""
+
+    mesh: DeviceMesh
+    ep: str
+    esp: str | None
+    dp: str
+    num_experts: int
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """Axes whose ranks have different tokens: dense gradients are averaged over all of them."""
+        return (self.dp, self.ep, *(() if self.esp is None else (self.esp,)))
+
+
+class ParallelExperts(StackedExperts):
+    """Stands in for `block.experts` of a transformers model: the same call, the same parameter names, fewer experts."""
+
+    def __init__(
+        self,
+        gate_up_EID: Tensor,
+        down_EDI: Tensor,
+        act: nn.Module,
+        runner: ExpertRunner,
+        placement: Placement,
+        *,
+        grouped: bool,
+    ) -> None:
+        super().__init__(gate_up_EID, down_EDI, act, grouped=grouped)
+        self.runner, self.placement = runner, placement
+        self.rows_per_expert_E: Tensor | None = None
+        """int64: rows this rank sent to each expert in the last forward."""
+        for param in self.parameters():
+            param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
+        routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
+        local = LocalExperts(self)
+        output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, SparseOrder(), local)
+        return output_TD
+
+
+@dataclass(frozen=True)
+class LocalExperts:
+    """The experts of this rank as the executor calls them: rows expert by expert."""
+
+    module: ParallelExperts
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of this rank."""
+        return self.module.num_experts
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return what backward gives gradients to."""
+        return self.module.parameters()
+
+    def __call__(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Return `[N, D]`."""
+        return StackedExperts.forward(self.module, rows_ND, counts)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    ep: str,
+    esp: str | None = None,
+    dp: str,
+    plan: LayerPlan | Mapping[str, LayerPlan] | None = None,
+    config: MoeConfig | None = None,
+) -> nn.Module:
+    """Spread the experts of `model` over the `ep` axis of the mesh, and slices of each over `esp`; return the model.
+
+    Every rank of the mesh calls with the whole model, the same weights on each. Axes: `ep`, `esp`, `dp` name dimensions
+    of the mesh; all three have tokens of their own on each rank. `plan` is one for all layers, or one for each name of
+    `expert_layers`; without it layers do not overlap. Expert parameters carry `is_expert = True`: what averages
+    gradients, leaves them out over `ep` and `esp` (see `moe.sync`); DDP must be told to ignore them.
+
+    Raises MoeConfigError, and leaves the model as it was, when it has no such experts, or when experts do not divide.
+    """
+    config = config or MoeConfig()
+    blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
+    sizes = _check(model, blocks, mesh, ep, esp, dp)
+    plans = {name: plan if isinstance(plan, LayerPlan) else (plan or {}).get(name, PLAIN) for name in blocks}
+    _check_plans(plan, blocks)
+    lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config)
+    for name, module in blocks.items():
+        placement = Placement(mesh, ep, esp, dp, sizes[name])
+        runner = ExpertRunner(lanes, plan=plans[name], name=name)
+        model.set_submodule(name, _spread(module, lanes, runner, placement, config))
+    return model
+
+
+def expert_layers(model: nn.Module) -> dict[str, ParallelExperts]:
+    """Return the expert-parallel layers of a model by name, in order; `layer.runner.plan` may be set, on all ranks."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether this is a module of stacked gated experts as transformers 5 has them."""
+    weights = (getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None))
+    return all(isinstance(w, Tensor) and w.dim() == 3 for w in weights) and not isinstance(module, StackedExperts)
+
+
+def _check(
+    model: nn.Module, blocks: Mapping[str, nn.Module], mesh: DeviceMesh, ep: str, esp: str | None, dp: str
+) -> dict[str, int]:
+    """Return the number of experts of each layer."""
+    if expert_layers(model):
+        raise MoeConfigError("this model is expert-parallel already; parallelize is called once")
+    if not blocks:
+        raise MoeConfigError(
+            f"{type(model).__name__} has no stacked experts (gate_up_proj, down_proj); parallelize takes the Mixtral, "
+            "Qwen3-MoE, DeepSeek-V3 and OLMoE models of transformers 5. To make one from a dense model: moe.upcycle"
+        )
+    names = mesh.mesh_dim_names or ()
+    for axis in (ep, esp, dp):
+        if axis is not None and axis not in names:
+            raise MoeConfigError(f"the mesh has the axes {', '.join(names) or 'without names'}, but no {axis!r}")
+    ranks, members = mesh[ep].size(), 1 if esp is None else mesh[esp].size()
+    return {name: _check_block(name, module, ranks, members) for name, module in blocks.items()}
+
+
+def _check_block(name: str, module: nn.Module, ranks: int, members: int) -> int:
+    for flag, wanted in (("has_gate", True), ("has_bias", False), ("is_transposed", False), ("is_concatenated", True)):
+        if getattr(module, flag, wanted) is not wanted:
+            raise MoeConfigError(f"{name}: {flag} is {not wanted} for {type(module).__name__}; these are not supported")
+    num_experts, _, inner = module.get_parameter("down_proj").shape
+    if num_experts % ranks:
+        raise MoeConfigError(
+            f"{name}: {num_experts} experts do not split over {ranks} ranks; choose an ep axis that divides them"
+        )
+    if inner % members:
+        raise MoeConfigError(
+            f"{name}: an inner width of {inner} does not split over {members} ranks; choose an esp axis that divides it"
+        )
+    return num_experts
+
+
+def _check_plans(plan: LayerPlan | Mapping[str, LayerPlan] | None, blocks: Mapping[str, nn.Module]) -> None:
+    unknown = sorted(set(plan) - set(blocks)) if isinstance(plan, Mapping) else []
+    if unknown:
+        raise MoeConfigError(f"there are plans for {', '.join(unknown)}, but the layers are {', '.join(blocks)}")
+
+
+def _spread(
+    module: nn.Module, lanes: Lanes, runner: ExpertRunner, placement: Placement, config: MoeConfig
+) -> ParallelExperts:
+    each = placement.num_experts // lanes.num_ranks
+    own = slice(lanes.position * each, (lanes.position + 1) * each)
+    whole = [module.get_parameter(name) for name in INNER]
+    with torch.no_grad():
+        pairs = zip(INNER, whole, strict=True)
+        gate_up, down = (slice_inner(name, w[own], lanes.member, lanes.num_members) for name, w in pairs)
+    act = module.get_submodule("act_fn")
+    spread = ParallelExperts(gate_up, down, act, runner, placement, grouped=config.grouped_mm)
+    for new, old in zip((spread.gate_up_proj, spread.down_proj), whole, strict=True):
+        new.requires_grad_(old.requires_grad)
+    return spread.train(module.training)

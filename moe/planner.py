@@ -1,0 +1,240 @@
+"""Choose a layer's plan from its profile: every r from 1 to 16, forward and backward apart, and say why.
+
+Pure: integers and measured times in, a frozen plan out. Source: FSMoE, arXiv 2501.10714, section 4, whose sequential
+quadratic programming over r is an enumeration here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from moe.cost import (
+    MAX_CHUNKS,
+    PAIRS,
+    LayerLoad,
+    Profile,
+    StageTimes,
+    gradient_time,
+    lane_bound,
+    layer_time,
+    serial_time,
+    stage_times,
+)
+from moe.errors import PlanError
+from moe.plan import LayerPlan, Order, intra_order
+from moe.simulate import makespan, peak_bytes, predict
+
+READY_GAIN = 1.08
+"""Where scatters are issued early it gained 2% on average and could lose 5%: taken only where it promises this."""
+LEAVE_FIXED_GAIN = 1.03
+"""A plan within 3% of the best single r, or of no overlap, is not worth leaving those for."""
+DRIFT = 0.25
+"""Relative change of a load after which a plan is made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One direction: r, the order of its intra-node lane, and the time predicted."""
+
+    chunks: int
+    order: Order
+    lag: int
+    time_s: float
+
+
+def direction_time(profile: Profile, load: LayerLoad, chunks: int, *, backward: bool) -> float:
+    """Return T(r) in fifo order; simulated where lanes slow one another, else exact."""
+    t = stage_times(profile, load, chunks, backward=backward)
+    return _time(profile, t, chunks, "fifo", 1)
+
+
+def best_choice(
+    profile: Profile,
+    load: LayerLoad,
+    *,
+    backward: bool,
+    order: Order = "fifo",
+    max_chunks: int = MAX_CHUNKS,
+    memory_bytes: float | None = None,
+) -> Choice:
+    """Return the fastest r of one direction whose buffers fit; ties go to fewer chunks, then to the shorter lag.
+
+    Raises PlanError when no r fits in `memory_bytes`.
+    """
+    found: Choice | None = None
+    for chunks in range(1, max_chunks + 1):
+        t = stage_times(profile, load, chunks, backward=backward)
+        for lag in range(1, max(2, chunks)) if order == "ready" else (1,):
+            if found is not None and _least(t, chunks) >= found.time_s:
+                break
+            if memory_bytes is not None and _buffers(profile, load, t, chunks, order, lag) > memory_bytes:
+                continue
+            time_s = _time(profile, t, chunks, order, lag)
+            if found is None or time_s < found.time_s * (1 - 1e-9):
+                found = Choice(chunks, order, lag, time_s)
+    if found is None:
+        least = min(
+            _buffers(profile, load, stage_times(profile, load, r, backward=backward), r, order, 1)
+            for r in range(1, max_chunks + 1)
+        )
+        raise PlanError(
+            f"no r of 1..{max_chunks} keeps the communication buffers in {memory_bytes:.0f} bytes; the smallest needs "
+            f"{least:.0f}: raise the limit or give each rank fewer tokens"
+        )
+    return found
+
+
+def fixed_time(profile: Profile, load: LayerLoad, chunks: int) -> tuple[float, float]:
+    """Return the forward and backward time of one r for both, fifo, gradients afterwards."""
+    bare = replace(load, gradient_bytes=0)
+    forward, backward = (direction_time(profile, bare, chunks, backward=b) for b in (False, True))
+    return forward, backward + gradient_time(profile, load)
+
+
+def best_fixed(profile: Profile, load: LayerLoad, *, max_chunks: int = MAX_CHUNKS) -> tuple[int, float]:
+    """Return Tutel's choice and its time: one r for forward and backward, gradients afterwards."""
+    times = {r: sum(fixed_time(profile, load, r)) for r in range(1, max_chunks + 1)}
+    best = min(times, key=lambda r: (times[r], r))
+    return best, times[best]
+
+
+def plan_layer(
+    profile: Profile,
+    load: LayerLoad,
+    *,
+    max_chunks: int = MAX_CHUNKS,
+    memory_bytes: float | None = None,
+) -> LayerPlan:
+    """Return the plan of one layer, its prediction and its reasons.
+
+    `load` holds the measured maxima over ranks. Falls back to the best single r where the plan promises less than 3%
+    over it, and to r = 1 where nothing promises 3% over no overlap. Raises PlanError where no r fits in memory.
+    """
+    if not load.exchange_bytes and not load.expert_rows:
+        return LayerPlan(1, 1, reasons=("nothing is exchanged or computed: r = 1",))
+    serial_s = serial_time(profile, load, backward=False) + serial_time(profile, load, backward=True)
+    chosen, reasons = _search(profile, load, max_chunks, memory_bytes)
+    plan, best_s = _as_plan(chosen, load, serial_s), _sum(chosen)
+    fixed_r, fixed_s = best_fixed(profile, load, max_chunks=max_chunks)
+    if serial_s < best_s * LEAVE_FIXED_GAIN and _fixed_fits(profile, load, 1, memory_bytes):
+        reasons.append(f"overlap promises {serial_s / best_s:.3f}x over none, {LEAVE_FIXED_GAIN} needed: r = 1")
+        plan = _fixed_plan(profile, load, 1, serial_s)
+    elif fixed_s < best_s * LEAVE_FIXED_GAIN and _fixed_fits(profile, load, fixed_r, memory_bytes):
+        reasons.append(f"promises {fixed_s / best_s:.3f}x over the best single r = {fixed_r}: stays with that")
+        plan = _fixed_plan(profile, load, fixed_r, serial_s)
+    else:
+        reasons.append(f"promises {fixed_s / best_s:.3f}x over the best single r = {fixed_r}")
+    if plan.forward_chunks * plan.backward_chunks > 1:
+        reasons.append(f"promises {serial_s / plan.predicted_s:.3f}x over no overlap")
+    if profile.slowdowns:
+        reasons.append("lanes slow one another: " + ", ".join(f"{k} {v:.2f}x" for k, v in profile.slowdowns.items()))
+    return replace(plan, reasons=tuple(reasons))
+
+
+def replan_reason(planned: LayerLoad, measured: LayerLoad) -> str | None:
+    """Return why a plan made for `planned` no longer fits what was measured, or None."""
+    for name in ("exchange_bytes", "gather_bytes", "expert_rows", "gradient_bytes"):
+        old, new = getattr(planned, name), getattr(measured, name)
+        if abs(new - old) > DRIFT * max(old, 1e-30):
+            return f"{name} went from {old:.0f} to {new:.0f}, more than {DRIFT:.0%}"
+    return None
+
+
+def refit_reason(predicted_s: float, measured_s: Sequence[float]) -> str | None:
+    """Return why a profile no longer holds: the median of the measured times is over 25% off, or None."""
+    middle = sorted(measured_s)[len(measured_s) // 2]
+    if abs(middle - predicted_s) <= DRIFT * predicted_s:
+        return None
+    return f"layers take {middle * 1e3:.2f} ms in the median, {predicted_s * 1e3:.2f} ms were predicted: profile again"
+
+
+def _time(profile: Profile, t: StageTimes, chunks: int, order: Order, lag: int) -> float:
+    if profile.slowdowns and any(profile.slowdown(*pair) > 1 for pair in PAIRS):
+        return max((e.t1_s for e in predict(profile, t, chunks, order=order, lag=lag)), default=0.0)
+    if order == "fifo":
+        return float(layer_time(t, chunks))
+    return float(makespan(t, intra_order(chunks, order, lag)))
+
+
+def _least(t: StageTimes, chunks: int) -> float:
+    """No order of these chunks ends before its busiest lane: what lets the search stop early."""
+    return max(2 * chunks * t.all_to_all + t.gradient, chunks * (t.gather + t.scatter), chunks * t.expert)
+
+
+def _buffers(profile: Profile, load: LayerLoad, t: StageTimes, chunks: int, order: Order, lag: int) -> float:
+    return peak_bytes(predict(profile, t, chunks, order=order, lag=lag), load, chunks)
+
+
+def _search(
+    profile: Profile, load: LayerLoad, max_chunks: int, memory_bytes: float | None
+) -> tuple[tuple[Choice, Choice], list[str]]:
+    def both(order: Order) -> tuple[Choice, Choice]:
+        forward, backward = (
+            best_choice(profile, load, backward=b, order=order, max_chunks=max_chunks, memory_bytes=memory_bytes)
+            for b in (False, True)
+        )
+        return forward, backward
+
+    chosen, why_not = both("fifo"), []
+    if load.gather_bytes:
+        ready = both("ready")
+        promise = _sum(chosen) / _sum(ready)
+        taken = promise >= READY_GAIN
+        chosen = ready if taken else chosen
+        verb = "taken" if taken else "not taken"
+        why_not.append(f"ready order promises {promise:.3f}x over fifo, {READY_GAIN} needed: {verb}")
+    return chosen, [_why(profile, load, choice, backward=bool(b)) for b, choice in enumerate(chosen)] + why_not
+
+
+def _fixed_fits(profile: Profile, load: LayerLoad, chunks: int, memory_bytes: float | None) -> bool:
+    if memory_bytes is None:
+        return True
+    times = (stage_times(profile, load, chunks, backward=b) for b in (False, True))
+    return all(_buffers(profile, load, t, chunks, "fifo", 1) <= memory_bytes for t in times)
+
+
+def _fixed_plan(profile: Profile, load: LayerLoad, chunks: int, serial_s: float) -> LayerPlan:
+    forward, backward = fixed_time(profile, load, chunks)
+    return LayerPlan(
+        chunks,
+        chunks,
+        predicted_forward_s=forward,
+        predicted_backward_s=backward,
+        predicted_serial_s=serial_s,
+    )
+
+
+def _as_plan(chosen: tuple[Choice, Choice], load: LayerLoad, serial_s: float) -> LayerPlan:
+    forward, backward = chosen
+    return LayerPlan(
+        forward.chunks,
+        backward.chunks,
+        order=forward.order,
+        forward_lag=forward.lag,
+        backward_lag=backward.lag,
+        gradient_bytes=round(load.gradient_bytes),
+        predicted_forward_s=forward.time_s,
+        predicted_backward_s=backward.time_s,
+        predicted_serial_s=serial_s,
+    )
+
+
+def _sum(choices: tuple[Choice, Choice]) -> float:
+    return choices[0].time_s + choices[1].time_s
+
+
+def _why(profile: Profile, load: LayerLoad, choice: Choice, *, backward: bool) -> str:
+    t = stage_times(profile, load, choice.chunks, backward=backward)
+    r = choice.chunks
+    terms = {
+        "the inter-node link": 2 * r * t.all_to_all + t.gradient,
+        "the intra-node link": r * (t.gather + t.scatter),
+        "the experts": r * t.expert,
+    }
+    busy = max(terms, key=lambda name: terms[name])
+    bound = lane_bound(profile, load, backward=backward)
+    return (
+        f"{'backward' if backward else 'forward'} r = {r}: {choice.time_s * 1e3:.2f} ms, limited by {busy} "
+        f"({terms[busy] * 1e3:.2f} ms busy; no plan is under {bound * 1e3:.2f})"
+    )

@@ -1,0 +1,187 @@
+"""Choose how RoundPipe runs a model: rounds, partition, fused layers, open slots and the order of dispatch.
+
+For each number of rounds and of open slots even cuts are simulated, the best few and a coarse one annealed; the setting
+with the shortest makespan is then searched longer. Pure: the same costs and seed give every rank the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PlanError
+from pipeline.roundpipe.search import Problem, Tables, even_cuts, search
+from pipeline.roundpipe.slots import LayerCosts, Op, Partition, check_model, rounds_of
+
+SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 1_500_000_000
+"""Simulated operations for looking at every setting, and for the best one: some seconds together."""
+READY_SHARE = 1 / 20
+"""What of these ready-first dispatch gets: an operation of its simulation takes that much longer."""
+HOT = (0.32, 0.12)
+"""First temperatures, in shares of the ideal makespan of a layer: a coarse search, one that keeps more of its start."""
+STARTS, SETTLED = 1, 4
+"""Even cuts to start from, for each number of fused layers; results of the survey to search from longer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPipePlan:
+    """How one optimizer step runs, and what the simulation of it says."""
+
+    num_devices: int
+    rounds: tuple[int, ...]
+    """Micro-batches in each round."""
+    open_slots: int
+    partition: Partition
+    order: tuple[tuple[Op, ...], ...]
+    """What each device runs, in order. Every rank follows this, not what happens to be ready."""
+    makespan_s: float
+    bubble: float
+    """Idle share of the devices' time, recomputation counted as work (as published)."""
+    useful: float
+    """Share of the devices' time in forward and backward, recomputation not counted."""
+    peak_bytes: int
+    """Most bytes on a device: weights, gradients, one micro-batch of each open slot; the next weights. 0 if unknown."""
+    reasons: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RoundPipePlan:
+        """Read what `to_json` made, also after a trip through text."""
+        cut = data["partition"]
+        partition = Partition(forward=tuple(cut["forward"]), fused=cut["fused"], backward=tuple(cut["backward"]))
+        order = tuple(tuple(Op(**op) for op in ops) for ops in data["order"])
+        return cls(
+            **{
+                **data,
+                "partition": partition,
+                "order": order,
+                "rounds": tuple(data["rounds"]),
+                "reasons": tuple(data["reasons"]),
+            }
+        )
+
+
+def evaluate(problem: Problem, partition: Partition) -> RoundPipePlan:
+    """Simulate one partition and return it as a plan with its order of dispatch.
+
+    Raises:
+        PlanError: The partition is not one of this model, or needs more than the memory cap.
+    """
+    check_model(problem.costs, partition, problem.rounds, problem.num_devices)
+    tables = Tables(problem)
+    makespan_s, rows = tables.order(partition)
+    peak = tables.peak(partition)
+    cap = problem.memory_cap_bytes
+    if cap is not None and peak > cap:
+        raise PlanError(f"the partition needs {peak:,} bytes on a device, the cap is {cap:,}; cut finer or raise it")
+    order: list[list[Op]] = [[] for _ in range(problem.num_devices)]
+    for device, g, microbatch in rows:
+        order[device].append(Op(int(g) // partition.num_slots, int(g) % partition.num_slots, int(microbatch)))
+    useful_s = problem.costs.useful_s * sum(problem.rounds)
+    recomputed = sum(problem.costs.forward_s[: sum(partition.backward)]) * sum(problem.rounds)
+    whole = makespan_s * problem.num_devices
+    return RoundPipePlan(
+        num_devices=problem.num_devices,
+        rounds=problem.rounds,
+        open_slots=problem.open_slots,
+        partition=partition,
+        order=tuple(tuple(ops) for ops in order),
+        makespan_s=makespan_s,
+        bubble=1 - (useful_s + recomputed) / whole,
+        useful=useful_s / whole,
+        peak_bytes=peak,
+    )
+
+
+def anneal_all(
+    problem: Problem, starts: Sequence[Partition], hot: Sequence[float], *, seed: int, operations: float
+) -> list[tuple[float, Partition]]:
+    """Anneal every start at every temperature within a budget; return (seconds, partition), best first."""
+    runs = list(product(starts, hot))
+    share = operations / len(runs) * (1 if problem.open_slots == 1 else READY_SHARE)
+    found = []
+    for i, (start, temperature) in enumerate(runs):
+        evaluations = int(share / (sum(problem.rounds) * start.num_slots))
+        found.append(
+            search(problem, start, seed=seed + i, evaluations=evaluations, hot=temperature / problem.costs.num_layers)
+        )
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def plan(
+    costs: LayerCosts,
+    *,
+    num_devices: int,
+    num_microbatches: int,
+    num_rounds: Sequence[int] = (1, 2),
+    open_slots: Sequence[int] = (1, 2, 3),
+    fused: int | None = None,
+    memory_cap_bytes: int | None = None,
+    effort: float = 1.0,
+    seed: int = 0,
+) -> RoundPipePlan:
+    """Return the plan with the shortest simulated makespan of one synchronous optimizer step.
+
+    Args:
+        costs: What each layer costs for one micro-batch.
+        num_devices: Stateless workers.
+        num_microbatches: Micro-batches of a step.
+        num_rounds: Numbers of rounds to try.
+        open_slots: Open slots a device to try; 1 is strict slot order.
+        fused: Layers of the fused slot, where they are given.
+        memory_cap_bytes: Most bytes of weights, gradients and one micro-batch on a device.
+        effort: Scales the evaluations of the search; 1 is some seconds.
+        seed: Of the search, which is bounded by evaluations and so the same on every rank.
+
+    Raises:
+        PlanError: No partition fits the memory cap, or the numbers make no schedule.
+    """
+    base = Problem(
+        costs=costs, rounds=(), num_devices=num_devices, open_slots=1, fused=fused, memory_cap_bytes=memory_cap_bytes
+    )
+    deals = dict.fromkeys(rounds_of(num_microbatches, n) for n in num_rounds if n <= num_microbatches)
+    settings = [replace(base, rounds=r, open_slots=k) for r, k in product(deals, sorted(set(open_slots)))]
+    survey = []
+    for problem in settings:
+        cuts = even_cuts(problem, STARTS)
+        found = anneal_all(problem, cuts, HOT, seed=seed, operations=effort * SURVEY_OPS / len(settings))
+        survey.append((found[0][0], problem, found))
+    _, problem, found = min(survey, key=lambda entry: entry[0])
+    starts = list(dict.fromkeys(cut for _, cut in found))[:SETTLED]
+    settled = anneal_all(problem, starts, HOT[-1:], seed=seed + 1000, operations=effort * SETTLE_OPS)
+    best = evaluate(problem, min(settled[0], found[0], key=lambda pair: pair[0])[1])
+    others = [(t, p) for t, p, _ in survey if p is not problem]
+    return replace(best, reasons=reasons(best, others, costs))
+
+
+def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs: LayerCosts) -> tuple[str, ...]:
+    """Say in words why this plan, and what bounds it."""
+    num = sum(best.rounds)
+    mean_s = costs.useful_s * num / best.num_devices
+    slots = best.partition.num_slots
+    hop = costs.transfer_s / (best.makespan_s / max(1, slots * num / best.num_devices))
+    lines = [
+        f"{len(best.rounds)} round(s) of {best.rounds} micro-batches, {best.open_slots} open slot(s): "
+        f"{best.makespan_s:.4g} s, {best.makespan_s / mean_s:.3f} times the bound without idling or recomputation",
+        f"{slots} slots on {best.num_devices} devices; the fused slot holds {best.partition.fused} layer(s), "
+        f"which are not recomputed",
+        f"a hop costs {hop:.2f} of a mean slot: no bubble needs {best.num_devices * (1 + hop):.1f} micro-batches",
+    ]
+    lines += [
+        f"{len(problem.rounds)} round(s), {problem.open_slots} open slot(s): {t:.4g} s, {t / best.makespan_s - 1:+.1%}"
+        for t, problem in sorted(others, key=lambda pair: pair[0])
+    ]
+    return tuple(lines)
+
+
+def zero_bubble_s(costs: LayerCosts, *, num_devices: int, num_microbatches: int, recomputed_layers: int) -> float:
+    """Return the makespan of no idle time at all, with the first layers recomputed."""
+    again = float(np.sum(costs.forward_s[:recomputed_layers]))
+    return (costs.useful_s + again) * num_microbatches / num_devices

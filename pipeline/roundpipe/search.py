@@ -1,0 +1,134 @@
+"""Search over partitions: every even cut simulated, then simulated annealing. Bounded by evaluations, so that a seed
+gives one result on every rank and on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PlanError
+from pipeline.roundpipe.anneal import anneal, peak_bytes, scan_even
+from pipeline.roundpipe.slot_sim import fill_tables, ready_makespan
+from pipeline.roundpipe.slots import LayerCosts, Partition, even_sizes
+
+MOST_FUSED = 2
+"""Even cuts are tried with up to so many fused layers; the search may fuse more."""
+COLD = 2e-5
+"""Last temperature, in shares of the ideal makespan."""
+SCANNED = {True: 128, False: 24}
+"""Numbers of slots that the scan of even cuts tries on each side: strict simulation is cheap, ready-first is not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One search: a model, its micro-batches in rounds, devices, and how they dispatch."""
+
+    costs: LayerCosts
+    rounds: tuple[int, ...]
+    num_devices: int
+    open_slots: int
+    """Slots a device may have open at once; 1 is strict slot order."""
+    memory_cap_bytes: int | None = None
+    fused: int | None = None
+    """Layers of the fused slot where they are given; None to search them too."""
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds of a transfer; on one device nothing is transferred."""
+        return self.costs.transfer_s if self.num_devices > 1 else 0.0
+
+    @property
+    def ideal_s(self) -> float:
+        """Makespan with no recomputation and no idle device."""
+        return self.costs.useful_s * sum(self.rounds) / self.num_devices
+
+    @property
+    def setting(self) -> tuple[NDArray[np.int64], int, float, int, float]:
+        """Rounds, devices, transfer, open slots and cap (0: none) as the compiled functions take them."""
+        rounds = np.array(self.rounds, np.int64)
+        return rounds, self.num_devices, self.transfer_s, self.open_slots, float(self.memory_cap_bytes or 0)
+
+
+def running_sums(costs: LayerCosts) -> NDArray[np.float64]:
+    """Return sums over the first 0, 1, .. layers, [4, layers + 1]: forward, backward, weights, activations."""
+    none = (0,) * costs.num_layers
+    rows = (costs.forward_s, costs.backward_s, costs.weight_bytes or none, costs.activation_bytes or none)
+    return np.stack([np.concatenate([[0.0], np.cumsum(row)]) for row in rows])
+
+
+class Tables:
+    """Partitions as the integers that the compiled functions read, for one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.sums_4L = running_sums(problem.costs)
+
+    def integers(self, partition: Partition) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return sizes (room for every layer twice) and shape."""
+        given = (*partition.forward, *partition.backward)
+        sizes = np.zeros(2 * self.problem.costs.num_layers + 1, np.int64)
+        sizes[: len(given)] = given
+        return sizes, np.array([len(partition.forward), len(partition.backward), partition.fused], np.int64)
+
+    def order(self, partition: Partition) -> tuple[float, NDArray[np.int64]]:
+        """Return the makespan and the dispatch, rows (device, global slot, micro-batch of the step)."""
+        rounds, num_devices, transfer_s, open_slots, _ = self.problem.setting
+        sizes, shape = self.integers(partition)
+        num_slots = partition.num_slots
+        table_S3, input_S = np.zeros((num_slots, 3)), np.zeros(num_slots, np.int64)
+        fill_tables(sizes, shape, self.sums_4L[0], self.sums_4L[1], table_S3, input_S)
+        done_SM = np.zeros((num_slots, rounds.sum()))
+        order_O3 = np.zeros((num_slots * int(rounds.sum()), 3), np.int64)
+        makespan_s = ready_makespan(
+            num_slots, int(shape[0]), table_S3, input_S, rounds, num_devices, transfer_s, open_slots, done_SM, order_O3
+        )
+        return float(makespan_s), order_O3
+
+    def peak(self, partition: Partition) -> int:
+        """Return the most bytes of a device; 0 where the costs say nothing of bytes."""
+        sizes, shape = self.integers(partition)
+        return int(peak_bytes(sizes, shape, self.sums_4L, self.problem.num_devices, self.problem.open_slots))
+
+
+def search(problem: Problem, start: Partition, *, seed: int, evaluations: int, hot: float) -> tuple[float, Partition]:
+    """Return (makespan in seconds, partition) of the best found from `start`; over the cap, with a penalty.
+
+    `hot` is the first temperature, in shares of the ideal makespan. The same arguments give the same result.
+    """
+    tables = Tables(problem)
+    sizes, shape = tables.integers(start)
+    best = anneal(
+        seed % 2**32, evaluations, sizes, shape, tables.sums_4L, *problem.setting, problem.fused is None,
+        hot * problem.ideal_s, COLD * problem.ideal_s,
+    )  # fmt: skip
+    a, b, fused = (int(x) for x in shape)
+    numbers = [int(x) for x in sizes]
+    return float(best), Partition(forward=tuple(numbers[:a]), fused=fused, backward=tuple(numbers[a : a + b]))
+
+
+def even_cuts(problem: Problem, num: int) -> list[Partition]:
+    """Return, for few fused layers, the best `num` of all even cuts and a coarse one."""
+    most = max(1, min(MOST_FUSED, problem.costs.num_layers - 1))
+    fused = [problem.fused] if problem.fused else range(1, most + 1)
+    return [cut for f in fused for cut in _even_cuts(problem, f, num)]
+
+
+def _even_cuts(problem: Problem, fused: int, num: int) -> list[Partition]:
+    body = problem.costs.num_layers - fused
+    if body < 1:
+        raise PlanError(
+            f"{problem.costs.num_layers} layers with {fused} fused leave nothing to deal to devices; "
+            "give the layers one by one"
+        )
+    num_counts = min(body, SCANNED[problem.open_slots == 1])
+    spaced = np.arange(1, body + 1) if num_counts == body else np.geomspace(1, body, num_counts)
+    counts = np.unique(spaced.round().astype(np.int64))
+    energy_AB = scan_even(counts, fused, running_sums(problem.costs), *problem.setting)
+    rows = np.argmin(energy_AB, axis=0)
+    columns = np.argsort(energy_AB[rows, np.arange(counts.size)], kind="stable")[:num]
+    coarse = (max(1, min(problem.num_devices, body // 3)), min(body, 2 * problem.num_devices))
+    cuts = [(int(counts[rows[b]]), int(counts[b])) for b in columns] + [coarse]
+    return [Partition(forward=even_sizes(body, a)[::-1], fused=fused, backward=even_sizes(body, b)) for a, b in cuts]

@@ -1,0 +1,214 @@
+"""The `checkpoint` command, run as people run it: as a process with arguments, output and an exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from checkpointing import SINGLE, Checkpointer, cli
+from checkpointing.errors import CheckpointError, IntegrityError
+from tests.flat_states import Flat, assorted, same
+from tests.spawn import ROOT
+
+DATA = "rank-00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with steps 10 and 20; tests that change it copy it."""
+    root = tmp_path_factory.mktemp("runs") / "a"
+    with Checkpointer(root, group=SINGLE) as ckpt:
+        for step in (10, 20):
+            ckpt.save(step, {"run": Flat(assorted(step))}).wait()
+    return root
+
+
+def run(*args, ok=(0,)):
+    """Run a verb in this process, as `main` would; return (exit code, output)."""
+    found = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    if isinstance(found.exception, CheckpointError):
+        code, text = (1 if isinstance(found.exception, IntegrityError) else 2), str(found.exception)
+    else:
+        code, text = found.exit_code, found.output
+    assert code in ok, text
+    return code, text
+
+
+def run_json(*args, ok=(0,)):
+    return json.loads(run(*args, "--json", ok=ok)[1])
+
+
+def test_every_verb_has_help_and_json():
+    for verb in ("ls", "show", "verify", "diff", "save", "restore", "request", "prune", "doctor"):
+        text = run(verb, "--help")[1]
+        assert "--json" in text
+
+
+def test_verify_needs_no_torch_and_exits_1_on_damage(saved, tmp_path):
+    place = copied(saved, tmp_path) / "step-20" / DATA
+    body = json.loads((place.parent / "manifest.json").read_text())
+    entry = next(one for one in body["tensors"] if one["name"] == "run.page")
+    data = bytearray(place.read_bytes())
+    data[entry["begin"] + 5] ^= 1
+    place.write_bytes(data)
+    code = (
+        "import sys; sys.modules['torch'] = None; from checkpointing.cli import app\n"
+        "for verb in ('verify', 'ls', 'show', 'doctor'):\n"
+        "    try: app([verb, sys.argv[1]])\n"
+        "    except SystemExit as done: print(verb, 'exits', done.code)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, place.parents[1]], cwd=ROOT, capture_output=True, text=True)
+    assert "step 10: every byte is what was saved" in found.stdout, found.stderr
+    assert f"step-20/{DATA}: tensor 'run.page', piece 0 (bytes {entry['begin']}.." in found.stdout
+    codes = dict(line.split(" exits ") for line in found.stdout.splitlines() if " exits " in line)
+    assert codes == {"verify": "1", "ls": "0", "show": "0", "doctor": "0"}
+
+
+def test_the_module_is_the_command_and_bad_input_exits_2(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "checkpointing", "verify", str(tmp_path / "none")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.strip() == (f"checkpoint: {tmp_path}/none does not exist or is empty; give the folder of a run")
+
+
+def test_ls_and_show(saved):
+    rows = run_json("ls", saved)
+    assert [(row["step"], row["ok"], row["world_size"]) for row in rows] == [(10, True, 1), (20, True, 1)]
+    found = run_json("show", saved)
+    assert found["step"] == 20
+    tensors = {one["name"]: one for one in found["tensors"]}
+    assert tensors["run.page"] | {"shards": 0} == {
+        "name": "run.page", "dtype": "F32", "shape": [1024], "bytes": 4096, "shards": 0,
+    }  # fmt: skip
+    assert found["aliases"] == {"run.weight": "run.head.weight"}
+    assert found["values"]["run.seed"] == 20
+    some = run_json("show", f"{saved}@10", "--only", "run.b*")
+    assert [one["name"] for one in some["tensors"]] == ["run.bf16"]
+    assert "run.page" in run("show", saved / "step-10")[1]
+
+
+def test_ls_says_what_is_damaged(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    (root / "step-20" / DATA).write_bytes(b"")
+    rows = run_json("ls", root, ok=(1,))
+    assert rows[1]["reason"].startswith(f"step-20/{DATA}: 0 bytes long and saved with")
+
+
+def test_diff_counts_and_measures(saved, tmp_path):
+    assert run("diff", f"{saved}@10", saved / "step-10") == (0, "no differences\n")
+    state = assorted(10)
+    state["page"][3] += 2.0
+    state["flags"] = torch.tensor([True, False])
+    state["seed"] = 11
+    del state["odd"]
+    with Checkpointer(tmp_path / "b", group=SINGLE) as ckpt:
+        ckpt.save(1, {"run": Flat(state)}).wait()
+    found = {one["name"]: one for one in run_json("diff", f"{saved}@10", tmp_path / "b", ok=(1,))}
+    assert found.keys() == {"run.page", "run.flags", "run.seed", "run.odd"}
+    assert (found["run.page"]["kind"], found["run.page"]["different"]) == ("numbers", 1)
+    assert found["run.page"]["max_abs"] == pytest.approx(2.0)
+    assert found["run.flags"]["kind"] == "shape"
+    assert found["run.odd"]["kind"] == "only in A"
+    assert (found["run.seed"]["a"], found["run.seed"]["b"]) == (10, 11)
+    assert len(run_json("diff", f"{saved}@10", tmp_path / "b", "--only", "run.p*", ok=(1,))) == 1
+
+
+def test_diff_reads_any_two_formats(saved, tmp_path):
+    run("restore", saved, tmp_path / "a.pt", "--format", "torch")
+    assert run("diff", saved, tmp_path / "a.pt")[0] == 0
+
+
+def test_restore_only_a_part_in_another_dtype_and_never_over_something(saved, tmp_path):
+    run("restore", f"{saved}@10", tmp_path / "a.pt", "--format", "torch", "--only", "run.page", "--dtype", "bfloat16")
+    back = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert same(back, {"run.page": assorted(10)["page"].bfloat16()})
+    _, text = run("restore", saved, tmp_path / "a.pt", "--format", "torch", ok=(2,))
+    assert text == f"{tmp_path}/a.pt exists already and nothing is overwritten; choose another destination"
+    for extra, text in (
+        (("--only", "x*"), "no name of"),
+        (("--dtype", "int8"), "--dtype int8 is no floating-point dtype of torch"),
+        (("--format", "zip"), "format 'zip' is unknown; formats: "),
+        (("--world-size", "2"), "--world-size 2 has no meaning for it"),
+    ):
+        format_ = () if "--format" in extra else ("--format", "torch")
+        assert text in run("restore", saved, tmp_path / "b", *format_, *extra, ok=(2,))[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]  # nothing half-made is left
+
+
+def test_restore_verifies_what_it_reads(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    data = bytearray((root / "step-20" / DATA).read_bytes())
+    data[-1] ^= 1
+    (root / "step-20" / DATA).write_bytes(data)
+    _, text = run("restore", root, tmp_path / "x.pt", "--format", "torch", ok=(1,))
+    assert "is not what was saved" in text
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_save_commits_what_another_tool_wrote(tmp_path):
+    nested = {"model": {"w": torch.randn(3)}, "optimizer": {"state": {0: {"step": 1}}, "betas": (0.9, 0.95)}}
+    torch.save(nested, tmp_path / "old.pt")
+    found = run_json("save", tmp_path / "old.pt", tmp_path / "run", "--step", 7)
+    assert found["path"].endswith("run/step-7")
+    assert run("verify", tmp_path / "run")[0] == 0
+    run("restore", tmp_path / "run", tmp_path / "new.pt", "--format", "torch")
+    assert same(torch.load(tmp_path / "new.pt", weights_only=True), nested)
+    assert "step-7 exists already" in run("save", tmp_path / "old.pt", tmp_path / "run", "--step", 7, ok=(2,))[1]
+
+
+def test_prune_keeps_the_newest_that_verifies(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    data = bytearray((root / "step-20" / DATA).read_bytes())
+    data[-1] ^= 1
+    (root / "step-20" / DATA).write_bytes(data)
+    (root / f"step-30.tmp-{'a' * 8}-{'b' * 8}").mkdir()  # of a run that never saved: only a person clears it
+    left = f"step-30.tmp-{'a' * 8}-{'b' * 8}"
+    assert run_json("prune", root, "--keep", 1, "--dry-run")["removed"] == [left]
+    assert run_json("prune", root, "--keep", 1)["removed"] == [left]
+    assert sorted(path.name for path in root.glob("step-*")) == ["step-10", "step-20"]
+    assert run_json("prune", copied(saved, tmp_path / "x"), "--keep", 1)["removed"] == ["step-10"]
+
+
+def test_prune_lets_a_save_under_way_be(saved, tmp_path):
+    from checkpointing.storage.local import LocalStorage
+
+    root = copied(saved, tmp_path)
+    tmp = root / f"step-30.tmp-{'a' * 8}-{'b' * 8}"
+    tmp.mkdir()
+    lock = LocalStorage().lock(tmp)
+    assert run_json("prune", root, "--keep", 2)["removed"] == []
+    os.close(lock)
+
+
+def test_request_leaves_the_file_a_job_looks_for(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    assert run_json("request", root) == {"path": str(root / "request"), "already": False}
+    assert run_json("request", root)["already"] is True
+    assert "does not exist or is empty" in run("request", tmp_path / "none", ok=(2,))[1]
+
+
+def test_doctor(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    assert {one["level"] for one in run_json("doctor", root)} == {"ok"}
+    names = sorted(os.listdir(root))
+    with Checkpointer(tmp_path / "other", group=SINGLE) as ckpt:
+        place = ckpt.save(30, {"run": Flat(assorted(1))}).wait()
+    place.rename(root / "step-30")
+    found = run_json("doctor", root, ok=(1,))
+    assert [one["what"] for one in found if one["level"] == "problem"] == [
+        "checkpoints of 2 runs share the folder; a restore takes the newest"
+    ]
+    assert sorted(os.listdir(root)) == sorted([*names, "step-30"])
+
+
+def copied(source, where):
+    import shutil
+
+    where.mkdir(exist_ok=True)
+    return shutil.copytree(source, where / "run")

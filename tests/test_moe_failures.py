@@ -1,0 +1,171 @@
+"""Bad routing, differing plans and lost ranks: one clear error in bounded time, on every rank."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from moe.config import MoeConfig
+from moe.errors import ContractError, ExchangeError, MoeConfigError, MoeError, PlanError
+from moe.experts import StackedExperts
+from moe.plan import LayerPlan
+from moe.records import top_k_assignments
+from tests.moe_case import EXPERTS, WIDTH, lanes_of, make_layer, make_mesh, stacks, tokens_of
+from tests.spawn import SpawnError, run_ranks
+
+
+class BadGate(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        ids = torch.arange(2).repeat(len(x), 1)
+        weights = torch.full((len(x), 2), 0.5, dtype=x.dtype)
+        if self.kind == "nan":
+            weights[0, 0] = float("nan")
+        elif self.kind == "repeated":
+            ids[1] = 3
+        elif self.kind == "range":
+            ids[0, 0] = EXPERTS
+        return top_k_assignments(ids, weights, EXPERTS)
+
+
+class LosingOrder:
+    def __init__(self, order):
+        self.order = order
+
+    def __call__(self, x_TD, routing):
+        return self.order(x_TD, routing)._replace(counts_E=torch.zeros(EXPERTS, dtype=torch.int64))
+
+
+def misbehave(info, kind):
+    """Rank 1 alone does something wrong; returns what each rank got to hear, and after how long."""
+    lanes = lanes_of(make_mesh(2, 2, 1))
+    layer, x = make_layer(lanes), tokens_of(info.rank, [4, 4])
+    if info.rank == 1:
+        if kind == "plan":
+            layer.runner.plan = LayerPlan(2, 1)
+        elif kind == "dtype":
+            layer, x = layer.float(), x.float()
+        elif kind == "order":
+            layer.order = LosingOrder(layer.order)
+        else:
+            layer.gate = BadGate(kind)
+    start_s = time.monotonic()
+    try:
+        layer(x)
+    except MoeError as error:
+        heard = (type(error), str(error))
+    lanes.close()
+    return *heard, time.monotonic() - start_s
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        ("nan", ContractError, "layer case, rank 1 of the ep axis: its gate returned weights that are NaN"),
+        ("repeated", ContractError, "rank 1 of the ep axis: its gate sent a token to the same expert twice"),
+        ("range", ContractError, "rank 1 of the ep axis: its gate returned experts or tokens that do not exist"),
+        ("order", ContractError, "rank 1 of the ep axis: its order returned rows or counts that do not belong"),
+        ("plan", PlanError, "rank 0 of the ep axis has .* = .* rank 1 of the ep axis has .*; give every rank the same"),
+        ("dtype", PlanError, "give every rank the same plan and dtype"),
+    ],
+)
+def test_what_one_rank_does_wrong_every_rank_hears(kind, error, text):
+    for kind_of, message, waited_s in run_ranks(misbehave, 2, kind):
+        assert kind_of is error
+        with pytest.raises(error, match=text):
+            raise error(message)
+        assert waited_s < 10
+
+
+class Failing(nn.Module):
+    num_experts = 2
+
+    def __init__(self, rank, how):
+        super().__init__()
+        self.rank, self.how = rank, how
+
+    def forward(self, rows, counts):
+        if self.rank != 1:
+            return rows
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "shape":
+            return rows[:, :1]
+        raise ValueError("the expert is broken")
+
+
+def fail_in_the_middle(info, how):
+    lanes = lanes_of(make_mesh(2, 2, 1), timeout_s=3.0)
+    layer = make_layer(lanes, LayerPlan(3, 1))
+    layer.experts = Failing(info.rank, how)
+    start_s = time.monotonic()
+    with pytest.raises((MoeError, ValueError)) as caught:
+        layer(tokens_of(info.rank, [6, 6]))
+    assert time.monotonic() - start_s < 15
+    if how == "killed":
+        raise caught.value
+    return type(caught.value), str(caught.value)
+
+
+def test_an_expert_that_fails_ends_the_step_on_every_rank():
+    (kind, text), (own_kind, own_text) = run_ranks(fail_in_the_middle, 2, "fails", fresh=True)
+    assert kind is ExchangeError
+    assert text.startswith("rank 0, layer case, combine 0 on the inter link: ")
+    assert (own_kind, own_text) == (ValueError, "the expert is broken")
+
+
+def test_experts_that_return_another_shape_are_named():
+    layer = make_layer()
+    layer.experts = Failing(1, "shape")
+    layer.experts.num_experts = EXPERTS
+    with pytest.raises(ContractError, match=r"layer case: the experts got rows \(12, 6\) .* and returned \(12, 1\)"):
+        layer(tokens_of(0, [6]))
+
+
+def test_a_rank_lost_in_the_middle_of_an_all_to_all_is_an_error_on_the_other():
+    with pytest.raises(SpawnError) as caught:
+        run_ranks(fail_in_the_middle, 2, "killed", fresh=True, timeout_s=40)
+    # Whichever came first: the other rank was not stuck, it raised.
+    assert "SIGKILL" in str(caught.value) or "rank 0, layer case, combine" in str(caught.value)
+    assert "failed after it: ranks" in str(caught.value)
+
+
+def uneven(info):
+    with pytest.raises(MoeConfigError, match="node_ranks is 2, but the ep axis has 3 ranks"):
+        lanes_of(make_mesh(3, 3, 1), exchange="2d", node_ranks=2)
+    return True
+
+
+def test_nodes_that_do_not_divide_are_refused():
+    assert run_ranks(uneven, 3) == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"exchange": "3d"}, "exchange is '3d'; choose one of direct, 1d, 2d"),
+        ({"node_ranks": 0}, "node_ranks is 0; it must be at least 1"),
+        ({"timeout_s": 0}, "timeout_s is 0; it must be positive"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, text):
+    with pytest.raises(MoeConfigError, match=text):
+        MoeConfig(**changes)
+
+
+def test_rows_and_weights_of_grouped_products_agree_with_one_product_an_expert():
+    """Also with widths that grouped_mm refuses, and with experts that have no rows."""
+    gate_up, down = stacks(torch.float32)
+    rows = torch.randn(5, WIDTH)
+    for width in (WIDTH, 8):
+        wide = torch.nn.functional.pad(gate_up, (0, width - WIDTH))
+        out = torch.nn.functional.pad(down, (0, 0, 0, width - WIDTH))
+        x = torch.nn.functional.pad(rows, (0, width - WIDTH))
+        fast, slow = StackedExperts(wide, out), StackedExperts(wide, out, grouped=False)
+        assert torch.allclose(fast(x, [2, 0, 3, 0]), slow(x, [2, 0, 3, 0]), rtol=0, atol=1e-6)

@@ -1,0 +1,100 @@
+"""Issue queues: order, causes, deadlines, and two links in opposite orders."""
+
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe.errors import ExchangeError
+from moe.issue import IssueQueue, Span, own_group
+from tests.spawn import run_ranks
+
+
+def test_what_is_submitted_runs_in_order_and_leaves_its_span():
+    spans: list[Span] = []
+    ran = []
+    with IssueQueue(None, "inter", on_span=spans.append) as queue:
+        tickets = [queue.submit(lambda i=i: ran.append(i) or i, layer="3", op=f"dispatch {i}") for i in range(50)]
+        assert [t.result() for t in tickets] == list(range(50))
+    assert ran == list(range(50))
+    assert [(s.link, s.layer, s.op) for s in spans] == [("inter", "3", f"dispatch {i}") for i in range(50)]
+    assert all(a.t1_ns <= b.t0_ns for a, b in pairwise(spans))
+
+
+def test_a_failure_names_rank_layer_and_operation_and_breaks_the_queue():
+    with IssueQueue(None, "inter") as queue:
+        bad = queue.submit(lambda: 1 / 0, layer="model.layers.2", op="dispatch 1")
+        after = queue.submit(lambda: pytest.fail("it ran"), layer="model.layers.2", op="dispatch 2")
+        with pytest.raises(ExchangeError, match=r"rank 0, layer model.layers.2, dispatch 1 on the inter link: ZeroDiv"):
+            bad.result()
+        with pytest.raises(ExchangeError, match=r"dispatch 2.*not issued, for the link broke before.*dispatch 1"):
+            after.result()
+
+
+def test_a_wait_has_a_deadline():
+    held = threading.Event()
+    queue = IssueQueue(None, "intra", timeout_s=0.05)
+    ticket = queue.submit(lambda: held.wait(20), layer="7", op="gather 0")
+    with pytest.raises(ExchangeError, match=r"layer 7, gather 0 on the intra link: not done after 0.05 s"):
+        ticket.result()
+    with pytest.raises(ExchangeError, match=r"still busy after 0.05 s"):
+        queue.close()
+    held.set()
+    queue.close(20)
+
+
+def test_a_closed_queue_refuses():
+    queue = IssueQueue(None, "inter")
+    queue.close()
+    queue.close()
+    with pytest.raises(ExchangeError, match="the queue is closed"):
+        queue.submit(lambda: None)
+
+
+def opposite_orders(info):
+    """Rank 0 waits for the inter link first, rank 1 for the intra link: with a queue each, nobody deadlocks."""
+    inter = IssueQueue(own_group(None, timeout_s=20), "inter", timeout_s=20)
+    intra = IssueQueue(own_group(None, timeout_s=20), "intra", timeout_s=20)
+
+    def total(queue, value):
+        x = torch.tensor([value])
+        return lambda: (dist.all_reduce(x, group=queue.group), x)[1].item()
+
+    links = [inter, intra] if info.rank == 0 else [intra, inter]
+    out = {}
+    for link in links:
+        out[link.name] = [link.submit(total(link, 10 * i + info.rank)) for i in range(5)]
+    values = {name: [t.result() for t in tickets] for name, tickets in out.items()}
+    inter.close()
+    intra.close()
+    return values
+
+
+def test_two_links_in_opposite_orders():
+    expected = [20 * i + 1 for i in range(5)]
+    assert run_ranks(opposite_orders, 2) == [{"inter": expected, "intra": expected}] * 2
+
+
+def one_rank_stays_away(info):
+    group = own_group(None, timeout_s=1)
+    queue = IssueQueue(group, "inter", timeout_s=10)
+    if info.rank == 1:
+        time.sleep(4)
+        return None
+    x = torch.ones(4)
+    ticket = queue.submit(lambda: dist.all_reduce(x, group=group), layer="0", op="dispatch 0")
+    began = time.monotonic()
+    try:
+        ticket.result()
+    except ExchangeError as error:
+        queue.close(5)
+        return str(error), time.monotonic() - began
+
+
+def test_a_lost_rank_is_an_error_in_bounded_time():
+    text, waited_s = run_ranks(one_rank_stays_away, 2, fresh=True)[0]
+    assert text.startswith("rank 0, layer 0, dispatch 0 on the inter link: ")
+    assert waited_s < 4

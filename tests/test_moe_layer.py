@@ -1,0 +1,216 @@
+"""The layer against the loop over tokens, in fp64: gradcheck on one rank, outputs and every gradient on several."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.errors import MoeError
+from moe.experts import ModuleExperts
+from moe.gates import SoftmaxGate
+from moe.layer import MoELayer
+from moe.plan import PLAIN, LayerPlan
+from tests.moe_case import (
+    EXPERTS,
+    TOP_K,
+    WIDTH,
+    backward_of,
+    errors_of,
+    lanes_of,
+    make_layer,
+    make_mesh,
+    reference,
+    tokens_of,
+)
+from tests.spawn import run_ranks
+
+PLANS = [
+    PLAIN,
+    LayerPlan(3, 1),
+    LayerPlan(1, 4),
+    LayerPlan(4, 2),
+    LayerPlan(3, 5, "ready", 1, 2),
+]
+EXACT = 1e-11
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_gradcheck_through_gate_order_experts_and_combine(plan):
+    layer = make_layer(plan=plan)
+    x = tokens_of(0, [7]).requires_grad_()
+    params = [layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj]
+
+    def run(x, *values):
+        names = ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,)).hidden
+
+    assert torch.autograd.gradcheck(run, (x, *params), fast_mode=True)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_one_rank_equals_the_loop(plan):
+    counts = [9]
+    layer, x = make_layer(plan=plan), tokens_of(0, counts).requires_grad_()
+    y = layer(x).hidden
+    backward_of(y)
+    assert errors_of(layer, x, y, reference([0], counts), 0) < EXACT
+
+
+def spread(info, ep, esp, counts, gate, config):
+    mesh = make_mesh(info.world_size, ep, esp)
+    dp = info.rank // (ep * esp)
+    mates = list(range(dp * ep * esp, (dp + 1) * ep * esp))
+    expected = reference(mates, counts, gate)
+    lanes = lanes_of(mesh, **config)
+    errors = []
+    for plan in PLANS:
+        layer, x = make_layer(lanes, plan, gate), tokens_of(info.rank, counts).requires_grad_()
+        y = layer(x).hidden
+        backward_of(y)
+        errors.append(errors_of(layer, x, y, expected, info.rank))
+    lanes.close()
+    return max(errors)
+
+
+@pytest.mark.parametrize(
+    ("ep", "esp", "counts", "gate", "config"),
+    [
+        (4, 1, [5, 9, 1, 6], "softmax", {}),
+        (2, 2, [5, 9, 0, 6], "softmax", {}),
+        (1, 4, [3, 0, 4, 2], "softmax", {}),
+        (2, 1, [4, 7, 6, 5], "softmax", {}),
+        (4, 1, [4, 0, 6, 5], "one expert", {"exchange": "2d", "node_ranks": 2}),
+        (4, 1, [4, 3, 6, 5], "softmax", {"exchange": "1d", "node_ranks": 2}),
+        (2, 2, [0, 0, 0, 0], "softmax", {}),
+    ],
+)
+def test_spread_layers_equal_the_loop_over_all_ranks(ep, esp, counts, gate, config):
+    """Uneven tokens, ranks and experts without any, every plan, and two copies of the experts where dp is 2."""
+    assert max(run_ranks(spread, 4, ep, esp, counts, gate, config)) < EXACT
+
+
+def other_uses(info):
+    """What is not a plain forward and backward: activation checkpointing, two backwards, no grad, any module."""
+    mesh, counts = make_mesh(2, 2, 1), [6, 3]
+    lanes, expected = lanes_of(mesh), reference([0, 1], [6, 3])
+    found = {}
+    for how in ("reentrant", "not reentrant", "twice", "frozen"):
+        layer, x = make_layer(lanes, LayerPlan(3, 2)), tokens_of(info.rank, counts).requires_grad_()
+        if how == "frozen":
+            layer.experts.requires_grad_(False)
+        if "reentrant" in how:
+            y = checkpoint(lambda x, m=layer: m(x).hidden * 1.0, x, use_reentrant=how == "reentrant")
+        else:
+            y = layer(x).hidden
+        if how == "twice":
+            (y * y).sum().backward(retain_graph=True)
+            layer.zero_grad()
+            x.grad = None
+        backward_of(y)
+        if how == "frozen":
+            assert layer.experts.down_proj.grad is None
+            found[how] = float((x.grad - expected[info.rank]["x"]).abs().max())
+        else:
+            found[how] = errors_of(layer, x, y, expected, info.rank)
+    with torch.no_grad():
+        y = make_layer(lanes, LayerPlan(2, 3))(tokens_of(info.rank, counts)).hidden
+    found["no grad"] = float((y - expected[info.rank]["y"]).abs().max())
+    assert not y.requires_grad
+    lanes.close()
+    return found
+
+
+def test_checkpointing_two_backwards_frozen_experts_and_no_grad_are_exact():
+    for found in run_ranks(other_uses, 2):
+        assert max(found.values()) < EXACT, found
+
+
+class Scaled(nn.Module):
+    """An expert that is no MLP: with a parameter that is used twice, and one that is not used."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.w = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, rows):
+        return torch.tanh(rows @ self.w) @ self.w
+
+
+def any_module(info, ep):
+    mesh = make_mesh(info.world_size, ep, 1)
+    lanes = lanes_of(mesh)
+    each = EXPERTS // ep
+    own = range(lanes.position * each, (lanes.position + 1) * each)
+    torch.manual_seed(1)
+    gate = SoftmaxGate(WIDTH, EXPERTS, TOP_K).double()
+    layer = MoELayer(gate, ModuleExperts(Scaled(e) for e in own), lanes=lanes, plan=LayerPlan(2, 3))
+    y = layer(tokens_of(info.rank if ep > 1 else 0, [5, 4])).hidden
+    backward_of(y)
+    grads = [layer.experts.each[i].w.grad for i in range(each)]
+    unused = [layer.experts.each[i].unused.grad.item() for i in range(each)]
+    lanes.close()
+    return y.detach(), grads, unused
+
+
+def test_any_module_is_an_expert_and_an_unused_parameter_gets_zeros():
+    spread = run_ranks(any_module, 2, 2)
+    y, grads, unused = run_ranks(any_module, 1, 1)[0]
+    assert torch.allclose(spread[0][0], y, rtol=0, atol=EXACT)
+    assert not torch.allclose(spread[0][1][0], grads[0])  # rank 1's tokens are in it too
+    assert spread[0][2] == spread[1][2] == [0.0, 0.0]
+    assert unused == [0.0] * EXPERTS
+
+
+def test_sgd_step_of_two_ranks_equals_one_process():
+    """The scale of expert gradients: with SGD a wrong factor changes the weights (Adam would hide it)."""
+    counts = [6, 5]
+    got = run_ranks(sgd_step, 2, counts)
+    layers = [make_layer()]
+    optimizer = torch.optim.SGD(layers[0].parameters(), lr=0.1)
+    losses = [(layers[0](tokens_of(r, counts)).hidden ** 2).mean() for r in range(2)]
+    (sum(losses) / 2).backward()
+    optimizer.step()
+    expected = layers[0]
+    for rank, (gate, gate_up, down) in enumerate(got):
+        own = slice(2 * rank, 2 * rank + 2)
+        assert torch.allclose(gate, expected.gate.weight, rtol=0, atol=EXACT)
+        assert torch.allclose(gate_up, expected.experts.gate_up_proj[own], rtol=0, atol=EXACT)
+        assert torch.allclose(down, expected.experts.down_proj[own], rtol=0, atol=EXACT)
+
+
+def sgd_step(info, counts):
+    lanes = lanes_of(make_mesh(2, 2, 1))
+    layer = make_layer(lanes, LayerPlan(2, 3))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    (layer(tokens_of(info.rank, counts)).hidden ** 2).mean().backward()
+    for param in layer.parameters():  # the mean over the ranks of the loss: experts already have the sum
+        if not getattr(param, "is_expert", False):
+            dist.all_reduce(param.grad)
+        param.grad /= 2
+    optimizer.step()
+    lanes.close()
+    return [p.detach() for p in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj)]
+
+
+def test_double_backward_and_a_freed_graph_are_refused_by_name():
+    layer, x = make_layer(), tokens_of(0, [4]).requires_grad_()
+    y = layer(x).hidden
+    with pytest.raises(MoeError, match=r"layer case: double backward \(create_graph=True\) does not pass"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+def test_expert_relabelling_and_token_order_do_not_matter():
+    layer, x = make_layer(plan=LayerPlan(2, 1)), tokens_of(0, [8])
+    y = layer(x).hidden
+    turned = torch.tensor([3, 1, 0, 2])
+    layer.gate.weight = nn.Parameter(layer.gate.weight[turned])
+    layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj[turned])
+    layer.experts.down_proj = nn.Parameter(layer.experts.down_proj[turned])
+    mixed = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(layer(x[mixed]).hidden, y[mixed], rtol=0, atol=EXACT)

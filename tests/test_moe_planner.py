@@ -1,0 +1,159 @@
+"""The planner against exhaustive search, its thresholds, its memory limit, and its reasons."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.cost import LayerLoad, Line, Profile, lane_bound, serial_time, stage_times
+from moe.errors import PlanError
+from moe.plan import intra_order
+from moe.planner import best_choice, best_fixed, plan_layer, refit_reason, replan_reason
+from moe.simulate import peak_bytes, predict, timeline
+
+ALPHA = st.floats(0, 5e-3)
+RATE = st.floats(1e-9, 1e-7)
+LINE = st.builds(Line, ALPHA, RATE)
+PROFILES = st.builds(
+    lambda a, g, s, r, e, k: Profile(
+        all_to_all=a, all_gather=g, reduce_scatter=s, all_reduce=r,
+        expert_forward=e, expert_backward=Line(e.alpha_s, k * e.beta_s),
+    ),
+    LINE, LINE, LINE, LINE, st.builds(Line, ALPHA, st.floats(1e-6, 1e-4)), st.floats(1.5, 3),
+)  # fmt: skip
+BYTES = st.floats(1e5, 1e7)
+LOADS = st.builds(
+    lambda n, g, rows, gradient: LayerLoad(
+        exchange_bytes=n, gather_bytes=g, expert_rows=rows, gradient_bytes=gradient
+    ),
+    BYTES, st.one_of(st.just(0.0), BYTES), st.floats(10, 5000), st.one_of(st.just(0.0), BYTES),
+)  # fmt: skip
+
+
+def simulated(profile, load, r, order, lag, backward):
+    t = stage_times(profile, load, r, backward=backward)
+    return max(e.t1_s for e in timeline(t, intra_order(r, order, lag)))
+
+
+@given(PROFILES, LOADS, st.booleans())
+def test_a_direction_is_the_exhaustive_minimum(profile, load, backward):
+    for order, lags in (("fifo", [1]), ("ready", [1, 2, 3, 4])):
+        found = best_choice(profile, load, backward=backward, order=order, max_chunks=5)
+        every = [simulated(profile, load, r, order, lag, backward) for r in range(1, 6) for lag in lags]
+        assert found.time_s == pytest.approx(min(every), rel=1e-9)
+        again = simulated(profile, load, found.chunks, found.order, found.lag, backward)
+        assert again == pytest.approx(found.time_s, rel=1e-9)
+
+
+@given(PROFILES, LOADS)
+def test_a_plan_is_never_slower_than_its_peers_and_says_why(profile, load):
+    plan = plan_layer(profile, load)
+    fixed_r, fixed_s = best_fixed(profile, load)
+    serial_s = sum(serial_time(profile, load, backward=b) for b in (False, True))
+    bound = sum(lane_bound(profile, load, backward=b) for b in (False, True))
+    assert plan.predicted_serial_s == pytest.approx(serial_s)
+    assert plan.predicted_s <= fixed_s * 1.03
+    assert plan.predicted_s <= serial_s * (1 + 1e-9)
+    if plan.forward_chunks == plan.backward_chunks == fixed_r and not plan.gradient_bytes:
+        assert plan.predicted_s == pytest.approx(fixed_s)
+    elif plan.schedule != (1, 1, "fifo", 1, 1, 0):
+        assert fixed_s >= 1.03 * plan.predicted_s * (1 - 1e-9)
+    assert bound <= plan.predicted_s * (1 + 1e-9)
+    assert f"{plan}".count("\n  - ") == len(plan.reasons) >= 3
+
+
+def case(a=1e-8, g=4e-9, e=2e-5, alpha=1e-3):
+    return Profile(
+        all_to_all=Line(alpha, a), all_gather=Line(alpha, g), reduce_scatter=Line(alpha, g), all_reduce=Line(alpha, a),
+        expert_forward=Line(1e-5, e), expert_backward=Line(1e-5, 2 * e),
+    )  # fmt: skip
+
+
+LOAD = LayerLoad(exchange_bytes=4e6, gather_bytes=8e6, expert_rows=2000, gradient_bytes=3e6)
+
+
+def test_forward_and_backward_get_their_own_r():
+    plan = plan_layer(case(), LOAD)
+    assert plan.forward_chunks != plan.backward_chunks
+    assert plan.gradient_bytes == 3_000_000
+    assert plan.reasons[0].startswith(f"forward r = {plan.forward_chunks}: ")
+    assert "limited by" in plan.reasons[0]
+    assert plan.predicted_s < plan.predicted_serial_s / 1.3
+
+
+def test_no_gain_is_one_chunk():
+    plan = plan_layer(case(alpha=0.5), replace(LOAD, gradient_bytes=0.0))
+    assert (plan.forward_chunks, plan.backward_chunks, plan.gradient_bytes) == (1, 1, 0)
+    assert plan.predicted_s == pytest.approx(plan.predicted_serial_s)
+    assert any("over none, 1.03 needed: r = 1" in r for r in plan.reasons)
+
+
+def test_a_single_r_within_3_percent_is_kept():
+    # All inter-node: backward without gradients is as long as forward, so one r is best for both.
+    profile = replace(case(), expert_backward=case().expert_forward)
+    plan = plan_layer(profile, replace(LOAD, gradient_bytes=0.0, gather_bytes=0.0))
+    assert plan.forward_chunks == plan.backward_chunks > 1
+    assert any("stays with that" in r for r in plan.reasons)
+
+
+def test_ready_order_is_taken_only_for_8_percent():
+    """Early scatters pay where g < a < s: fifo leaves the intra-node lane idle while it waits for dispatches."""
+    taken = kept = 0
+    for s in (4e-9, 8e-9, 1.2e-8, 1.6e-8, 3e-8):
+        for e in (2e-6, 2e-5, 4e-5):
+            profile = replace(case(g=2e-9, e=e, alpha=2e-4), reduce_scatter=Line(2e-4, s))
+            plan = plan_layer(profile, LOAD)
+            fifo = sum(best_choice(profile, LOAD, backward=b).time_s for b in (False, True))
+            ready = sum(best_choice(profile, LOAD, backward=b, order="ready").time_s for b in (False, True))
+            taken += plan.order == "ready"
+            kept += plan.order == "fifo"
+            assert (plan.order == "ready") <= (fifo >= 1.08 * ready)
+    assert taken
+    assert kept
+
+
+def test_slowdowns_enter_the_prediction():
+    slow = replace(case(), slowdowns={"inter+intra": 1.3, "compute+inter": 1.2})
+    plain, slowed = plan_layer(case(), LOAD), plan_layer(slow, LOAD)
+    assert plain.predicted_s < slowed.predicted_s < plain.predicted_serial_s
+    assert "lanes slow one another: inter+intra 1.30x, compute+inter 1.20x" in slowed.reasons
+
+
+def test_memory_limits_r():
+    free = plan_layer(case(), LOAD)
+    needs = [
+        peak_bytes(predict(case(), stage_times(case(), LOAD, r, backward=b), r), LOAD, r)
+        for r, b in ((free.forward_chunks, False), (free.backward_chunks, True))
+    ]
+    assert plan_layer(case(), LOAD, memory_bytes=max(needs)).schedule == free.schedule
+    tight = plan_layer(case(), LOAD, memory_bytes=min(needs) * 0.9)
+    assert tight.schedule != free.schedule
+    for b in (False, True):
+        r, lag = tight.chunks(backward=b), tight.backward_lag if b else tight.forward_lag
+        events = predict(case(), stage_times(case(), LOAD, r, backward=b), r, order=tight.order, lag=lag)
+        assert peak_bytes(events, LOAD, r) <= min(needs) * 0.9
+    with pytest.raises(PlanError, match=r"no r of 1\.\.16 keeps the communication buffers in 1000 bytes.*raise the"):
+        plan_layer(case(), LOAD, memory_bytes=1000)
+
+
+def test_an_empty_layer_is_plain():
+    plan = plan_layer(case(), LayerLoad(exchange_bytes=0, expert_rows=0))
+    assert (plan.forward_chunks, plan.backward_chunks) == (1, 1)
+
+
+@given(PROFILES, LOADS)
+def test_more_work_never_takes_less(profile, load):
+    more = replace(load, gradient_bytes=load.gradient_bytes + 1e6)
+    for backward in (False, True):
+        one = best_choice(profile, load, backward=backward).time_s
+        assert best_choice(profile, more, backward=backward).time_s >= one * (1 - 1e-9)
+
+
+def test_drift():
+    assert replan_reason(LOAD, replace(LOAD, exchange_bytes=4.9e6)) is None
+    assert replan_reason(LOAD, replace(LOAD, expert_rows=2600)) == "expert_rows went from 2000 to 2600, more than 25%"
+    assert refit_reason(0.1, [0.11, 0.12, 5.0]) is None
+    assert refit_reason(0.1, [0.2, 0.13, 0.14]) == (
+        "layers take 140.00 ms in the median, 100.00 ms were predicted: profile again"
+    )

@@ -1,0 +1,135 @@
+"""`python -m pipeline`: real output, exit codes, and the files it writes."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.costs import Costs
+from pipeline.errors import PlanError
+from pipeline.render import gantt_svg, perfetto, trace_events
+from pipeline.schedule import Schedule
+from pipeline.schedules import SCHEDULES
+from pipeline.simulate import simulate
+from pipeline.torch_csv import load_csv
+
+
+def call(*words, exit_code=0):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+@pytest.fixture
+def costs_file(tmp_path):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"forward_s": [1, 1, 1, 1, 2], "backward_s": [2, 2, 2, 2, 4], "activation_bytes": 10}))
+    return path
+
+
+def test_show_prints_the_table_of_the_docs():
+    assert call("show", "1f1b", "--ranks", 3, "--microbatches", 3).splitlines() == [
+        "      device 0 device 1 device 2",
+        "   0: 0F0      1F0      2F0",
+        "   1: 0F1      1F1      2B0",
+        "   2: 0F2      1B0      2F1",
+        "   3: 0B0      1F2      2B1",
+        "   4: 0B1      1B1      2F2",
+        "   5: 0B2      1B2      2B2",
+    ]
+
+
+def test_every_form_is_read_back_from_a_file(tmp_path):
+    made = SCHEDULES["interleaved"](devices=2, microbatches=4)
+    for form, read in (("json", Schedule.from_json), ("text", Schedule.from_text), ("csv", load_csv)):
+        text = call("show", "interleaved", "--ranks", 2, "--microbatches", 4, "--form", form)
+        assert read(text).devices == made.devices
+        path = tmp_path / f"s.{'txt' if form == 'text' else form}"
+        path.write_text(text)
+        got = json.loads(call("simulate", path, "--json"))
+        assert got["makespan"] == simulate(made, Costs.uniform(4)).makespan_s
+
+
+def test_simulate_gives_the_golden_value():
+    got = json.loads(call("simulate", "1f1b", "--ranks", 4, "--microbatches", 4, "--json"))
+    assert got["makespan"] == 21
+    assert round(100 * got["bubble"]["total"], 2) == 42.86
+    assert got["bubble"].keys() == {"total", "fill", "switch", "drain", "imbalance", "transfer"}
+    assert len(got["peak_bytes"]) == 4
+    assert got["critical_path"][0] == "0F0@0"
+
+
+def test_simulate_exits_1_over_the_cap_and_2_on_bad_input(costs_file, tmp_path):
+    call("simulate", "gpipe", "--ranks", 2, "--costs", costs_file, "--memory-cap", "1KiB")
+    over = call("simulate", "gpipe", "--ranks", 2, "--costs", costs_file, "--memory-cap", "60", exit_code=1)
+    assert "the cap is 60" in over
+    assert "<-- here, device 0" in over
+    assert "there is no schedule 'nosuch'" in call("simulate", "nosuch", exit_code=2)
+    assert "write 24GiB" in " ".join(call("simulate", "1f1b", "--memory-cap", "much", exit_code=2).split())
+    assert "cannot read costs" in call("simulate", "1f1b", "--costs", tmp_path / "none.json", exit_code=2)
+    assert "a multiple of 4" in call("simulate", "interleaved", "--stages", 6, exit_code=2)
+    assert "5 layers do not fill 8 stages" in call("simulate", "1f1b", "--ranks", 8, "--costs", costs_file, exit_code=2)
+
+
+def test_a_broken_file_is_a_failed_check(tmp_path):
+    broken = tmp_path / "broken.csv"
+    broken.write_text("0F0,0B0\n1F0\n")
+    assert "nothing makes its output gradient" in call("simulate", broken, exit_code=1)
+
+
+def test_compare_lists_all_schedules_best_first(costs_file, tmp_path):
+    svg = tmp_path / "compare.svg"
+    words = ("--ranks", 2, "--microbatches", 6, "--costs", costs_file, "--recompute", "--rounds", 6, "--open-slots", 3)
+    got = json.loads(call("compare", *words, "--svg", svg, "--json"))
+    assert {r["name"] for r in got["results"]} == SCHEDULES.keys()
+    spans = [r["makespan"] for r in got["results"]]
+    assert spans == sorted(spans)
+    assert ET.fromstring(svg.read_text()).tag.endswith("svg")
+    narrow = json.loads(call("compare", "--ranks", 4, "--costs", costs_file, "--json"))
+    assert narrow["refused"].keys() == {"interleaved", "looped_bfs", "zbv"}
+    assert "roundpipe" in call("compare", *words)
+
+
+def test_trace_puts_the_measured_run_beside_the_prediction(tmp_path):
+    schedule = SCHEDULES["1f1b"](devices=2, microbatches=3)
+    events = trace_events(schedule, simulate(schedule, Costs.uniform(2)))
+    measured = [{**e, "t0_ns": 10**12 + 2 * e["t0_ns"], "t1_ns": 10**12 + 2 * e["t1_ns"]} for e in events]
+    lines, out = tmp_path / "events.jsonl", tmp_path / "trace.json"
+    lines.write_text("\n".join(map(json.dumps, measured)))
+    call("trace", "1f1b", "--ranks", 2, "--microbatches", 3, "--out", out, "--measured", lines)
+    found = [e for e in json.loads(out.read_text())["traceEvents"] if e["ph"] == "X"]
+    run = [e for e in found if e["pid"] == 1]
+    assert len(run) == 12
+    assert min(e["ts"] for e in run) == 0
+    assert max(e["ts"] + e["dur"] for e in run) == 2 * 12e6  # microseconds
+    assert {e["args"]["predicted_us"] for e in run} == {1e6, 2e6}
+    lines.write_text('{"rank": 0}\n')
+    assert "lacks" in call("trace", "1f1b", "--ranks", 2, "--out", out, "--measured", lines, exit_code=2)
+
+
+def test_a_gantt_chart_has_a_bar_for_every_compute_action():
+    result = simulate(SCHEDULES["zb_h1"](devices=3, microbatches=4), Costs.uniform(3))
+    root = ET.fromstring(gantt_svg([result]))
+    assert len([e for e in root.iter() if e.tag.endswith("rect")]) == 3 * 4 * 3
+    with pytest.raises(PlanError, match="lacks"):
+        perfetto({"x": [{"rank": 0}]})
+
+
+def test_costs_read_themselves_back_and_refuse_what_they_do_not_know():
+    costs = Costs.uniform(3, hop_s=0.5, pcie_roots=(0, 0, 1), weight_bytes=(1, 2, 3)).scaled((1, 2))
+    assert Costs.from_json(json.dumps(costs.to_json())) == costs
+    assert costs.forward(1, (0, 2)) == 4
+    for text, message in (
+        ('{"forward_s": 1}', "need forward_s and backward_s"),
+        ('{"forward_s": [1, 1], "backward_s": [1]}', "all need 2"),
+        ('{"forward_s": 1, "backward_s": -1}', "negative"),
+        ('{"forward_s": 1, "backward_s": 1, "colour": 3}', "may have"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Costs.from_json(text)
+    with pytest.raises(PlanError, match="costs have rows for 2 micro-batches; the schedule has a micro-batch 2"):
+        simulate(SCHEDULES["1f1b"](devices=3, microbatches=3), costs)
+    with pytest.raises(PlanError, match="costs have 2 layers; the schedule has a stage of layers 2:3"):
+        simulate(SCHEDULES["1f1b"](devices=3, microbatches=3), Costs.uniform(2))

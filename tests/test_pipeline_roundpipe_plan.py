@@ -1,0 +1,210 @@
+"""The planner of RoundPipe: its simulation against formulas and a plain one, its search against exhaustion."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.pipeline_tables import NUM_DEVICES, PUBLISHED_ROUNDS, read_models
+from pipeline.errors import PlanError
+from pipeline.roundpipe.planner import RoundPipePlan, anneal_all, evaluate, plan
+from pipeline.roundpipe.search import Problem, even_cuts
+from pipeline.roundpipe.slot_sim import ready_makespan, strict_makespan
+from pipeline.roundpipe.slots import LayerCosts, Op, Partition, even_sizes, rounds_of
+
+
+def uniform(num_layers, **others):
+    return LayerCosts(forward_s=(1.0,) * num_layers, backward_s=(2.0,) * num_layers, **others)
+
+
+def compositions(total):
+    """Every way to write total as an ordered sum."""
+    if total == 0:
+        yield ()
+    for first in range(1, total + 1):
+        for rest in compositions(total - first):
+            yield (first, *rest)
+
+
+@st.composite
+def problems(draw):
+    num = draw(st.integers(2, 7))
+    times = st.integers(1, 9).map(float)
+    costs = LayerCosts(
+        forward_s=tuple(draw(times) for _ in range(num)),
+        backward_s=tuple(draw(times) for _ in range(num)),
+        transfer_s=draw(st.sampled_from([0.0, 0.5, 3.0])),
+    )
+    fused = draw(st.integers(1, num - 1))
+    cuts = [draw(st.sampled_from(list(compositions(num - fused)))) for _ in range(2)]
+    rounds = rounds_of(draw(st.integers(2, 6)), draw(st.integers(1, 2)))
+    problem = Problem(
+        costs=costs, rounds=rounds, num_devices=draw(st.integers(1, 4)), open_slots=draw(st.integers(1, 3))
+    )
+    return problem, Partition(forward=cuts[0], fused=fused, backward=cuts[1])
+
+
+def times_of(problem, partition, plan):
+    """Run each device's order as given, one operation after the other: {(slot, micro-batch): (start, end)}."""
+    costs, c = problem.costs, problem.transfer_s
+    queues = [list(ops) for ops in plan.order]
+    free, ends = [0.0] * problem.num_devices, {}
+    while any(queues):
+        progress = False
+        for device, queue in enumerate(queues):
+            while queue:
+                op = queue[0]
+                low, high = partition.ranges[op.slot]
+                source, before = partition.input_slots[op.slot], (op.slot - 1, op.microbatch)
+                needs = [(source, op.microbatch)] if source >= 0 else []
+                backward = op.slot > len(partition.forward)
+                if any(key not in ends for key in [*needs, *([before] if backward else [])]):
+                    break
+                t = max([free[device], *(ends[key] + c for key in needs)])
+                t += sum(costs.forward_s[low:high])
+                if backward:
+                    t = max(t, ends[before] + c)
+                if op.slot >= len(partition.forward):
+                    t += sum(costs.backward_s[low:high])
+                free[device] = ends[op.slot, op.microbatch] = t
+                queue.pop(0)
+                progress = True
+        assert progress, f"deadlock: {queues}"
+    return ends
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_a_dull_execution_of_the_order_takes_what_the_compiled_simulation_says(case):
+    problem, partition = case
+    found = evaluate(problem, partition)
+    ends = times_of(problem, partition, found)
+    assert max(ends.values()) == pytest.approx(found.makespan_s, abs=1e-9)
+    assert len(ends) == partition.num_slots * sum(problem.rounds)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_every_operation_once_on_its_device_and_strict_order_where_asked(case):
+    problem, partition = case
+    found = evaluate(problem, partition)
+    for device, ops in enumerate(found.order):
+        numbers = [op.round * partition.num_slots + op.slot for op in ops]
+        assert all(n % problem.num_devices == device for n in numbers)
+        if problem.open_slots == 1:
+            assert all(a <= b for a, b in pairwise(numbers))
+    everything = [op for ops in found.order for op in ops]
+    assert len(set(everything)) == len(everything) == partition.num_slots * sum(problem.rounds)
+
+
+@pytest.mark.parametrize(("num_slots", "num_microbatches"), [(24, 16), (25, 16), (7, 3), (9, 4), (12, 4)])
+def test_equal_slots_take_what_the_formula_says(num_slots, num_microbatches):
+    """T = (floor((S-1)/N) M + (S-1) mod N + M) t for M >= N, (S-1+M) t below; no communication."""
+    n = 8 if num_slots > 12 else 4
+    num_forward = num_slots // 3
+    table_S3 = np.zeros((num_slots, 3))
+    table_S3[:num_forward, 0] = 1
+    table_S3[num_forward:, 2] = 1
+    input_S = np.array([*range(-1, num_forward), *[-1] * (num_slots - num_forward - 1)])
+    rounds, scratch = np.array([num_microbatches]), np.zeros((num_slots, num_microbatches))
+    m, s = num_microbatches, num_slots
+    expected = (s - 1) // n * m + (s - 1) % n + m if m >= n else s - 1 + m
+    common = (num_slots, num_forward, table_S3, input_S, rounds, n, 0.0)
+    assert strict_makespan(*common, scratch, np.zeros(n)) == expected
+    assert ready_makespan(*common, 1, scratch, np.zeros((0, 3), np.int64)) == expected
+
+
+@pytest.mark.parametrize("model", read_models(), ids=lambda m: m.name)
+def test_the_published_bubbles_come_out_of_the_published_partitions(model):
+    """Two rounds of eight, strict order. One model's published number lets the head start before its input is there."""
+    problem = Problem(costs=model.costs, rounds=PUBLISHED_ROUNDS, num_devices=NUM_DEVICES, open_slots=1)
+    bubble = evaluate(problem, model.published).bubble
+    late = {"GPT-OSS-20B": 0.1502, "Qwen3-32B": 0.0691}
+    assert bubble == pytest.approx(late.get(model.name, model.published_bubble), abs=0.0006)
+
+
+def test_the_search_finds_the_best_of_all_partitions_of_a_small_model():
+    costs = LayerCosts(forward_s=(1.0, 2.0, 1.0, 1.0, 3.0), backward_s=(2.0, 4.0, 2.0, 3.0, 5.0), transfer_s=0.25)
+    for open_slots in (1, 2):
+        problem = Problem(costs=costs, rounds=(4,), num_devices=2, open_slots=open_slots)
+        every = [
+            evaluate(problem, Partition(forward=f, fused=fused, backward=b)).makespan_s
+            for fused in range(1, 5)
+            for f in compositions(5 - fused)
+            for b in compositions(5 - fused)
+        ]
+        found = anneal_all(problem, even_cuts(problem, 2), (0.3, 0.1), seed=0, operations=4_000_000)
+        assert found[0][0] == pytest.approx(min(every))
+
+
+def test_the_plan_is_the_same_every_time_and_reads_back():
+    costs = uniform(9, transfer_s=0.1)
+    first, second = (plan(costs, num_devices=3, num_microbatches=6, effort=0.01) for _ in range(2))
+    assert first == second
+    assert RoundPipePlan.from_json(json.loads(json.dumps(first.to_json()))) == first
+    assert isinstance(first.order[0][0], Op)
+    assert any("round(s)" in reason for reason in first.reasons)
+
+
+def test_two_devices_gain_by_ready_first_where_the_head_is_heavy():
+    """A head of eight layers on a model of four: strict slot order is bound by it, ready-first is not."""
+    costs = LayerCosts(forward_s=(1.0,) * 4 + (8.0,), backward_s=(2.0,) * 4 + (16.0,))
+    strict = plan(costs, num_devices=2, num_microbatches=8, open_slots=(1,), num_rounds=(1, 2, 4), effort=0.02)
+    ready = plan(costs, num_devices=2, num_microbatches=8, open_slots=(1, 2, 3), num_rounds=(1, 2, 4), effort=0.02)
+    bound = 8 * (24 + 12) / 2
+    assert bound <= ready.makespan_s < strict.makespan_s
+    assert ready.open_slots > 1
+
+
+def test_memory_cap_is_kept_or_refused():
+    costs = uniform(8, weight_bytes=(100,) * 8, activation_bytes=(10,) * 8)
+    free = plan(costs, num_devices=2, num_microbatches=4, effort=0.02)
+    tight = plan(costs, num_devices=2, num_microbatches=4, memory_cap_bytes=320, effort=0.02)
+    assert tight.peak_bytes <= 320 < free.peak_bytes
+    assert tight.makespan_s >= free.makespan_s
+    with pytest.raises(PlanError, match=r"needs .* bytes on a device, the cap is 250; cut finer or raise it"):
+        plan(costs, num_devices=2, num_microbatches=4, memory_cap_bytes=250, effort=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"forward": (2,), "fused": 1, "backward": (1,)}, "forward slots hold 2 layers, backward ones 1"),
+        ({"forward": (2, 0), "fused": 1, "backward": (2,)}, "needs at least one layer"),
+        ({"forward": (2,), "fused": 0, "backward": (2,)}, "needs at least one layer"),
+    ],
+)
+def test_partitions_that_are_none_are_refused(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        Partition(**arguments)
+
+
+def test_costs_that_are_none_are_refused():
+    with pytest.raises(PlanError, match="3 forward and 2 backward costs"):
+        LayerCosts(forward_s=(1.0,) * 3, backward_s=(1.0,) * 2)
+    with pytest.raises(PlanError, match="positive finite"):
+        LayerCosts(forward_s=(1.0, float("nan")), backward_s=(1.0, 1.0))
+    problem = Problem(costs=uniform(4), rounds=(2,), num_devices=2, open_slots=1)
+    with pytest.raises(PlanError, match="the partition cuts 3 layers, the costs are of 4"):
+        evaluate(problem, Partition(forward=(2,), fused=1, backward=(2,)))
+    with pytest.raises(PlanError, match="leave nothing to deal"):
+        plan(uniform(1), num_devices=2, num_microbatches=2)
+
+
+def test_even_sizes_and_rounds():
+    assert even_sizes(7, 3) == (3, 2, 2)
+    assert rounds_of(7, 2) == (4, 3)
+    with pytest.raises(PlanError, match="do not fill"):
+        rounds_of(2, 3)
+
+
+def test_input_slots_name_the_forward_slot_that_stored_the_input():
+    partition = Partition(forward=(2, 3), fused=1, backward=(1, 2, 2))
+    assert partition.ranges == ((0, 2), (2, 5), (5, 6), (4, 5), (2, 4), (0, 2))
+    assert partition.input_slots == (-1, 0, 1, 1, 0, -1)
+    assert np.isfinite(
+        evaluate(Problem(costs=uniform(6), rounds=(3,), num_devices=2, open_slots=1), partition).makespan_s
+    )

@@ -11,7 +11,9 @@ from pipeline.config import PipelineConfig
 from pipeline.schedule import Schedule
 from pipeline.schedules import SCHEDULES
 from pipeline.schedules.build import with_recompute
+from pipeline.trimmed import without_frozen
 from pipeline.units import Unit
+from pipeline.validate import validate
 
 
 def units_of(chunks: Sequence[Chunk], retain: int) -> tuple[Unit, ...]:
@@ -19,9 +21,12 @@ def units_of(chunks: Sequence[Chunk], retain: int) -> tuple[Unit, ...]:
     return tuple(Unit(c.num_tokens, c.group, c.index, c.count, retain) for c in chunks)
 
 
-def plan_step(config: PipelineConfig, units: tuple[Unit, ...], bounds: tuple[tuple[int, int], ...]) -> Schedule:
-    """Return the schedule of one step, complete with its messages; `bounds` are the layers of each stage.
+def plan_step(
+    config: PipelineConfig, units: tuple[Unit, ...], bounds: tuple[tuple[int, int], ...], *, first_trained: int = 0
+) -> Schedule:
+    """Return the schedule of one step, complete and validated; `bounds` are the layers of each stage.
 
+    Stages before `first_trained` run no backward.
     Raises PlanError or ScheduleError, with the table, for chunks that do not make one.
     """
     make = SCHEDULES[config.schedule]
@@ -31,4 +36,6 @@ def plan_step(config: PipelineConfig, units: tuple[Unit, ...], bounds: tuple[tup
         extra = {"stages_per_device": config.num_stages // config.ranks} if config.looped else {}
         schedule = make(devices=config.ranks, microbatches=len(units), layers=bounds, **extra)
         schedule = replace(schedule, units=units)
-    return complete(with_recompute(schedule) if config.recompute else schedule)
+    schedule = complete(with_recompute(schedule) if config.recompute else schedule)
+    validate(schedule)  # before it is trimmed: the validator wants an R also where no backward follows
+    return without_frozen(schedule, first_trained) if first_trained else schedule

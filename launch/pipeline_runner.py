@@ -25,7 +25,7 @@ from pipeline.errors import WatchdogError
 from pipeline.runtime import PipelineRuntime
 from pipeline.tracing import Trace
 from pipeline.transport import Transport
-from pipeline.trimmed import forward_only, without_frozen
+from pipeline.trimmed import forward_only
 
 
 class PipelineRunner:
@@ -115,11 +115,10 @@ class PipelineRunner:
         total = torch.zeros((), dtype=torch.float64)
         if not batch.chunks:
             return total
-        schedule = plan_step(self._config, units_of(batch.chunks, self._retain), self._parts.bounds)
+        units, first_trained = units_of(batch.chunks, self._retain), self._parts.first_trained
+        schedule = plan_step(self._config, units, self._parts.bounds, first_trained=0 if scoring else first_trained)
         if scoring:
             schedule = forward_only(schedule)
-        elif self._parts.first_trained:
-            schedule = without_frozen(schedule, self._parts.first_trained)
         self._begin(batch.chunks, batch, scoring)
         for _, loss in sorted(self._runtime.run(schedule, step=batch.step).items()):
             total += loss.double().cpu()

@@ -26,7 +26,7 @@ def without_frozen(schedule: Schedule, first_trained: int) -> Schedule:
             "some, or run it forward only"
         )
     rows = [[a for a in row if not _needless(a, first_trained)] for row in schedule.devices]
-    return schedule.with_devices(rows)
+    return schedule.with_devices(rows, first_trainable=schedule.stages[first_trained][0])
 
 
 def _needless(action: Action, first_trained: int) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.roundpipe.slots import LayerCosts, Partition
+from pipeline.roundpipe.slots import LayerCosts
+from pipeline.schedules.roundpipe import Slots
 
 TABLES = Path(__file__).parent / "data" / "roundpipe_layer_costs.json"
 NUM_DEVICES, NUM_MICROBATCHES, PUBLISHED_ROUNDS = 8, 16, (8, 8)
@@ -20,7 +21,7 @@ class Model:
     name: str
     costs: LayerCosts
     """Equal layers, then the head."""
-    published: Partition
+    published: Slots
     published_bubble: float
 
 
@@ -46,7 +47,7 @@ def read_model(name: str, row: dict[str, Any]) -> Model:
             backward_s=(row["backward_ms"],) * layers + (row["head_backward_ms"],),
             transfer_s=row["transfer_ms"],
         ),
-        published=Partition(
+        published=Slots(
             forward=tuple(slot_sizes(row["forward_slots"], layers)),
             fused=1 + backward[0],
             backward=tuple(backward[1:]),

@@ -3,6 +3,7 @@
     python -m pipeline show 1f1b --ranks 4 --microbatches 8
     python -m pipeline simulate zbv --ranks 4 --microbatches 8 --costs costs.json --memory-cap 24GiB --json
     python -m pipeline compare --ranks 8 --microbatches 16 --costs costs.json --svg compare.svg
+    python -m pipeline plan --ranks 8 --microbatches 16 --costs costs.json
     python -m pipeline trace 1f1b --ranks 4 --microbatches 8 --out trace.json --measured events.jsonl
 
 SCHEDULE is a name or a file (.json, .txt, or .csv of torch.distributed.pipelining). Exit 0: well; 1: a check failed;
@@ -230,6 +231,27 @@ def trace(
     with _exits(2):
         out.write_text(json.dumps(perfetto(runs)))
     typer.echo(f"{sum(map(len, runs.values()))} events in {out}; open it at ui.perfetto.dev")
+
+
+@app.command()
+def plan(
+    costs: CostsFile = None,
+    ranks: Ranks = 4,
+    microbatches: Microbatches = 8,
+    stages: Annotated[int, typer.Option(min=2, help="Layers, without costs; the head is one.")] = 17,
+    memory_cap: Cap = None,
+    effort: Annotated[float, typer.Option(min=0.001, help="Of the search; 1 is some seconds.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose RoundPipe's partition, fused layers, rounds and open slots, and say why."""
+    # Compiling takes seconds, which the other commands need not pay.
+    from pipeline.roundpipe.plan_cli import print_plan
+
+    cap, profile = _bytes(memory_cap), _costs(costs) or Costs.uniform(stages)
+    with _exits(2):
+        print_plan(
+            profile, devices=ranks, microbatches=microbatches, memory_cap_bytes=cap, effort=effort, as_json=as_json
+        )
 
 
 def _print(rows: list[tuple[str, Result]]) -> None:

@@ -1,19 +1,26 @@
 """The planner of RoundPipe: its simulation against formulas and a plain one, its search against exhaustion."""
 
 import json
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from benchmarks.pipeline_tables import NUM_DEVICES, PUBLISHED_ROUNDS, read_models
+from pipeline.cli import app
+from pipeline.comms import complete
+from pipeline.costs import Costs
 from pipeline.errors import PlanError
 from pipeline.roundpipe.planner import RoundPipePlan, anneal_all, evaluate, plan
 from pipeline.roundpipe.search import Problem, even_cuts
 from pipeline.roundpipe.slot_sim import ready_makespan, strict_makespan
-from pipeline.roundpipe.slots import LayerCosts, Op, Partition, even_sizes, rounds_of
+from pipeline.roundpipe.slots import LayerCosts, Op, even_sizes, rounds_of
+from pipeline.schedules.roundpipe import Slots
+from pipeline.simulate import simulate
+from pipeline.validate import validate
 
 
 def uniform(num_layers, **others):
@@ -44,12 +51,15 @@ def problems(draw):
     problem = Problem(
         costs=costs, rounds=rounds, num_devices=draw(st.integers(1, 4)), open_slots=draw(st.integers(1, 3))
     )
-    return problem, Partition(forward=cuts[0], fused=fused, backward=cuts[1])
+    return problem, Slots(forward=cuts[0], fused=fused, backward=cuts[1])
 
 
 def times_of(problem, partition, plan):
     """Run each device's order as given, one operation after the other: {(slot, micro-batch): (start, end)}."""
     costs, c = problem.costs, problem.transfer_s
+    ranges = [layers for _, layers in partition.ranges()]
+    ends_F = list(accumulate(partition.forward))
+    sources = [-1 if lo == 0 else next(i for i, end in enumerate(ends_F) if end >= lo) for lo, _ in ranges]
     queues = [list(ops) for ops in plan.order]
     free, ends = [0.0] * problem.num_devices, {}
     while any(queues):
@@ -57,8 +67,8 @@ def times_of(problem, partition, plan):
         for device, queue in enumerate(queues):
             while queue:
                 op = queue[0]
-                low, high = partition.ranges[op.slot]
-                source, before = partition.input_slots[op.slot], (op.slot - 1, op.microbatch)
+                low, high = ranges[op.slot]
+                source, before = sources[op.slot], (op.slot - 1, op.microbatch)
                 needs = [(source, op.microbatch)] if source >= 0 else []
                 backward = op.slot > len(partition.forward)
                 if any(key not in ends for key in [*needs, *([before] if backward else [])]):
@@ -131,7 +141,7 @@ def test_the_search_finds_the_best_of_all_partitions_of_a_small_model():
     for open_slots in (1, 2):
         problem = Problem(costs=costs, rounds=(4,), num_devices=2, open_slots=open_slots)
         every = [
-            evaluate(problem, Partition(forward=f, fused=fused, backward=b)).makespan_s
+            evaluate(problem, Slots(forward=f, fused=fused, backward=b)).makespan_s
             for fused in range(1, 5)
             for f in compositions(5 - fused)
             for b in compositions(5 - fused)
@@ -172,14 +182,14 @@ def test_memory_cap_is_kept_or_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"forward": (2,), "fused": 1, "backward": (1,)}, "forward slots hold 2 layers, backward ones 1"),
-        ({"forward": (2, 0), "fused": 1, "backward": (2,)}, "needs at least one layer"),
-        ({"forward": (2,), "fused": 0, "backward": (2,)}, "needs at least one layer"),
+        ({"forward": (1,), "fused": 1, "backward": (2,)}, "runs 2 layers backward and 1 forward"),
+        ({"forward": (2, 0), "fused": 1, "backward": (2,)}, "every slot holds at least one"),
+        ({"forward": (2,), "fused": 0, "backward": (2,)}, "every slot holds at least one"),
     ],
 )
 def test_partitions_that_are_none_are_refused(arguments, message):
     with pytest.raises(PlanError, match=message):
-        Partition(**arguments)
+        Slots(**arguments)
 
 
 def test_costs_that_are_none_are_refused():
@@ -189,7 +199,7 @@ def test_costs_that_are_none_are_refused():
         LayerCosts(forward_s=(1.0, float("nan")), backward_s=(1.0, 1.0))
     problem = Problem(costs=uniform(4), rounds=(2,), num_devices=2, open_slots=1)
     with pytest.raises(PlanError, match="the partition cuts 3 layers, the costs are of 4"):
-        evaluate(problem, Partition(forward=(2,), fused=1, backward=(2,)))
+        evaluate(problem, Slots(forward=(2,), fused=1, backward=(2,)))
     with pytest.raises(PlanError, match="leave nothing to deal"):
         plan(uniform(1), num_devices=2, num_microbatches=2)
 
@@ -201,10 +211,37 @@ def test_even_sizes_and_rounds():
         rounds_of(2, 3)
 
 
-def test_input_slots_name_the_forward_slot_that_stored_the_input():
-    partition = Partition(forward=(2, 3), fused=1, backward=(1, 2, 2))
-    assert partition.ranges == ((0, 2), (2, 5), (5, 6), (4, 5), (2, 4), (0, 2))
-    assert partition.input_slots == (-1, 0, 1, 1, 0, -1)
-    assert np.isfinite(
-        evaluate(Problem(costs=uniform(6), rounds=(3,), num_devices=2, open_slots=1), partition).makespan_s
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_the_general_simulator_says_the_same_of_the_plan_as_a_schedule(case):
+    problem, partition = case
+    found = evaluate(problem, partition)
+    costs = problem.costs
+    general = Costs(forward_s=(costs.forward_s,), backward_s=(costs.backward_s,), hop_s=problem.transfer_s)
+    schedule = complete(found.schedule())
+    validate(schedule)
+    assert simulate(schedule, general).makespan_s == pytest.approx(found.makespan_s, abs=1e-9)
+
+
+def test_a_measured_profile_becomes_costs_of_layers():
+    profile = Costs(
+        forward_s=((1.0, 2.0),), backward_s=((2.0, 4.0),), hop_s=0.5, boundary_bytes=(100,), link_bytes_per_s=200,
+        weight_bytes=(10, 20),
+    )  # fmt: skip
+    expected = LayerCosts(
+        forward_s=(1.0, 2.0), backward_s=(2.0, 4.0), transfer_s=1.0, weight_bytes=(10, 20), activation_bytes=(0, 0)
     )
+    assert LayerCosts.of(profile) == expected
+
+
+def test_the_plan_command(tmp_path):
+    (tmp_path / "costs.json").write_text(json.dumps({"forward_s": [1] * 5 + [3], "backward_s": [2] * 5 + [6]}))
+    words = ["plan", "--costs", str(tmp_path / "costs.json"), "--ranks", "2", "--microbatches", "4", "--effort", "0.01"]
+    text = CliRunner().invoke(app, words)
+    assert text.exit_code == 0
+    assert "round(s)" in text.output
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    again = RoundPipePlan.from_json(found)
+    assert again.num_devices == 2
+    refused = CliRunner().invoke(app, ["plan", "--costs", str(tmp_path / "none.json")])
+    assert refused.exit_code == 2

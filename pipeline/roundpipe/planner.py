@@ -15,7 +15,9 @@ import numpy as np
 
 from pipeline.errors import PlanError
 from pipeline.roundpipe.search import Problem, Tables, even_cuts, search
-from pipeline.roundpipe.slots import LayerCosts, Op, Partition, check_model, rounds_of
+from pipeline.roundpipe.slots import LayerCosts, Op, check_model, rounds_of
+from pipeline.schedule import Schedule
+from pipeline.schedules.roundpipe import Slots, roundpipe
 
 SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 1_500_000_000
 """Simulated operations for looking at every setting, and for the best one: some seconds together."""
@@ -35,7 +37,7 @@ class RoundPipePlan:
     rounds: tuple[int, ...]
     """Micro-batches in each round."""
     open_slots: int
-    partition: Partition
+    partition: Slots
     order: tuple[tuple[Op, ...], ...]
     """What each device runs, in order. Every rank follows this, not what happens to be ready."""
     makespan_s: float
@@ -47,6 +49,18 @@ class RoundPipePlan:
     """Most bytes on a device: weights, gradients, one micro-batch of each open slot; the next weights. 0 if unknown."""
     reasons: tuple[str, ...] = ()
 
+    def schedule(self, *, steps: int = 1, staleness: int = 0) -> Schedule:
+        """Return the plan as a schedule, which validates, simulates, prints and runs like any other."""
+        return roundpipe(
+            devices=self.num_devices,
+            microbatches=sum(self.rounds),
+            slots=self.partition,
+            rounds=len(self.rounds),
+            steps=steps,
+            staleness=staleness,
+            order=[[(op.slot, op.microbatch) for op in ops] for ops in self.order],
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `from_json` reads them back."""
         return asdict(self)
@@ -55,7 +69,7 @@ class RoundPipePlan:
     def from_json(cls, data: dict[str, Any]) -> RoundPipePlan:
         """Read what `to_json` made, also after a trip through text."""
         cut = data["partition"]
-        partition = Partition(forward=tuple(cut["forward"]), fused=cut["fused"], backward=tuple(cut["backward"]))
+        partition = Slots(forward=tuple(cut["forward"]), fused=cut["fused"], backward=tuple(cut["backward"]))
         order = tuple(tuple(Op(**op) for op in ops) for ops in data["order"])
         return cls(
             **{
@@ -68,7 +82,7 @@ class RoundPipePlan:
         )
 
 
-def evaluate(problem: Problem, partition: Partition) -> RoundPipePlan:
+def evaluate(problem: Problem, partition: Slots) -> RoundPipePlan:
     """Simulate one partition and return it as a plan with its order of dispatch.
 
     Raises:
@@ -101,8 +115,8 @@ def evaluate(problem: Problem, partition: Partition) -> RoundPipePlan:
 
 
 def anneal_all(
-    problem: Problem, starts: Sequence[Partition], hot: Sequence[float], *, seed: int, operations: float
-) -> list[tuple[float, Partition]]:
+    problem: Problem, starts: Sequence[Slots], hot: Sequence[float], *, seed: int, operations: float
+) -> list[tuple[float, Slots]]:
     """Anneal every start at every temperature within a budget; return (seconds, partition), best first."""
     runs = list(product(starts, hot))
     share = operations / len(runs) * (1 if problem.open_slots == 1 else READY_SHARE)

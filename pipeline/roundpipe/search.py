@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pipeline.errors import PlanError
 from pipeline.roundpipe.anneal import anneal, peak_bytes, scan_even
 from pipeline.roundpipe.slot_sim import fill_tables, ready_makespan
-from pipeline.roundpipe.slots import LayerCosts, Partition, even_sizes
+from pipeline.roundpipe.slots import LayerCosts, even_sizes
+from pipeline.schedules.roundpipe import Slots
 
 MOST_FUSED = 2
 """Even cuts are tried with up to so many fused layers; the search may fuse more."""
@@ -60,20 +61,20 @@ def running_sums(costs: LayerCosts) -> NDArray[np.float64]:
 
 
 class Tables:
-    """Partitions as the integers that the compiled functions read, for one problem."""
+    """Slotss as the integers that the compiled functions read, for one problem."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.sums_4L = running_sums(problem.costs)
 
-    def integers(self, partition: Partition) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def integers(self, partition: Slots) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return sizes (room for every layer twice) and shape."""
         given = (*partition.forward, *partition.backward)
         sizes = np.zeros(2 * self.problem.costs.num_layers + 1, np.int64)
         sizes[: len(given)] = given
         return sizes, np.array([len(partition.forward), len(partition.backward), partition.fused], np.int64)
 
-    def order(self, partition: Partition) -> tuple[float, NDArray[np.int64]]:
+    def order(self, partition: Slots) -> tuple[float, NDArray[np.int64]]:
         """Return the makespan and the dispatch, rows (device, global slot, micro-batch of the step)."""
         rounds, num_devices, transfer_s, open_slots, _ = self.problem.setting
         sizes, shape = self.integers(partition)
@@ -87,13 +88,13 @@ class Tables:
         )
         return float(makespan_s), order_O3
 
-    def peak(self, partition: Partition) -> int:
+    def peak(self, partition: Slots) -> int:
         """Return the most bytes of a device; 0 where the costs say nothing of bytes."""
         sizes, shape = self.integers(partition)
         return int(peak_bytes(sizes, shape, self.sums_4L, self.problem.num_devices, self.problem.open_slots))
 
 
-def search(problem: Problem, start: Partition, *, seed: int, evaluations: int, hot: float) -> tuple[float, Partition]:
+def search(problem: Problem, start: Slots, *, seed: int, evaluations: int, hot: float) -> tuple[float, Slots]:
     """Return (makespan in seconds, partition) of the best found from `start`; over the cap, with a penalty.
 
     `hot` is the first temperature, in shares of the ideal makespan. The same arguments give the same result.
@@ -106,17 +107,17 @@ def search(problem: Problem, start: Partition, *, seed: int, evaluations: int, h
     )  # fmt: skip
     a, b, fused = (int(x) for x in shape)
     numbers = [int(x) for x in sizes]
-    return float(best), Partition(forward=tuple(numbers[:a]), fused=fused, backward=tuple(numbers[a : a + b]))
+    return float(best), Slots(forward=tuple(numbers[:a]), fused=fused, backward=tuple(numbers[a : a + b]))
 
 
-def even_cuts(problem: Problem, num: int) -> list[Partition]:
+def even_cuts(problem: Problem, num: int) -> list[Slots]:
     """Return, for few fused layers, the best `num` of all even cuts and a coarse one."""
     most = max(1, min(MOST_FUSED, problem.costs.num_layers - 1))
     fused = [problem.fused] if problem.fused else range(1, most + 1)
     return [cut for f in fused for cut in _even_cuts(problem, f, num)]
 
 
-def _even_cuts(problem: Problem, fused: int, num: int) -> list[Partition]:
+def _even_cuts(problem: Problem, fused: int, num: int) -> list[Slots]:
     body = problem.costs.num_layers - fused
     if body < 1:
         raise PlanError(
@@ -131,4 +132,4 @@ def _even_cuts(problem: Problem, fused: int, num: int) -> list[Partition]:
     columns = np.argsort(energy_AB[rows, np.arange(counts.size)], kind="stable")[:num]
     coarse = (max(1, min(problem.num_devices, body // 3)), min(body, 2 * problem.num_devices))
     cuts = [(int(counts[rows[b]]), int(counts[b])) for b in columns] + [coarse]
-    return [Partition(forward=even_sizes(body, a)[::-1], fused=fused, backward=even_sizes(body, b)) for a, b in cuts]
+    return [Slots(forward=even_sizes(body, a)[::-1], fused=fused, backward=even_sizes(body, b)) for a, b in cuts]

@@ -1,4 +1,4 @@
-"""What the planner of RoundPipe works on: layers with costs, a partition into slots, micro-batches dealt to rounds.
+"""What the planner of RoundPipe works on: layers with costs, micro-batches dealt to rounds; a partition is a `Slots`.
 
     slots    F0 .. F(a-1)   fused   B1 .. Bb          S = a + 1 + b, executed in this order, once a round
     devices  slot s of round r runs on device (r * S + s) mod N: the cursor goes on across rounds
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
+from pipeline.costs import Costs
 from pipeline.errors import PlanError
+from pipeline.schedules.roundpipe import Slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,22 @@ class LayerCosts:
         if not all(0 < t < float("inf") for t in (*self.forward_s, *self.backward_s)) or not self.transfer_s >= 0:
             raise PlanError("costs are positive finite seconds; measure the layers again")
 
+    @classmethod
+    def of(cls, costs: Costs) -> LayerCosts:
+        """Return what the planner uses of a measured profile: its first micro-batch's row."""
+        num = costs.num_layers
+
+        def row(values: tuple[float, ...]) -> tuple[int, ...]:
+            return tuple(int(x) for x in (values if len(values) == num else values * num))
+
+        return cls(
+            forward_s=costs.forward_s[0],
+            backward_s=costs.backward_s[0],
+            transfer_s=costs.hop_s + costs.boundary(0) / costs.link_bytes_per_s,
+            weight_bytes=row(costs.weight_bytes),
+            activation_bytes=row(costs.activation_bytes[0]),
+        )
+
     @property
     def num_layers(self) -> int:
         """Number of layers, the head included."""
@@ -55,58 +72,6 @@ class LayerCosts:
     def useful_s(self) -> float:
         """Seconds of forward and backward of one micro-batch, the work no schedule can avoid."""
         return sum(self.forward_s) + sum(self.backward_s)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Partition:
-    """How the layers are cut: sizes of the forward slots, layers in the fused slot, sizes of the backward slots."""
-
-    forward: tuple[int, ...]
-    """Layers in each forward slot, from the first layer on."""
-    fused: int
-    """Last layers, run by the fused slot; at least the head."""
-    backward: tuple[int, ...]
-    """Layers in each backward slot, from the last layer that is not fused back to the first."""
-
-    def __post_init__(self) -> None:
-        if self.fused < 1 or min((*self.forward, *self.backward), default=1) < 1:
-            raise PlanError(f"{self}: every slot, the fused one too, needs at least one layer")
-        if sum(self.forward) != sum(self.backward):
-            raise PlanError(
-                f"{self}: forward slots hold {sum(self.forward)} layers, backward ones {sum(self.backward)}"
-            )
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers that it cuts."""
-        return sum(self.forward) + self.fused
-
-    @property
-    def num_slots(self) -> int:
-        """S = a + 1 + b."""
-        return len(self.forward) + 1 + len(self.backward)
-
-    @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        """Layers `lo .. hi` (exclusive) of every slot, in slot order."""
-        ups = [0, *accumulate(self.forward)]
-        downs = [ups[-1] - n for n in (0, *accumulate(self.backward))]
-        forward = list(pairwise(ups))
-        return (*forward, (ups[-1], self.num_layers), *zip(downs[1:], downs, strict=False))
-
-    @property
-    def input_slots(self) -> tuple[int, ...]:
-        """For each slot, the forward slot whose word says that its saved input is there; -1 for the model's input.
-
-        A recomputation starts from the boundary activation that the forward pass stored, so a backward slot waits on
-        this slot as well as on the gradient.
-        """
-        ends = list(accumulate(self.forward))
-
-        def holder(lo: int) -> int:
-            return -1 if lo == 0 else next(i for i, end in enumerate(ends) if end >= lo)
-
-        return tuple(holder(lo) for lo, _ in self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +96,11 @@ def even_sizes(num_layers: int, num_slots: int) -> tuple[int, ...]:
     return tuple(num_layers // num_slots + (i < num_layers % num_slots) for i in range(num_slots))
 
 
-def check_model(costs: LayerCosts, partition: Partition, rounds: Sequence[int], num_devices: int) -> None:
+def check_model(costs: LayerCosts, partition: Slots, rounds: Sequence[int], num_devices: int) -> None:
     """Refuse a partition that is not one of this model, and numbers that make no schedule."""
     if partition.num_layers != costs.num_layers:
         raise PlanError(f"the partition cuts {partition.num_layers} layers, the costs are of {costs.num_layers}")
+    if partition.first_trainable:
+        raise PlanError(f"{partition} leaves layers without backward; the planner takes models that train whole")
     if num_devices < 1 or min(rounds, default=0) < 1:
         raise PlanError(f"{num_devices} devices and rounds {tuple(rounds)}: each must be at least 1")

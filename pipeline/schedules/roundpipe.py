@@ -36,6 +36,11 @@ class Slots:
         return sum(self.forward) + self.fused
 
     @property
+    def num_slots(self) -> int:
+        """Slots of one round."""
+        return len(self.forward) + 1 + len(self.backward)
+
+    @property
     def first_trainable(self) -> int:
         """Layers without backward, all at the front: those before the last backward slot."""
         return sum(self.forward) - sum(self.backward)

@@ -1,61 +1,24 @@
 """Dispatch, experts and combine as one autograd function that runs in chunks on three lanes.
 
-The calling thread computes; the inter- and intra-node lanes move rows, each in the order of the plan. Forward is cut at
-the borders of both directions and keeps one graph for each piece, so any expert module works, nothing is computed
-twice, and backward may have another number of chunks. The weighted sum over a token's experts is outside.
+Forward is cut at the borders of both directions and keeps one graph for each piece, so any expert module works, nothing
+is computed twice, and backward may have another number of chunks. The weighted sum over a token's experts is outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from moe.dispatch import gather_rows, scatter_sum
 from moe.errors import ContractError, MoeError
-from moe.hooks import Hooks
-from moe.lanes import Lanes, Result
-from moe.plan import GATHER, LayerPlan
-from moe.records import ChunkInfo
-from moe.traffic import ChunkTraffic, Ints, Traffic, cuts
-
-
-class Experts(Protocol):
-    """The experts of this rank: any module of such a call, or something like it."""
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of this rank."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Return all that backward may have a gradient for."""
-        ...
-
-    def __call__(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
-        """Return `[N, D]`; rows lie expert by expert, `counts[e]` of expert e."""
-        ...
-
-
-@dataclass(frozen=True)
-class LayerRun:
-    """One pass of one layer: everything but the tensors."""
-
-    experts: Experts
-    traffic: Traffic
-    plan: LayerPlan
-    lanes: Lanes
-    hooks: Hooks
-    layer: str
-    drain: Callable[[str, LayerPlan], None] | None = None
-    """Called in backward, between the last dispatch and the first combine: submits dense gradients to `lanes.inter`."""
+from moe.flow import LayerRun, run_chunks, take
+from moe.traffic import Ints
 
 
 @dataclass(frozen=True)
@@ -86,10 +49,10 @@ class _Overlap(torch.autograd.Function):
             if not sum(counts):
                 return rows_ND
             with torch.set_grad_enabled(keep), saved.collect():
-                output_ND, pieces[start] = _with_graph(run, rows_ND[_on(index, rows_ND)], counts, keep)
+                output_ND, pieces[start] = _with_graph(run, take(rows_ND, index), counts, keep)
             return output_ND.detach()
 
-        output_RD = _run_chunks(rows_RD, run, compute, backward=False)
+        output_RD = run_chunks(rows_RD, run, compute, backward=False)
         ctx.run, ctx.params = run, params
         ctx.pieces, ctx.saved = pieces, saved
         # Never empty: under non-reentrant activation checkpointing, reading it recomputes the layer with its exchanges,
@@ -112,12 +75,12 @@ class _Overlap(torch.autograd.Function):
             piece: Piece | None = ctx.pieces.get(start)
             if piece is None:
                 return grad_ND
-            inputs, grad = [piece.rows, *ctx.params], grad_ND[_on(index, grad_ND)]
+            inputs, grad = [piece.rows, *ctx.params], take(grad_ND, index)
             found = torch.autograd.grad([piece.output], inputs, [grad], retain_graph=True, allow_unused=True)
             sums.add(found[1:])
             return grad.new_zeros(()).expand_as(grad) if found[0] is None else found[0]
 
-        grad_RD = _run_chunks(grads[0], ctx.run, compute, backward=True)
+        grad_RD = run_chunks(grads[0], ctx.run, compute, backward=True)
         ctx.saved.tensors = ()
         return (grad_RD if ctx.needs_input_grad[0] else None, None, None, *sums.result())
 
@@ -203,98 +166,3 @@ class _GradientSums:
     def result(self) -> list[Tensor]:
         pairs = zip(self._params, self._sums, strict=True)
         return [torch.zeros_like(p) if held is None else held.to(p.dtype) for p, held in pairs]
-
-
-Compute = Callable[[Tensor, Any, list[int], Fraction], Tensor]
-
-
-def _run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bool) -> Tensor:
-    """Move every chunk to its experts, compute its pieces, and move the results back to where the rows came from."""
-    every = cuts(run.plan.forward_chunks, run.plan.backward_chunks)
-    r = run.plan.chunks(backward=backward)
-    chunks = [run.traffic.chunk(Fraction(c, r), Fraction(c + 1, r)) for c in range(r)]
-    infos = [ChunkInfo(run.layer, c, r, backward) for c in range(r)]
-    flow = _Flow(run, chunks, infos, rows_RD)
-    try:
-        for c, chunk in enumerate(chunks):
-            rows_ND = run.hooks.after_dispatch(flow.gathered.pop(c).result(), infos[c])
-            output_ND = _compute_chunk(rows_ND, chunk, every, Fraction(c, r), Fraction(c + 1, r), compute)
-            flow.computed[c].set_result(run.hooks.before_combine(output_ND, infos[c]))
-    except BaseException as error:
-        flow.give_up(error)
-        raise
-    output_RD = torch.empty_like(rows_RD, memory_format=torch.contiguous_format)
-    for c, chunk in enumerate(chunks):
-        output_RD[_on(chunk.send_index, rows_RD)] = run.hooks.after_combine(flow.combined.pop(c).result(), infos[c])
-    return output_RD
-
-
-def _compute_chunk(
-    rows_ND: Tensor, chunk: ChunkTraffic, every: list[Fraction], start: Fraction, end: Fraction, compute: Compute
-) -> Tensor:
-    inside = [cut for cut in every if start <= cut <= end]
-    output_ND = torch.empty_like(rows_ND)
-    for first, last in pairwise(inside):
-        index, counts = chunk.piece_index(first, last)
-        if len(index):
-            output_ND[_on(index, rows_ND)] = compute(rows_ND, index, counts, first)
-    return output_ND
-
-
-class _Flow:
-    """Everything one pass submits to the lanes, all of it at once and in the order of the plan."""
-
-    def __init__(self, run: LayerRun, chunks: list[ChunkTraffic], infos: list[ChunkInfo], rows_RD: Tensor) -> None:
-        self.run, self.chunks, self.infos = run, chunks, infos
-        way = "backward " if infos[0].backward else ""
-        self.computed = [run.lanes.ticket(run.layer, f"{way}experts {c}") for c in range(len(chunks))]
-        self.gathered: dict[int, Result] = {}
-        self.combined: dict[int, Result] = {}
-        scattered: dict[int, Result] = {}
-        submit = _submitter(run, way)
-        dispatched = {c: submit("dispatch", c, self._dispatch(c, rows_RD)) for c in range(len(chunks))}
-        for op in run.plan.intra_order(backward=infos[0].backward):
-            if op.name == GATHER:
-                self.gathered[op.chunk] = submit("gather", op.chunk, self._gather(op.chunk, dispatched))
-            else:
-                scattered[op.chunk] = submit("scatter", op.chunk, self._scatter(op.chunk))
-        if infos[0].backward and run.drain is not None:
-            run.drain(run.layer, run.plan)
-        for c in range(len(chunks)):
-            self.combined[c] = submit("combine", c, self._combine(c, scattered))
-
-    # Each of these returns what a lane's thread will run. They take results out of the dicts, to free the rows.
-    def _dispatch(self, c: int, rows_RD: Tensor) -> Callable[[], Tensor]:
-        chunk, exchange = self.chunks[c], self.run.lanes.exchange
-        sent = self.run.hooks.before_dispatch(rows_RD[_on(chunk.send_index, rows_RD)], self.infos[c])
-        return lambda: exchange(sent, chunk.matrix[self.run.lanes.member])
-
-    def _gather(self, c: int, dispatched: dict[int, Result]) -> Callable[[], Tensor]:
-        sizes, esp = self.chunks[c].member_rows, self.run.lanes.esp
-        return lambda: gather_rows(dispatched.pop(c).result(), sizes, esp)
-
-    def _scatter(self, c: int) -> Callable[[], Tensor]:
-        sizes, esp = self.chunks[c].member_rows, self.run.lanes.esp
-        return lambda: scatter_sum(self.computed[c].result(), sizes, esp)
-
-    def _combine(self, c: int, scattered: dict[int, Result]) -> Callable[[], Tensor]:
-        matrix_PP, exchange = self.chunks[c].matrix[self.run.lanes.member].T, self.run.lanes.exchange
-        return lambda: exchange(scattered.pop(c).result(), matrix_PP)
-
-    def give_up(self, error: BaseException) -> None:
-        """Fail what waits for computations that will not come, so that no thread sits out its deadline."""
-        for ticket in self.computed:
-            if not ticket.done():
-                ticket.set_exception(error)
-
-
-def _submitter(run: LayerRun, way: str) -> Callable[[str, int, Callable[[], Tensor]], Result]:
-    def submit(op: str, chunk: int, fn: Callable[[], Tensor]) -> Result:
-        lane = run.lanes.intra if op in ("gather", "scatter") else run.lanes.inter
-        return lane.submit(torch.no_grad()(fn), layer=run.layer, op=f"{way}{op} {chunk}")
-
-    return submit
-
-
-def _on(index: Ints, like: Tensor) -> Tensor:
-    return torch.from_numpy(index).to(like.device)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from moe.agree import agree, problem_of
 from moe.config import MoeConfig
 from moe.errors import MoeConfigError
+from moe.flow import LayerRun
 from moe.hooks import Hooks
 from moe.lanes import Lanes, make_lanes
 from moe.order import Ordered, SparseOrder
-from moe.overlap import LayerRun, run_experts
+from moe.overlap import run_experts
 from moe.plan import PLAIN, LayerPlan
 from moe.records import Assignments
 from moe.traffic import Traffic

@@ -114,8 +114,10 @@ def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
             if last or job.state.step % run.eval_every == 0:
                 metrics = replace(metrics, eval_loss=job.evaluate())
             report.write(metrics)
-            stopped = stop.agreed(job.world.device) and not last
-            if last or stopped or job.state.step % job.config.checkpoint.every == 0:
+            asked = job.world.rank == 0 and saver.requested()
+            stopped, save = stop.agreed(job.world.device, save=asked)
+            stopped = stopped and not last
+            if last or stopped or save or job.state.step % job.config.checkpoint.every == 0:
                 report.sync()
                 saver.save()
             begun = time.perf_counter()

@@ -35,8 +35,12 @@ class Saver:
         self._saved = self.state.step
 
     def requested(self) -> bool:
-        """Return whether someone asked this job to save now: `checkpoint request`. A look by this rank alone."""
-        return self._checkpoints.requested()
+        """Return whether someone asked this job to save now: `checkpoint request`. A look by this rank alone.
+
+        Not while a save is under way: it may be the very answer.
+        """
+        self._note_durable()
+        return self._pending is None and self._checkpoints.requested()
 
     def wait(self) -> None:
         """Return when what was saved is durable; raises what went wrong."""
@@ -46,4 +50,4 @@ class Saver:
 
     def _note_durable(self) -> None:
         if self._pending is not None and self._pending.progress.done:
-            self.path = self._pending.wait()
+            self.path, self._pending = self._pending.wait(), None

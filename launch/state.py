@@ -4,6 +4,7 @@ model.<name>                  parameters and persistent buffers, tied ones once
 optim.<parameter name>.<slot> optimizer state;  optim_groups, optim_class  its settings
 loader                        where the loader stands
 rng.<rank>.<generator>        every rank's random number generators
+parts.<name>                  what else has a state: a scheduler, a gradient scaler
 progress                      {"step": optimizer steps done}
 """
 
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from checkpointing import Mutability, TensorProvider
 from chunkflow.world import resolve_place
 from launch.errors import ResumeError
+from launch.flat import flatten, unflatten
 from launch.optim_state import NamedOptimizer
 from launch.partial import WholeModel
 from launch.rng import rng_state, seed_rngs, set_rng_state
@@ -37,12 +40,25 @@ class Position(Protocol):
         ...
 
 
+class Part(Protocol):
+    """Something else of a job with a state: tensors, numbers, strings, lists and dicts of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take it over."""
+        ...
+
+
 class TrainState:
     """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
 
     The optimizer may be any of torch's; it must be made from the model's parameters. `rank` and `world_size` default to
     those of the default process group, or to one process where there is none. `whole` describes the model of which
     `model` is this rank's part: a checkpoint then has the names of the whole, whatever the cut, and loads into any.
+    `parts` are what else belongs to the job, by name: a learning-rate scheduler, a GradScaler.
     """
 
     def __init__(
@@ -56,11 +72,12 @@ class TrainState:
         seed: int = 0,
         device: torch.device | None = None,
         whole: WholeModel | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         self.step = 0
         self.notes: tuple[str, ...] = ()
         """What the last load_state_dict could not restore, in words."""
-        self._model, self._loader = model, loader
+        self._model, self._loader, self._parts = model, loader, dict(parts or {})
         self._rank, self._world_size = resolve_place(rank, world_size)
         self._seed = seed
         self._device = device or torch.device("cpu")
@@ -70,13 +87,26 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, flat. The tensors are the live ones, not copies."""
+        parts: dict[str, Any] = {}
+        for name, part in self._parts.items():
+            flatten(f"parts.{name}", part.state_dict(), parts)
         return {
             **{f"model.{name}": tensor for name, tensor in self._tensors().items()},
             **self._optimizer.state(),
+            **parts,
             "loader": self._loader.state_dict(),
             **{f"rng.{self._rank}.{name}": value for name, value in rng_state(self._device).items()},
             "progress": {"step": self.step},
         }
+
+    def state_providers(self) -> dict[str, Any]:
+        """Return the state as `state_dict` does, and say which of it never changes: parameters that are not trained.
+
+        What an optimizer steps the checkpointer finds out by itself.
+        """
+        frozen = {f"model.{name}" for name, param in self._model.named_parameters() if not param.requires_grad}
+        state = self.state_dict()
+        return state | {name: TensorProvider(state[name], Mutability.NEVER) for name in frozen if name in state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state: all names of all ranks.
@@ -86,7 +116,7 @@ class TrainState:
         """
         flat = state_dict
         problems = [*self._check_model(flat), *self._optimizer.check(flat)]
-        problems += [f"{name} is missing" for name in ("loader", "progress") if name not in flat]
+        problems += [f"{name} is missing" for name in self._needed() if name not in flat]
         if problems:
             more = f", and {len(problems) - _SHOWN} more differences" if len(problems) > _SHOWN else ""
             raise ResumeError(
@@ -98,8 +128,13 @@ class TrainState:
             for name, tensor in self._tensors().items():
                 tensor.copy_(flat[f"model.{name}"])
         self._optimizer.load(flat)
+        for name, part in self._parts.items():
+            part.load_state_dict(unflatten(f"parts.{name}", flat))
         self.step = int(flat["progress"]["step"])
         self._load_rngs(flat)
+
+    def _needed(self) -> list[str]:
+        return ["loader", "progress", *(f"parts.{name}" for name in self._parts)]
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the model's parameters and persistent buffers by name; of tied ones the first name only."""

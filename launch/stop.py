@@ -31,8 +31,11 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Return whether any rank was asked to stop. Every rank calls, once a step: a collective."""
-        asked = torch.tensor(float(self.received is not None), device=device)
+    def agreed(self, device: torch.device, *, save: bool = False) -> tuple[bool, bool]:
+        """Return whether any rank was asked to stop, and whether any was asked to save now.
+
+        Every rank calls, once a step: a collective.
+        """
+        asked = torch.tensor([float(self.received is not None), float(save)], device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        return bool(asked[0].item()), bool(asked[1].item())

@@ -236,3 +236,51 @@ def test_flat_and_back():
     assert back["b"][1]["c"][1] is None
     with pytest.raises(ResumeError, match=r"x\.1 is a set"):
         flatten("x", [torch.ones(1), {1}], {})
+
+
+def test_a_scheduler_and_a_scaler_are_parts_of_a_job():
+    def job():
+        state, model, optimizer, _ = make()
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        state = TrainState(model, optimizer, Position(), parts={"scheduler": scheduler, "scaler": scaler})
+        return state, model, optimizer, scheduler, scaler
+
+    def step(model, optimizer, scheduler, scaler):
+        loss = model(torch.tensor([1, 2, 3])).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    old, new = job(), job()
+    for _ in range(3):
+        step(*old[1:])
+    saved = {
+        k: v.clone() if isinstance(v, torch.Tensor) else json.loads(json.dumps(v))
+        for k, v in old[0].state_dict().items()
+    }
+    new[0].load_state_dict(saved)
+    for _ in range(3):
+        step(*old[1:])
+        step(*new[1:])
+    assert old[3].get_last_lr() == new[3].get_last_lr()
+    assert old[4].get_scale() == new[4].get_scale() != 8.0
+    for left, right in zip(old[1].parameters(), new[1].parameters(), strict=True):
+        assert torch.equal(left, right)
+    del saved["parts.scaler"]
+    with pytest.raises(ResumeError, match=r"parts\.scaler is missing"):
+        new[0].load_state_dict(saved)
+
+
+def test_parameters_that_are_not_trained_are_declared_never_to_change():
+    from checkpointing import Mutability, TensorProvider
+
+    state, model, _, _ = make()
+    model[1].weight.requires_grad_(False)
+    given = state.state_providers()
+    assert given["model.1.weight"] == TensorProvider(given["model.1.weight"].tensor, Mutability.NEVER)
+    assert given["model.1.weight"].tensor.data_ptr() == model[1].weight.data_ptr()
+    assert given.keys() == state.state_dict().keys()
+    assert sum(isinstance(value, TensorProvider) for value in given.values()) == 1

@@ -170,12 +170,12 @@ def agree_to_stop(info):
         for turn in range(3):
             if turn == 1 and info.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            agreed.append(stop.agreed(torch.device("cpu")))
+            agreed.append(stop.agreed(torch.device("cpu"), save=(turn, info.rank) == (0, 1)))
     return agreed
 
 
 def test_one_rank_s_signal_stops_all_at_the_same_step():
-    assert run_ranks(agree_to_stop, 2) == [[False, True, True]] * 2
+    assert run_ranks(agree_to_stop, 2) == [[(False, True), (True, False), (True, False)]] * 2
 
 
 def test_signals_are_noted_and_handlers_put_back():

@@ -27,6 +27,7 @@ from checkpointing.retention import Keep, KeepLast
 from checkpointing.save import SaveJob
 from checkpointing.state import State
 from checkpointing.storage.local import LocalStorage
+from checkpointing.tiers import Mirror
 
 SINGLE = "single"
 """As `group`: this one process saves and restores alone."""
@@ -58,8 +59,10 @@ class Checkpointer:
     `close` calls in the same order, with a folder all of them see.
 
     `group` is the default group when torch.distributed is initialised, else this process alone; SINGLE for one process.
-    The other arguments are those of CheckpointConfig. The folder is created by the first save. Raises CheckpointError
-    when torchrun started this process and there is no group yet.
+    `mirror` is a second tier, a folder or `s3://bucket/prefix`: rank 0 copies every durable checkpoint there in the
+    background, and a restore takes from it what the first tier has lost. The other arguments are those of
+    CheckpointConfig. The folder is created by the first save. Raises CheckpointError when torchrun started this process
+    and there is no group yet.
 
     From the construction on, every optimizer step of this process waits until what is being saved is copied.
     """
@@ -71,6 +74,7 @@ class Checkpointer:
         keep: Keep | None = None,
         group: dist.ProcessGroup | str | None = None,
         timeout_s: float = 600.0,
+        mirror: str | os.PathLike[str] | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         keep = keep if keep is not None else KeepLast(3)
@@ -80,6 +84,8 @@ class Checkpointer:
         self._control = _open_control(group, config.timeout_s)
         self._exchange = _open_exchange(group, self._control)
         self._committer = Committer(self._folder, config.keep)
+        if mirror is not None and self._control.rank == 0:
+            self._committer.mirror = Mirror(self._folder, os.fspath(mirror))
         self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
         # At exit too: a save in flight is finished, others may not have read rank 0's last answer, and a failed save
@@ -124,9 +130,13 @@ class Checkpointer:
     def restore(self, state: State, step: int | None = None) -> RestoreInfo | None:
         """Restore the newest checkpoint that verifies, or exactly `step`; every rank must call.
 
-        Rank 0 reads and hashes every byte first, and falls back to older checkpoints; `skipped` says why. Then each
-        Stateful is given every saved name under its prefix, from all ranks. Nothing is changed before all bytes are
-        read. Returns None when there is no checkpoint. Raises IntegrityError when there are and none verifies, and
+        Each byte is read and verified by one rank, and handed to those that need it; when one is wrong, all ranks fall
+        back to the next older checkpoint. `skipped` says why, and damaged ones are set aside. Then each Stateful is
+        given every saved name under its prefix, from all ranks: as a DTensor where its live tensor is one, sharded as
+        that is. Nothing is changed before all bytes are read. After going back to a `step`, newer checkpoints are set
+        aside by the next save.
+
+        Returns None when there is no checkpoint. Raises IntegrityError when there are and none verifies, and
         CheckpointError when `step` is not there. What a `load_state_dict` raises reaches the other ranks as an error
         too.
         """
@@ -134,7 +144,7 @@ class Checkpointer:
         self._check_open(what)
         self._engine.idle()  # the saves before this call, as on every other rank
         self._control.begin(what)
-        return restore(self._control, self._exchange, self._folder, self._committer.known_bad, what, state, step)
+        return restore(self._control, self._exchange, self._folder, self._committer, what, state, step)
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None. A look at the folder by this rank alone; reads no tensor."""
@@ -161,6 +171,8 @@ class Checkpointer:
             return
         self._engine.close(self._config.timeout_s)
         owed = self._owed_error()
+        if self._committer.mirror is not None:
+            self._committer.mirror.close(self._config.timeout_s)
         if owed is not None:
             raise owed
 

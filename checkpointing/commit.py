@@ -25,6 +25,7 @@ from checkpointing.plan import agreed_values
 from checkpointing.planner import Planner
 from checkpointing.records import FileEntry, Manifest, Summary
 from checkpointing.retention import Keep, plan_pruning
+from checkpointing.tiers import Mirror
 from checkpointing.transfer import write_small
 from checkpointing.values import decode
 
@@ -45,6 +46,10 @@ class Committer:
         self._known: dict[int, tuple[tuple[int, ...], Summary]] = {}
         self.known_bad: set[int] = set()
         """Steps that a restore of this process read in full and found damaged."""
+        self.back_to: int | None = None
+        """The step a restore was asked to go back to: newer ones are set aside once the run goes on from there."""
+        self.mirror: Mirror | None = None
+        """The second tier."""
 
     @told_as(SaveError, "rank 0: ")
     def open(self, step: int, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -72,11 +77,14 @@ class Committer:
         data = self._manifest(bodies)
         write_small(self._storage, self._tmp / manifests.FILE_NAME, data)
         self._storage.sync_folder(self._tmp)
+        self._leave_newer()
         self._publish()
         return [{} for _ in bodies]
 
     def tidy(self) -> None:
         """Clear away what a durable save leaves behind; what fails here is told, and fails nothing."""
+        if self.mirror is not None:
+            self.mirror.copy(self._step)
         for chore in (self._release, self._point_latest, self._prune, self._clear_leftovers, self._clear_request):
             try:
                 chore()
@@ -94,7 +102,7 @@ class Committer:
             self._release()
 
     def _stands(self, step: int) -> bool:
-        if step in self.known_bad:
+        if step in self.known_bad or (self.back_to is not None and step > self.back_to):
             return False
         try:
             self._folder.inspect(step)
@@ -133,6 +141,14 @@ class Committer:
             table=table,
         )
 
+    def _leave_newer(self) -> None:
+        """Set newer checkpoints aside when the run went back: or the next restart would go on from them again."""
+        if self.back_to is not None:
+            for step, found in self._folder.committed().items():
+                if step > self.back_to and found.run_id == self._run_id:
+                    self._folder.set_aside(step, "aside")
+            self.back_to = None
+
     def _publish(self) -> None:
         place = self._folder.at(self._step)
         if place.name in self._storage.names(self._folder.root):
@@ -161,7 +177,10 @@ class Committer:
     def _prune(self) -> None:
         committed = self._folder.committed(self._known)
         intact = {step: found.values for step, found in committed.items() if found.run_id == self._run_id}
+        copying = self.mirror.pending() if self.mirror is not None else frozenset()
         for step in plan_pruning(self._keep, intact, self.known_bad, saved=self._step):
+            if step in copying:  # it goes after a later save
+                continue
             # Renamed first: a checkpoint is whole or absent while it is deleted, too.
             gone = self._folder.at(step).with_name(f"step-{step}.{self._nonce()}")
             self._storage.rename(self._folder.at(step), gone)

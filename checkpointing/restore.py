@@ -4,17 +4,17 @@ bytes, and only when all are right do ranks hand each other what they read. Noth
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from torch.distributed.tensor import DTensor
 
+from checkpointing.choose import Chooser, identity_of, is_damage
+from checkpointing.commit import Committer
 from checkpointing.control import Control, run_round, told_as
-from checkpointing.errors import CheckpointError, IntegrityError, VersionError
+from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.folder import Folder, check_step
 from checkpointing.load import Buffers, Exchange, assemble, hand_over, read_part
 from checkpointing.records import Manifest, RestoreInfo, Stateful
@@ -22,20 +22,18 @@ from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.state import State, parts_of, under
 from checkpointing.wants import Live, given, live_of, live_shards, need_of
 
-_log = logging.getLogger("checkpointing")
-
 
 def restore(
     control: Control,
     exchange: Exchange,
     folder: Folder,
-    known_bad: set[int],
+    committer: Committer,
     what: str,
     state: State,
     step: int | None,
 ) -> RestoreInfo | None:
-    """Restore `state`; every rank must call. `known_bad` learns on rank 0 what did not verify."""
-    chooser = _Chooser(folder, known_bad, step)
+    """Restore `state`; every rank must call. `committer` learns on rank 0 what did not verify, or was gone back to."""
+    chooser = Chooser(control, folder, committer, step)
     parts: dict[str, Stateful] = {}
     shards: dict[str, DTensor] = {}
 
@@ -100,91 +98,6 @@ class _Attempt:
         by_name = entries_by_name(self._found)
         loaded = {name: assemble(name, box, by_name[name], self._buffers) for name, box in need.boxes.items()}
         return given(self._found, need, loaded, shards)
-
-
-class _Chooser:
-    """Rank 0's side: which checkpoint to try, and which next."""
-
-    def __init__(self, folder: Folder, known_bad: set[int], step: int | None) -> None:
-        self._folder, self._known_bad, self._step = folder, known_bad, step
-        self._left: list[int] = []
-        self._skipped: list[tuple[int, str, bool]] = []
-        self._trying = -1
-
-    @told_as(CheckpointError, "rank 0: ")
-    def first(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Answer with the checkpoint to try, or that there is none."""
-        candidates = self._folder.candidates()
-        if self._step is not None and self._step not in candidates:
-            there = candidates or "none"
-            raise CheckpointError(f"there is no step {self._step} in {self._folder.root}; there are: {there}")
-        self._left = candidates if self._step is None else [self._step]
-        empty = self._step is None and not any(self._folder.has_manifest(one) for one in candidates)
-        answer = {"step": None} if empty else self._next() | {"lives": list(bodies)}
-        return [answer] * len(bodies)
-
-    @told_as(CheckpointError, "rank 0: ")
-    def judge(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Answer that every rank read what was saved, or with the next checkpoint."""
-        bad = {rank: body for rank, body in enumerate(bodies) if body}
-        if bad:
-            rank, body = next(iter(bad.items()))
-            reason = body["bad"] if len(bodies) == 1 else f"{body['bad']} (read by rank {rank})"
-            self._skip(self._trying, reason, any(one["damaged"] for one in bad.values()))
-            return [self._next() | {"right": False}] * len(bodies)
-        self._known_bad.discard(self._trying)
-        skipped = [(str(self._folder.at(step)), self._set_aside(*one)) for one in self._skipped for step in one[:1]]
-        return [{"step": self._trying, "right": True, "skipped": skipped}] * len(bodies)
-
-    def _next(self) -> dict[str, Any]:
-        while self._left:
-            self._trying = self._left.pop()
-            try:
-                return {"step": self._trying, "identity": identity_of(self._folder.inspect(self._trying))}
-            except VersionError:
-                raise
-            except IntegrityError as error:
-                self._skip(self._trying, str(error), is_damage(error))
-        # Starting over in silence would throw a run away; someone has to look.
-        reasons = "; ".join(reason for _, reason, _ in self._skipped)
-        raise IntegrityError(
-            f"nothing to restore in {self._folder.root}: {reasons}. To start over, move these folders away"
-        )
-
-    def _skip(self, step: int, reason: str, damaged: bool) -> None:
-        self._known_bad.add(step)
-        self._skipped.append((step, reason, damaged))
-
-    def _set_aside(self, step: int, reason: str, damaged: bool) -> str:
-        """Move a damaged checkpoint out of the way, now that an older one is good. Returns the reason, with the place.
-
-        One that could not be read (no permission, a device error) may be good tomorrow, and one without a manifest is
-        not ours: both stay.
-        """
-        if not damaged or not self._folder.has_manifest(step):
-            return reason
-        try:
-            place = self._folder.set_aside(step, "bad")
-        except OSError as error:
-            _log.warning("%s is damaged and cannot be set aside: %s", self._folder.at(step), error)
-            return reason
-        self._known_bad.discard(step)
-        return f"{reason}; set aside as {place.name}"
-
-
-def identity_of(found: Manifest) -> str:
-    """Return what tells two checkpoints apart: a hash over their run, files and hashes."""
-    hashes = (one for entry in found.tensors for one in entry.hashes)
-    files = (f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)
-    return xxhash.xxh3_64_hexdigest("\n".join([found.run_id, *files, *hashes]).encode())
-
-
-def is_damage(error: IntegrityError) -> bool:
-    """Return whether the bytes were read and are wrong, or are gone; not that they could not be read just now."""
-    cause = error.__cause__
-    while isinstance(cause, CheckpointError):
-        cause = cause.__cause__
-    return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
 
 
 def _agreed(bodies: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

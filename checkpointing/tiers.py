@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,18 @@ class Mirror:
         self.first, self.second = first, Folder(*open_storage(second))
         self._jobs: queue.Queue[int | None] = queue.Queue()
         self._errors: list[CheckpointError] = []
+        self._pending: list[int] = []
         self._thread = threading.Thread(target=self._serve, name="checkpoint-mirror", daemon=True)
         self._thread.start()
 
     def copy(self, step: int) -> None:
         """Copy a committed step, some time soon."""
+        self._pending.append(step)
         self._jobs.put(step)
+
+    def pending(self) -> frozenset[int]:
+        """Return the steps that are not copied yet: they must stay."""
+        return frozenset(self._pending)
 
     def close(self, timeout_s: float) -> None:
         """Wait for what was asked for. Raises SaveError when a copy failed or is not done in time."""
@@ -62,12 +68,15 @@ class Mirror:
                 self._errors.append(error)
             except OSError as error:
                 self._errors.append(SaveError(f"step {step} to {self.second.root}: {error}"))
+            finally:
+                self._pending.remove(step)
 
 
-def copy_step(source: Folder, dest: Folder, step: int) -> Path:
+def copy_step(source: Folder, dest: Folder, step: int, alive: Callable[[], None] = lambda: None) -> Path:
     """Copy a committed checkpoint, verifying every byte. Returns its new place; does nothing when it is there already.
 
-    Raises IntegrityError when the source is damaged or another checkpoint of this step stands at the destination.
+    `alive` is called on the way. Raises IntegrityError when the source is damaged or another checkpoint of this step
+    stands at the destination.
     """
     manifest = source.inspect(step)
     place = dest.at(step)
@@ -77,18 +86,18 @@ def copy_step(source: Folder, dest: Folder, step: int) -> Path:
         return place
     dest.storage.make_folders(dest.root)
     if isinstance(dest.storage, LocalStorage):
-        _copy_by_rename(source, dest, manifest)
+        _copy_by_rename(source, dest, manifest, alive)
     else:
-        _copy_files(source, dest.storage, place, manifest)
+        _copy_files(source, dest.storage, place, manifest, alive)
     return place
 
 
-def _copy_by_rename(source: Folder, dest: Folder, manifest: Manifest) -> None:
+def _copy_by_rename(source: Folder, dest: Folder, manifest: Manifest, alive: Callable[[], None]) -> None:
     place = dest.at(manifest.step)
     tmp = place.with_name(f"{place.name}.tmp-{manifest.run_id[:8]}-{uuid.uuid4().hex[:8]}")
     dest.storage.make_folder(tmp)
     try:
-        _copy_files(source, dest.storage, tmp, manifest)
+        _copy_files(source, dest.storage, tmp, manifest, alive)
         dest.storage.sync_folder(tmp)
         dest.storage.rename(tmp, place)
     except BaseException:
@@ -97,18 +106,20 @@ def _copy_by_rename(source: Folder, dest: Folder, manifest: Manifest) -> None:
     dest.storage.sync_folder(dest.root)
 
 
-def _copy_files(source: Folder, storage: Any, place: Path, manifest: Manifest) -> None:
+def _copy_files(source: Folder, storage: Any, place: Path, manifest: Manifest, alive: Callable[[], None]) -> None:
     origin = source.at(manifest.step)
     for file in manifest.files:
         fd = source.storage.open(origin / file.path)
         try:
-            storage.write_stream(place / file.path, file.length, _verified(source, fd, manifest, file))
+            storage.write_stream(place / file.path, file.length, _verified(source, fd, manifest, file, alive))
         finally:
             source.storage.close(fd)
     storage.write_new(place / manifests.FILE_NAME, source.storage.read(origin / manifests.FILE_NAME))
 
 
-def _verified(source: Folder, fd: int, manifest: Manifest, file: FileEntry) -> Iterator[memoryview]:
+def _verified(
+    source: Folder, fd: int, manifest: Manifest, file: FileEntry, alive: Callable[[], None]
+) -> Iterator[memoryview]:
     """Yield a file from its beginning to its end; raises IntegrityError before it ends when a piece is not right."""
     where = f"step-{manifest.step}/{file.path}"
     for begin, end, said, what in _spans(manifest, file):
@@ -118,6 +129,7 @@ def _verified(source: Folder, fd: int, manifest: Manifest, file: FileEntry) -> I
             if source.storage.read_into(fd, part, at) != len(part):
                 raise IntegrityError(f"{where}: ends before byte {at + len(part)}")
             own.update(part)
+            alive()
             yield part
         if said is not None and own.hexdigest() != said:
             raise IntegrityError(f"{where}: {what} (bytes {begin}..{end}) is not what was saved")

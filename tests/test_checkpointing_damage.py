@@ -192,3 +192,25 @@ def test_a_bad_checkpoint_that_is_saved_anew_is_good(two):
         with pytest.raises(CheckpointError, match="step-20 exists already"):
             ckpt.save(20, {"run": Flat({"again": 1})}).wait()
     assert restored(two)[1] == {"anew": 1}
+
+
+def test_going_back_sets_newer_checkpoints_aside_when_the_run_goes_on(two):
+    with Checkpointer(two, group=SINGLE) as ckpt:
+        back = Flat({})
+        assert ckpt.restore({"run": back}, step=10).step == 10
+        assert ckpt.steps() == [10, 20]  # to look at an old checkpoint changes nothing
+        ckpt.save(15, {"run": Flat(assorted(15))}).wait()
+        assert ckpt.steps() == [10, 15]
+        ckpt.save(20, {"run": Flat(assorted(21))}).wait()
+    info, state = restored(two)
+    assert info.step == 20
+    assert same(state, assorted(21))
+    (aside,) = two.glob("step-20.aside-*")
+    assert (aside / "manifest.json").exists()
+
+
+def test_going_back_frees_the_steps_behind_it_at_once(two):
+    with Checkpointer(two, group=SINGLE) as ckpt:
+        ckpt.restore({"run": Flat({})}, step=10)
+        ckpt.save(20, {"run": Flat(assorted(21))}).wait()
+    assert same(restored(two)[1], assorted(21))

@@ -1,0 +1,135 @@
+"""Rank 0's side of a restore: which checkpoint to try, which next, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from checkpointing.commit import Committer
+from checkpointing.control import Control, told_as
+from checkpointing.errors import CheckpointError, IntegrityError, VersionError
+from checkpointing.folder import Folder
+from checkpointing.records import Manifest
+from checkpointing.tiers import copy_step
+
+_log = logging.getLogger("checkpointing")
+
+
+class Chooser:
+    """Decides what is tried, newest first: the first tier, and what only the second one has, or has undamaged."""
+
+    def __init__(self, control: Control, folder: Folder, committer: Committer, step: int | None) -> None:
+        self._control, self._folder, self._committer, self._step = control, folder, committer, step
+        self._known_bad = committer.known_bad
+        self._second = committer.mirror.second if committer.mirror is not None else None
+        self._left: list[int] = []
+        self._skipped: list[tuple[int, str, bool]] = []
+        self._healed: set[int] = set()
+        self._trying = -1
+
+    @told_as(CheckpointError, "rank 0: ")
+    def first(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Answer with the checkpoint to try, or that there is none."""
+        candidates = sorted({*self._folder.candidates(), *(self._second.candidates() if self._second else ())})
+        if self._step is not None and self._step not in candidates:
+            there = candidates or "none"
+            raise CheckpointError(f"there is no step {self._step} in {self._folder.root}; there are: {there}")
+        self._left = candidates if self._step is None else [self._step]
+        tiers = [self._folder, *([self._second] if self._second else [])]
+        empty = self._step is None and not any(tier.has_manifest(one) for tier in tiers for one in candidates)
+        answer = {"step": None} if empty else self._next() | {"lives": list(bodies)}
+        return [answer] * len(bodies)
+
+    @told_as(CheckpointError, "rank 0: ")
+    def judge(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Answer that every rank read what was saved, or with the next checkpoint."""
+        bad = {rank: body for rank, body in enumerate(bodies) if body}
+        if bad:
+            rank, body = next(iter(bad.items()))
+            reason = body["bad"] if len(bodies) == 1 else f"{body['bad']} (read by rank {rank})"
+            self._failed(self._trying, reason, any(one["damaged"] for one in bad.values()))
+            return [self._next() | {"right": False}] * len(bodies)
+        self._known_bad.discard(self._trying)
+        if self._step is not None:
+            self._committer.back_to = self._step
+        skipped = [(str(self._folder.at(step)), self._set_aside(*one)) for one in self._skipped for step in one[:1]]
+        return [{"step": self._trying, "right": True, "skipped": skipped}] * len(bodies)
+
+    def _next(self) -> dict[str, Any]:
+        while self._left:
+            self._trying = self._left.pop()
+            try:
+                if not self._folder.has_manifest(self._trying):
+                    self._fetch(self._trying)
+                return {"step": self._trying, "identity": identity_of(self._folder.inspect(self._trying))}
+            except VersionError:
+                raise
+            except IntegrityError as error:
+                self._failed(self._trying, str(error), is_damage(error))
+        # Starting over in silence would throw a run away; someone has to look.
+        reasons = "; ".join(reason for _, reason, _ in self._skipped)
+        raise IntegrityError(
+            f"nothing to restore in {self._folder.root}: {reasons}. To start over, move these folders away"
+        )
+
+    def _failed(self, step: int, reason: str, damaged: bool) -> None:
+        """Try the copy in the second tier, if there is one, once; else pass the step over."""
+        has_copy = self._second is not None and self._second.has_manifest(step)
+        if damaged and has_copy and self._folder.has_manifest(step) and step not in self._healed:
+            self._healed.add(step)
+            _log.warning("%s; taking the copy in %s", reason, self._second and self._second.root)
+            try:
+                self._folder.set_aside(step, "bad")
+            except OSError as error:
+                reason = f"{reason}; it cannot be set aside for its copy: {error.strerror}"
+            else:
+                self._left.append(step)
+                return
+        self._skip(step, reason, damaged)
+
+    def _fetch(self, step: int) -> None:
+        """Bring a step from the second tier, verified; not when neither has it. Raises IntegrityError."""
+        if self._second is None or not self._second.has_manifest(step):
+            return
+        try:
+            copy_step(self._second, self._folder, step, self._control.alive)
+        except OSError as error:
+            raise IntegrityError(f"{self._second.at(step)} cannot be copied: {error.strerror}") from error
+
+    def _skip(self, step: int, reason: str, damaged: bool) -> None:
+        self._known_bad.add(step)
+        self._skipped.append((step, reason, damaged))
+
+    def _set_aside(self, step: int, reason: str, damaged: bool) -> str:
+        """Move a damaged checkpoint out of the way, now that an older one is good. Returns the reason, with the place.
+
+        One that could not be read (no permission, a device error) may be good tomorrow, and one without a manifest is
+        not ours: both stay.
+        """
+        if not damaged or not self._folder.has_manifest(step):
+            return reason
+        try:
+            place = self._folder.set_aside(step, "bad")
+        except OSError as error:
+            _log.warning("%s is damaged and cannot be set aside: %s", self._folder.at(step), error)
+            return reason
+        self._known_bad.discard(step)
+        return f"{reason}; set aside as {place.name}"
+
+
+def identity_of(found: Manifest) -> str:
+    """Return what tells two checkpoints apart: a hash over their run, files and hashes."""
+    hashes = (one for entry in found.tensors for one in entry.hashes)
+    files = (f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)
+    return xxhash.xxh3_64_hexdigest("\n".join([found.run_id, *files, *hashes]).encode())
+
+
+def is_damage(error: IntegrityError) -> bool:
+    """Return whether the bytes were read and are wrong, or are gone; not that they could not be read just now."""
+    cause = error.__cause__
+    while isinstance(cause, CheckpointError):
+        cause = cause.__cause__
+    return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chunkflow.attention.interface import attention_of
 from chunkflow.errors import ChunkflowError, SourceError
 from chunkflow.executor import StepExecutor
+from chunkflow.fit import OnOperation, timed
 from chunkflow.program import operations
 from chunkflow.records import Chunk, StepBatch
 from chunkflow.reduce import sum_gradients
@@ -42,6 +43,8 @@ class ChunkRunner:
         self._parts = require_exact(model)
         self._retain = retain
         self._seed = seed
+        self.on_operation: OnOperation | None = None
+        """Called with every op of training, its chunk and the seconds it took."""
 
     @property
     def num_positions(self) -> int | None:
@@ -60,7 +63,10 @@ class ChunkRunner:
         before = self._set_aside(parameters)
         executor = StepExecutor(self._parts, batch.chunks, dropout_seed=self._dropout_seed(batch))
         with attention_of(self._parts.model):
-            loss = executor.train(operations(batch.chunks, self._retain), denominator=batch.denominator)
+            ops = operations(batch.chunks, self._retain)
+            if self.on_operation is not None:
+                ops = timed(ops, batch.chunks, self.on_operation)
+            loss = executor.train(ops, denominator=batch.denominator)
         if self._group is not None:
             sum_gradients(parameters, self._group)
         for parameter, grad in before:

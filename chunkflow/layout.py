@@ -67,10 +67,9 @@ class Layout:
         first = np.maximum(self.counts[: self.num_groups] - self.config.retain, 0)
         return int(first.sum()) * self.config.chunk_tokens
 
-    def jobs(self) -> list[list[int]]:
+    def jobs(self) -> list[Ints]:
         """Return the jobs of every rank in the order they run."""
-        mine = [np.flatnonzero(self.rank == rank).tolist() for rank in range(self.world_size)]
-        return order_jobs(mine, self.counts.tolist(), retain=self.config.retain)
+        return order_jobs(self.rank, self.counts, world_size=self.world_size, retain=self.config.retain)
 
     def chunks(self, jobs: Iterable[int]) -> tuple[Chunk, ...]:
         """Return the chunks of these jobs, in forward order."""

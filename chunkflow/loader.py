@@ -86,7 +86,7 @@ class ChunkLoader:
         if prefetch < 1:
             raise PlanError(f"prefetch is {prefetch}; it must be at least 1, the step that is made while one trains")
         self.global_batch, self.seed, self.epochs, self.prefetch = global_batch, seed, epochs, prefetch
-        self.steps_per_epoch = steps_per_epoch(len(source), global_batch)
+        self.steps_per_epoch = steps_per_epoch(len(self.source), global_batch)
         self.balance = Balance(pair_cost)
         self._step = 0
         self._started = False

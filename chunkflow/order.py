@@ -7,30 +7,62 @@ one rule for all ranks their programs are nearly alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
+from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow.compiled import kernel
 from chunkflow.program import block_text
 
+Ints: TypeAlias = NDArray[np.int64]
 
-def order_jobs(ranks: Sequence[Iterable[int]], counts: Sequence[int], *, retain: int) -> list[list[int]]:
-    """Return the jobs of each rank in the order they run; `counts` are chunks per job, jobs are numbered by size.
 
-    Between two groups stand as many standalone chunks as the longest group in that place has blocks to spare.
+def order_jobs(rank: Ints, counts: Ints, *, world_size: int, retain: int) -> list[Ints]:
+    """Return the jobs of each rank in the order they run, int64 [its jobs].
+
+    `rank` int64 [jobs] is the rank of each, `counts` int64 [jobs] its chunks; groups are numbered before standalone
+    chunks, those with the most chunks first. Between two groups stand as many standalone chunks as the longest group
+    in that place has blocks to spare.
     """
-    groups = [sorted((j for j in jobs if counts[j] > 1), key=lambda j: (-counts[j], j)) for jobs in ranks]
-    singles = [sorted(j for j in jobs if counts[j] == 1) for jobs in ranks]
-    ordered: list[list[int]] = [[] for _ in ranks]
-    used = [0] * len(groups)
-    for place in zip_longest(*groups):
-        blocks = [0 if job is None else _blocks(counts[job], retain) for job in place]
-        for rank, job in enumerate(place):
-            spare = max(blocks) - blocks[rank]
-            fill = singles[rank][used[rank] : used[rank] + spare]
-            used[rank] += len(fill)
-            ordered[rank] += [*([] if job is None else [job]), *fill]
-    for rank, rest in enumerate(singles):
-        ordered[rank] += rest[used[rank] :]
+    by_rank = np.argsort(rank, kind="stable")
+    ends = np.concatenate([[0], np.cumsum(np.bincount(rank, minlength=world_size))]).astype(np.int64)
+    ordered = _interleaved(by_rank, ends, counts[by_rank], retain)
+    return [ordered[ends[r] : ends[r + 1]] for r in range(world_size)]
+
+
+@kernel
+def _interleaved(by_rank: Ints, ends: Ints, counts: Ints, retain: int) -> Ints:
+    """Return `by_rank`, each rank's part ends[r]:ends[r + 1] in the order it runs; `counts` are in its order."""
+    world_size, ordered = len(ends) - 1, np.empty_like(by_rank)
+    group, to = ends[:-1].copy(), ends[:-1].copy()
+    single = np.empty(world_size, dtype=np.int64)
+    for r in range(world_size):
+        single[r] = ends[r] + np.count_nonzero(counts[ends[r] : ends[r + 1]] > 1)
+    last_group = single.copy()
+    while (group < last_group).any():
+        widest = 0
+        for r in range(world_size):
+            if group[r] < last_group[r]:
+                widest = max(widest, 1 + max(0, counts[group[r]] - retain))
+        for r in range(world_size):
+            spare = widest
+            if group[r] < last_group[r]:
+                spare -= 1 + max(0, counts[group[r]] - retain)
+                ordered[to[r]] = by_rank[group[r]]
+                group[r] += 1
+                to[r] += 1
+            while spare > 0 and single[r] < ends[r + 1]:
+                ordered[to[r]] = by_rank[single[r]]
+                single[r] += 1
+                to[r] += 1
+                spare -= 1
+    for r in range(world_size):
+        for rest in range(single[r], ends[r + 1]):
+            ordered[to[r]] = by_rank[rest]
+            to[r] += 1
     return ordered
 
 

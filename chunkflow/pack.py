@@ -16,7 +16,8 @@ from chunkflow.compiled import kernel
 
 Ints: TypeAlias = NDArray[np.int64]
 
-_ROOM = 1 << 32  # a key is room * _ROOM + bin: ordered by room, then by bin
+MOST_ROOMS = 1 << 20
+"""Rooms that are told apart; of chunks with more tokens they are counted in larger units, rounded down."""
 
 
 @kernel
@@ -25,38 +26,60 @@ def pack(shorts: Ints, tails: Ints, chunk_tokens: int) -> tuple[Ints, int]:
 
     `shorts` int64 descending, each at most `chunk_tokens`. Bin n below len(tails) holds a tail of `tails[n]` tokens.
     """
+    unit = chunk_tokens // MOST_ROOMS + 1
+    num_rooms = chunk_tokens // unit + 1
+    # Bins of equal room are a list (first[room], then after[bin]); `filled` has a bit for every room that has any.
+    first = np.full(num_rooms, -1, dtype=np.int64)
+    filled = np.zeros(num_rooms // 32 + 1, dtype=np.int64)
     where = np.empty(len(shorts), dtype=np.int64)
-    keys = np.empty(len(tails) + len(shorts), dtype=np.int64)
-    # A bin with less room than the shortest is full. Keys stand at the end of the array, ascending.
-    least = shorts[-1] if len(shorts) else 0
-    num_keys, num_bins = 0, len(tails)
+    after = np.empty(len(tails) + len(shorts), dtype=np.int64)
+    left = np.empty(len(tails) + len(shorts), dtype=np.int64)
     for n in range(len(tails)):
-        if chunk_tokens - tails[n] >= least:
-            keys[num_keys] = (chunk_tokens - tails[n]) * _ROOM + n
-            num_keys += 1
-    keys[:num_keys].sort()
+        left[n] = chunk_tokens - tails[n]
+        _push(n, left[n] // unit, first, after, filled)
+    num_bins = len(tails)
     for i in range(len(shorts)):
-        at = np.searchsorted(keys[:num_keys], shorts[i] * _ROOM)
-        if at < num_keys:
-            left, n = divmod(keys[at], _ROOM)
-            left -= shorts[i]
-        else:
-            left, n = chunk_tokens - shorts[i], num_bins
+        room = _tightest(-(-shorts[i] // unit), filled)
+        if room < 0:
+            n = num_bins
             num_bins += 1
-            num_keys += 1
-        where[i] = n
-        key = left * _ROOM + n
-        # Its new place is at or before the old one: those between move up by one.
-        if left >= least:
-            to = np.searchsorted(keys[:at], key)
-            for k in range(at, to, -1):
-                keys[k] = keys[k - 1]
-            keys[to] = key
+            left[n] = chunk_tokens
         else:
-            for k in range(at, num_keys - 1):
-                keys[k] = keys[k + 1]
-            num_keys -= 1
+            n = first[room]
+            first[room] = after[n]
+            if after[n] < 0:
+                filled[room >> 5] ^= 1 << (room & 31)
+        where[i] = n
+        left[n] -= shorts[i]
+        _push(n, left[n] // unit, first, after, filled)
     return where, num_bins
+
+
+@kernel
+def _push(n: int, room: int, first: Ints, after: Ints, filled: Ints) -> None:
+    after[n] = first[room]
+    first[room] = n
+    filled[room >> 5] |= 1 << (room & 31)
+
+
+@kernel
+def _tightest(room: int, filled: Ints) -> int:
+    """Return the smallest room that any bin has, of at least `room`; -1 when there is none."""
+    word = room >> 5
+    if word >= len(filled):
+        return -1
+    bits = filled[word] >> (room & 31) << (room & 31)
+    while bits == 0:
+        word += 1
+        if word == len(filled):
+            return -1
+        bits = filled[word]
+    bit = 0
+    for half in (16, 8, 4, 2, 1):
+        if bits & ((1 << half) - 1) == 0:
+            bits >>= half
+            bit += half
+    return (word << 5) + bit
 
 
 def lower_bound_chunks(lengths: Iterable[int] | Ints, *, chunk_tokens: int) -> int:

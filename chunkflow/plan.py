@@ -116,16 +116,17 @@ def plan_step(
     numbers, tokens = checked(samples, lengths, config.max_tokens)
     layout = make_layout(numbers, tokens, config=config, world_size=world_size)
     jobs = layout.jobs()
-    ranks = LazyRows(world_size, lambda rank: layout.chunks(jobs[rank]))
-    program = partial(_program, [layout.counts[mine].tolist() for mine in jobs], config.retain)
+    ranks = LazyRows(world_size, lambda rank: layout.chunks(jobs[rank].tolist()))
+    program = partial(_program, [layout.counts[mine] for mine in jobs], config.retain)
     return StepPlan(step, tuple(numbers.tolist()), ranks, denominator, config, program)
 
 
-def _program(counts: Sequence[Sequence[int]], retain: int) -> str:
+def _program(jobs: Sequence[Ints], retain: int) -> str:
     """Return the shorter of two programs that run all ranks: their rows merged, or their groups side by side.
 
-    `counts` are the chunks of each rank's jobs, in order.
+    `jobs` are the numbers of chunks of each rank's jobs, in order.
     """
+    counts = [mine.tolist() for mine in jobs]
     merged = common_program("".join(job_program(count, retain) for count in mine) for mine in counts)
     return min(merged, envelope(counts, retain=retain), key=len)
 

@@ -11,6 +11,7 @@ from chunkflow.autocast import without_weight_cache
 from chunkflow.engine import Engine
 from chunkflow.errors import ChunkflowError, SourceError
 from chunkflow.executor import StepExecutor
+from chunkflow.fit import OnOperation, timed
 from chunkflow.parts import Runnable
 from chunkflow.program import operations
 from chunkflow.records import Chunk, StepBatch
@@ -54,6 +55,8 @@ class ChunkRunner:
             raise ChunkflowError(f"retain is {retain}; it must be at least 1, the chunk that is trained now")
         self._group, self._engine, self._parts = group, engine, parts
         self._retain, self._seed, self._offload = retain, seed, offload
+        self.on_operation: OnOperation | None = None
+        """Called with every op of training, its chunk and the seconds it took."""
 
     @property
     def num_positions(self) -> int | None:
@@ -70,6 +73,8 @@ class ChunkRunner:
         self._check_tokens(batch)
         parameters = [p for p in self._parts.model.parameters() if p.requires_grad]
         steps = self._engine.operations(batch.program, list(operations(batch.chunks, self._retain)))
+        if self.on_operation is not None:
+            steps = timed(steps, batch.chunks, self.on_operation)
         with (
             attention_of(self._parts.model),
             without_weight_cache(self._parts.device),

@@ -36,7 +36,7 @@ def open_source(
     """
     options: dict[str, Any] = {"cache_dir": cache_dir, "progress": progress}
     if not isinstance(data, str | Path):
-        if not hasattr(data, "__getitem__"):
+        if not hasattr(data, "__len__"):
             raise SourceError(f"{type(data).__name__} has no rows by number; train it with StreamLoader")
         return FromDataset(data, tokenizer, field=field, **options)
     path = Path(data)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from chunkflow.engine import WholeParameters
 from chunkflow.support import require_exact
 from launch.config import FinetuneConfig
 from launch.env import World
@@ -59,7 +60,7 @@ def check_whole_samples(config: FinetuneConfig, longest: int) -> None:
 def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> PipelineRunner:
     """Return the runner of this rank's part of the model. Raises for a model that cannot be trained so."""
     assert place.transport is not None
-    num_positions = require_exact(model).num_positions
+    num_positions = require_exact(model, WholeParameters(None)).num_positions
     return PipelineRunner(
         cut(model, config.pipeline, rank=place.pipeline_rank),
         config.pipeline,

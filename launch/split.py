@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chunkflow.engine import WholeParameters
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.parts import CausalParts, parts_of
 from chunkflow.rng import replay, rng_state
@@ -46,7 +47,7 @@ def split(model: nn.Module) -> list[Layer]:
     tried on a few tokens, bit by bit.
     """
     try:
-        parts = parts_of(model)
+        parts = parts_of(model, WholeParameters(None))
     except UnsupportedModelError as error:
         raise ModelError(f"this model cannot be split into layers: {error}") from error
     layers = _layers_of(parts)
@@ -62,7 +63,7 @@ class DecoderArguments:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parts = parts_of(model)
+        parts = parts_of(model, WholeParameters(None))
         self._recorders = [_Recorder() for _ in parts.layers]
         self._after = _Recorder()
         place = next(iter(parts.layers)).rpartition(".")[0].removeprefix(f"{parts.model.base_model_prefix}.")

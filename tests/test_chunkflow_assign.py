@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,8 +91,14 @@ def test_slowest_rank_is_close_to_the_bound(name, world_size):
 
 def test_order_puts_the_longest_groups_first_and_fills_up_with_standalone_chunks():
     counts = [5, 3, 2, 1, 1, 1, 1, 1, 1]
+
+    def ordered(rank, retain):
+        # A job that no rank of interest has goes to a third.
+        found = order_jobs(np.array(rank), np.array(counts), world_size=3, retain=retain)
+        return [jobs.tolist() for jobs in found[:2]]
+
     # Rank 1 has blocks to spare beside the first group, 5 against 2, and nothing beside the second.
-    assert order_jobs([[0, 1, 3], [2, 4, 5, 6, 7, 8]], counts, retain=1) == [[0, 1, 3], [2, 4, 5, 6, 7, 8]]
-    assert order_jobs([[0], [1, 2, 4, 5, 6]], counts, retain=1) == [[0], [1, 4, 5, 2, 6]]
-    assert order_jobs([[0], [1, 2, 4, 5, 6]], counts, retain=4) == [[0], [1, 4, 2, 5, 6]]
-    assert order_jobs([[], [1, 3]], counts, retain=1) == [[], [1, 3]]
+    assert ordered([0, 0, 1, 0, 1, 1, 1, 1, 1], 1) == [[0, 1, 3], [2, 4, 5, 6, 7, 8]]
+    assert ordered([0, 1, 1, 2, 1, 1, 1, 2, 2], 1) == [[0], [1, 4, 5, 2, 6]]
+    assert ordered([0, 1, 1, 2, 1, 1, 1, 2, 2], 4) == [[0], [1, 4, 2, 5, 6]]
+    assert ordered([2, 1, 2, 1, 2, 2, 2, 2, 2], 9) == [[], [1, 3]]

@@ -29,23 +29,32 @@ def test_packing_places_every_short_sequence_once_and_within_the_chunk(lengths, 
 
 
 def plain_best_fit(shorts, tails, chunk_tokens):
-    """Best fit, longest first, as the textbook has it."""
-    rooms, where = [chunk_tokens - tail for tail in tails], []
+    """Best fit, longest first, as the textbook has it; the room left in every bin."""
+    rooms = [chunk_tokens - tail for tail in tails]
     for x in shorts:
         fits = [(room, n) for n, room in enumerate(rooms) if room >= x]
         if not fits:
             fits = [(chunk_tokens, len(rooms))]
             rooms.append(chunk_tokens)
-        where.append(min(fits)[1])
-        rooms[where[-1]] -= x
-    return where, len(rooms)
+        rooms[min(fits)[1]] -= x
+    return sorted(rooms)
 
 
-@given(st.lists(st.integers(1, 60), max_size=60), st.integers(4, 24))
+@given(st.lists(st.integers(1, 200), max_size=60), st.integers(4, 90))
 def test_packing_is_best_fit_longest_first(lengths, chunk_tokens):
-    shorts, tails, *_ = bins_of(lengths, chunk_tokens)
-    where, num_bins = pack(shorts, tails, chunk_tokens)
-    assert (where.tolist(), num_bins) == plain_best_fit(shorts.tolist(), tails.tolist(), chunk_tokens)
+    shorts, tails, bins, _ = bins_of(lengths, chunk_tokens)
+    taken = [*tails.tolist(), *[0] * (len(bins) - len(tails))]
+    rooms = [chunk_tokens - tail - sum(fill) for tail, fill in zip(taken, bins, strict=True)]
+    assert sorted(rooms) == plain_best_fit(shorts.tolist(), tails.tolist(), chunk_tokens)
+
+
+@given(st.lists(st.integers(1, 10**7), max_size=30))
+def test_chunks_of_millions_of_tokens_are_packed_in_larger_units(lengths):
+    chunk_tokens = 3 * 10**6 + 1
+    _, tails, bins, chunks = bins_of(lengths, chunk_tokens)
+    taken = [*tails.tolist(), *[0] * (len(bins) - len(tails))]
+    assert all(tail + sum(fill) <= chunk_tokens for tail, fill in zip(taken, bins, strict=True))
+    assert chunks <= lower_bound_chunks(lengths, chunk_tokens=chunk_tokens) * 2
 
 
 def test_best_fit_fills_the_tightest_tail():

@@ -175,11 +175,10 @@ def test_the_program_of_a_job_needs_only_its_count(count, retain):
 
 @given(st.lists(st.lists(st.integers(1, 7), max_size=6), min_size=1, max_size=4), st.integers(1, 4))
 def test_groups_side_by_side_run_every_rank(counts, retain):
-    jobs = list(enumerate(count for mine in counts for count in mine))
-    ends = np.cumsum([len(mine) for mine in counts])
-    ranks = [[n for n, _ in jobs[end - len(mine) : end]] for mine, end in zip(counts, ends, strict=True)]
-    every = [count for _, count in jobs]
-    ordered = [[every[job] for job in mine] for mine in order_jobs(ranks, every, retain=retain)]
+    every = sorted(((count, rank) for rank, mine in enumerate(counts) for count in mine), reverse=True)
+    sizes, rank = np.array(every, dtype=np.int64).reshape(-1, 2).T
+    jobs = order_jobs(rank, sizes, world_size=len(counts), retain=retain)
+    ordered = [sizes[mine].tolist() for mine in jobs]
     assert [sorted(mine) for mine in ordered] == [sorted(mine) for mine in counts]
     program = envelope(ordered, retain=retain)
     for mine in ordered:

@@ -1,0 +1,272 @@
+"""The command `chunkflow`: what is in a data set, how it would be planned, and whether that is exact.
+
+    chunkflow lengths DATA                 histogram and percentiles of the lengths
+    chunkflow plan DATA                    the plan of one epoch: chunks, fill, balance
+    chunkflow audit DATA                   proof that every target is scored exactly once
+    chunkflow check MODEL                  gradients in chunks against whole sequences
+    chunkflow tune MODEL                   the best (chunk_tokens, retain) under a memory cap
+
+DATA is a `.jsonl` or `.parquet` file, a folder, a name on the Hub, or, with --lengths, a `.npy` file of lengths. Exit
+codes: 0 well, 1 a check failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from chunkflow.errors import ChunkflowError, SourceError
+
+if TYPE_CHECKING:
+    from chunkflow.index import StoredSource
+    from chunkflow.layout import Ints
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
+
+Data = Annotated[str | None, typer.Argument(help="file, folder or Hub name", show_default=False)]
+Lengths = Annotated[Path | None, typer.Option("--lengths", help="a .npy file of whole numbers instead of DATA")]
+Tokenizer = Annotated[str | None, typer.Option(help="folder or name of the tokenizer; not needed for input_ids")]
+Cache = Annotated[Path, typer.Option(help="folder for token stores")]
+Split = Annotated[str, typer.Option(help="of a Hub data set")]
+Field = Annotated[str, typer.Option(help="the column that holds a text")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
+ChunkTokens = Annotated[int, typer.Option(help="tokens in a full chunk")]
+Batch = Annotated[int, typer.Option(help="samples in an optimizer step, over all ranks")]
+World = Annotated[int, typer.Option(help="data-parallel ranks")]
+Retain = Annotated[int, typer.Option(help="chunks of a long sequence that keep their activations (K)")]
+Policy = Annotated[str, typer.Option(help="split, split_independent, truncate, drop or raise")]
+Seed = Annotated[int, typer.Option(help="of the order of the samples")]
+MaxTokens = Annotated[int | None, typer.Option(help="longest sequence that fits into memory; none: no limit")]
+CACHE = Path("runs/cache")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn known errors into one line and exit code 2."""
+    try:
+        yield
+    except (ChunkflowError, OSError) as error:
+        typer.echo(f"chunkflow: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's error output, if it is one."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _open(data: str | None, tokenizer: str | None, cache: Path, split: str, field: str) -> StoredSource:
+    from chunkflow.sources_open import open_source
+
+    if data is None:
+        raise SourceError("no data was named; give DATA, or --lengths where only lengths are needed")
+    loaded: Any = None
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"no tokenizer could be loaded from {tokenizer!r}: {error}") from error
+    with _progress("tokens") as progress:
+        return open_source(data, loaded, cache_dir=cache, split=split, field=field, progress=progress)
+
+
+def _read_lengths(
+    lengths: Path | None, data: str | None, tokenizer: str | None, cache: Path, split: str, field: str
+) -> Ints:
+    """Return int64 [N], N > 0, checked."""
+    import numpy as np
+
+    from chunkflow.plan_input import check_lengths
+
+    if lengths is None:
+        found = np.asarray(_open(data, tokenizer, cache, split, field).lengths)
+    else:
+        if data is not None:
+            raise SourceError(f"both {data} and --lengths were given; give one")
+        try:
+            found = np.load(lengths)
+        except (OSError, ValueError, EOFError) as error:
+            raise SourceError(f"{lengths} cannot be read as lengths: {error}") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
+        raise SourceError(f"{lengths}: lengths are a flat array of at least one whole number")
+    if found.dtype == np.uint64 and int(found.max()) > 2**63 - 1:
+        raise SourceError(f"{lengths} holds {found.max()}; at most 2147483647 can be counted")
+    checked = found.astype(np.int64)
+    check_lengths(checked)
+    return checked
+
+
+@app.command()
+def lengths(
+    data: Data = None,
+    lengths: Lengths = None,
+    tokenizer: Tokenizer = None,
+    cache: Cache = CACHE,
+    split: Split = "train",
+    field: Field = "text",
+    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("lengths.png"),
+    chunk_tokens: Annotated[int | None, typer.Option(help="marked in the picture")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how long the sequences are, and where the tokens are."""
+    with _errors():
+        from chunkflow.histogram import draw, histogram
+
+        found = histogram(_read_lengths(lengths, data, tokenizer, cache, split, field))
+        draw(found, png, chunk_tokens=chunk_tokens)
+        typer.echo(json.dumps(found.to_json()) if as_json else "\n".join([*found.lines(), f"picture: {png}"]))
+
+
+@app.command()
+def plan(
+    data: Data = None,
+    lengths: Lengths = None,
+    chunk_tokens: ChunkTokens = 8192,
+    global_batch: Batch = 256,
+    world_size: World = 1,
+    retain: Retain = 1,
+    overflow: Policy = "split",
+    seed: Seed = 0,
+    max_tokens: MaxTokens = None,
+    tokenizer: Tokenizer = None,
+    cache: Cache = CACHE,
+    split: Split = "train",
+    field: Field = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Plan one epoch and say how good the plan is."""
+    with _errors():
+        from chunkflow.config import PlannerConfig
+        from chunkflow.errors import PlanError
+        from chunkflow.overflow import Overflow, parse_overflow
+        from chunkflow.survey import overflowed, survey
+
+        policy = parse_overflow(overflow)
+        if world_size < 1:
+            raise PlanError(f"world_size is {world_size}; it must be at least 1")
+        config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain, max_tokens=max_tokens)
+        given = _read_lengths(lengths, data, tokenizer, cache, split, field)
+        kept = overflowed(given, policy, chunk_tokens=chunk_tokens, max_tokens=max_tokens)
+        limit = max_tokens or chunk_tokens
+        if policy is Overflow.RAISE and (kept > limit).any():
+            raise PlanError(f"{(kept > limit).sum()} sequences have more than {limit} tokens, and overflow is raise")
+        with _progress("planning") as progress:
+            options: dict[str, Any] = {"batch": global_batch, "world_size": world_size, "seed": seed}
+            found = survey(kept, config=config, progress=progress, **options)
+        if as_json:
+            typer.echo(json.dumps(found.to_json()))
+            return
+        if len(kept) != len(given) or kept.sum() != given.sum():
+            typer.echo(f"{overflow}: {kept.sum()} of {given.sum()} tokens, {len(kept)} of {len(given)} sequences")
+        table = Table("what", "value", title=f"{len(kept)} sequences in chunks of {chunk_tokens}")
+        for name, value in found.to_json().items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        Console().print(table)
+
+
+@app.command()
+def audit(
+    data: Data = None,
+    chunk_tokens: ChunkTokens = 8192,
+    global_batch: Batch = 256,
+    world_size: World = 2,
+    resume_world_size: Annotated[int, typer.Option(help="ranks after the resume")] = 3,
+    resume_at: Annotated[int | None, typer.Option(help="step to stop and resume at; none: the middle")] = None,
+    retain: Retain = 1,
+    overflow: Policy = "split",
+    seed: Seed = 0,
+    max_tokens: MaxTokens = None,
+    weighting: Annotated[str, typer.Option(help="token, sequence or longalign")] = "token",
+    tokenizer: Tokenizer = None,
+    cache: Cache = CACHE,
+    split: Split = "train",
+    field: Field = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Prove that every (sample, target) of an epoch is scored exactly once, across a resume at another world size."""
+    with _errors():
+        from chunkflow.audit import audit as prove
+        from chunkflow.loader import ChunkLoader
+
+        source = _open(data, tokenizer, cache, split, field)
+
+        def make(rank: int, world: int) -> ChunkLoader:
+            return ChunkLoader(
+                source, chunk_tokens=chunk_tokens, global_batch=global_batch, rank=rank, world_size=world,
+                retain=retain, seed=seed, overflow=overflow, max_tokens=max_tokens, weighting=weighting,
+                report=lambda text: typer.echo(text, err=True),
+            )  # fmt: skip
+
+        if min(world_size, resume_world_size) < 1:
+            raise ChunkflowError(f"world sizes are {world_size} and {resume_world_size}; both must be at least 1")
+        with _progress("steps") as progress:
+            found = prove(
+                make, world_size=world_size, resumed_world_size=resume_world_size, resume_at=resume_at,
+                progress=progress,
+            )  # fmt: skip
+        typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+        raise typer.Exit(0 if found.exact else 1)
+
+
+Model = Annotated[str, typer.Argument(help="folder or name of a causal LM, or a config.json: random weights")]
+
+
+@app.command()
+def check(
+    model: Model,
+    chunk_tokens: ChunkTokens = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Compare gradients in chunks with those of whole sequences, in fp64, on this very model."""
+    with _errors():
+        from dataclasses import asdict
+
+        from chunkflow.check import check_exact
+        from chunkflow.model_open import open_model
+
+        report = check_exact(open_model(model), chunk_tokens=chunk_tokens)
+        text = json.dumps({**asdict(report), "exact": report.exact}) if as_json else str(report)
+        typer.echo(text)
+        raise typer.Exit(0 if report.exact else 1)
+
+
+@app.command()
+def tune(
+    model: Model,
+    cap_mib: Annotated[float, typer.Option(help="memory of one rank, with weights, gradients and AdamW's state")],
+    longest: Annotated[int, typer.Option(help="tokens of the longest sequence to be trained")],
+    chunk_tokens: Annotated[list[int] | None, typer.Option(help="sizes to try; may be repeated")] = None,
+    retain: Annotated[list[int] | None, typer.Option(help="K to try; may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a few (chunk_tokens, retain), fit time and memory, propose the best under a cap, and measure that too."""
+    with _errors():
+        from chunkflow.tune import tune as search
+
+        with _progress("measuring") as progress:
+            found = search(
+                model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (256, 512, 1024),
+                retain=retain or (1, 2, 4), dtype=dtype, progress=progress,
+            )  # fmt: skip
+        typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+        raise typer.Exit(0 if found.holds else 1)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

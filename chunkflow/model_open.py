@@ -1,0 +1,25 @@
+"""A causal LM for a command: a pretrained one by folder or name, or one with random weights by its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from chunkflow.errors import ChunkflowError
+
+
+def open_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a model; `name` is a folder or a name on the Hub, or a `.json` configuration, which gets random weights.
+
+    Raises ChunkflowError when it cannot be loaded.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".json":
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # the Hub, the network and models' own code raise anything
+        raise ChunkflowError(f"no causal LM could be loaded from {name!r}: {type(error).__name__}: {error}") from error

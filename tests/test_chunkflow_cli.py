@@ -1,0 +1,177 @@
+"""The command `chunkflow`: what it prints, its JSON, its exit codes. In this process, but for one real start."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from chunkflow.cli import app
+from chunkflow.config import PlannerConfig
+from chunkflow.lengths import DISTRIBUTIONS
+from chunkflow.pack import lower_bound_chunks
+from chunkflow.plan import plan_step
+from chunkflow.sampler import global_batch
+from tests.long_tail import long_tail
+
+PLAN_KEYS = [
+    "batches", "chunks", "lower_bound_chunks", "max_over_bound", "share_within_1", "fill", "split_sequences",
+    "recomputed_tokens", "straggler_ratio", "makespan_over_bound", "plan_seconds",
+]  # fmt: skip
+
+
+def run(*args, code=0):
+    done = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+@pytest.fixture
+def lengths(tmp_path):
+    np.save(tmp_path / "lengths.npy", DISTRIBUTIONS["lmsys"](700, seed=0))
+    return tmp_path / "lengths.npy"
+
+
+@pytest.fixture
+def data(tmp_path):
+    long_tail(tmp_path)
+    return tmp_path / "tail.jsonl"
+
+
+def test_plan_adds_up_what_the_plans_of_the_steps_are(lengths):
+    options = ["--chunk-tokens", 2048, "--global-batch", 64, "--world-size", 3, "--retain", 2, "--seed", 5]
+    found = json.loads(run("plan", "--lengths", lengths, "--json", *options).stdout)
+    assert list(found) == PLAN_KEYS
+    every, config = np.load(lengths), PlannerConfig(chunk_tokens=2048, retain=2)
+    stats, over = [], []
+    for step in range(11):
+        samples = global_batch(5, 0, step, num_samples=700, global_batch=64)
+        stats.append(plan_step(step, samples, every[samples], config=config, world_size=3, denominator=1.0).stats())
+        over.append(stats[-1].chunks - lower_bound_chunks(every[samples], chunk_tokens=2048))
+    assert found["batches"] == 11
+    assert found["chunks"] == sum(s.chunks for s in stats)
+    assert found["lower_bound_chunks"] == found["chunks"] - sum(over)
+    assert found["max_over_bound"] == max(over)
+    assert found["share_within_1"] == np.mean([x <= 1 for x in over])
+    assert found["fill"] == pytest.approx(every.sum() / (found["chunks"] * 2048))
+    assert found["split_sequences"] == (every > 2048).sum()
+    assert found["recomputed_tokens"] == sum(s.recomputed_tokens for s in stats)
+    slowest, mean = sum(max(s.costs) for s in stats), sum(sum(s.costs) / 3 for s in stats)
+    assert found["straggler_ratio"] == pytest.approx(slowest / mean)
+    assert found["makespan_over_bound"] == pytest.approx(max(max(s.costs) / s.cost_bound for s in stats))
+    assert found["plan_seconds"] > 0
+
+
+def test_plan_for_people_and_under_policies(lengths, data, tmp_path):
+    shown = run("plan", "--lengths", lengths, "--overflow", "drop", "--chunk-tokens", 1024)
+    assert "share_within_1" in shown.stdout
+    assert "drop: " in shown.stdout
+    assert json.loads(run("plan", data, "--cache", tmp_path / "cache", "--json").stdout)["batches"] == 1
+    run("plan", "--lengths", lengths, "--overflow", "raise", "--chunk-tokens", 1024, code=2)
+
+
+def test_lengths_draws_a_picture_and_counts(lengths, tmp_path):
+    shown = run("lengths", "--lengths", lengths, "--png", tmp_path / "x.png", "--chunk-tokens", 1024).stdout
+    assert "█" in shown
+    assert "700 sequences" in shown
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(run("lengths", "--lengths", lengths, "--png", tmp_path / "x.png", "--json").stdout)
+    every = np.load(lengths)
+    assert sum(bar["sequences"] for bar in found["bars"]) == 700
+    assert sum(bar["tokens"] for bar in found["bars"]) == found["tokens"] == every.sum()
+    for bar in found["bars"]:
+        assert bar["sequences"] == ((every >= bar["low"]) & (every < bar["high"])).sum()
+    assert found["percentiles"]["50"] == np.sort(every)[349]
+
+
+def test_audit(data, tmp_path):
+    options = ["--cache", tmp_path / "cache", "--chunk-tokens", 16, "--global-batch", 4]
+    assert "every target scored exactly once" in run("audit", data, *options).stdout
+    found = json.loads(run("audit", data, *options, "--resume-at", 1, "--resume-world-size", 1, "--json").stdout)
+    assert found["exact"]
+    assert (found["steps"], found["resumed_at"], found["world_size"]) == (6, 1, 2)
+
+
+def config_of(tmp_path, **changes):
+    config = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, **changes,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path / "config.json"
+
+
+def test_check(tmp_path):
+    assert "exact to 1e-10" in run("check", config_of(tmp_path), "--chunk-tokens", 6).stdout
+    assert "no causal LM could be loaded" in run("check", tmp_path / "absent", code=2).stderr
+    refused = run("check", config_of(tmp_path, model_type="bloom", n_head=2, n_layer=1), code=2).stderr
+    assert "did not call our attention" in refused or "Bloom" in refused
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([5, 0]), "sample 1 has 0 tokens; it needs at least 1"),
+        (np.array([-5, 1]), "sample 0 has -5 tokens"),
+        (np.array([5, 2**31 + 1]), "sample 1 has 2147483649 tokens; at most 2147483647 can be counted"),
+        (np.array([2**63 + 9], dtype=np.uint64), "holds 9223372036854775817"),
+        (np.array([1.5]), "lengths are a flat array of at least one whole number"),
+        (np.array([], dtype=np.int64), "at least one whole number"),
+        (np.ones((2, 2), dtype=np.int64), "lengths are a flat array"),
+    ],
+)
+def test_bad_lengths(tmp_path, array, message):
+    np.save(tmp_path / "bad.npy", array)
+    for command in ("plan", "lengths"):
+        assert message in run(command, "--lengths", tmp_path / "bad.npy", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plan"], "no data was named"),
+        (["plan", "no/such/data"], "neither a file nor a folder"),
+        (["plan", "x", "--lengths", "LENGTHS"], "both x and --lengths were given"),
+        (["plan", "--lengths", "absent.npy"], "absent.npy cannot be read as lengths"),
+        (["plan", "--lengths", "LENGTHS", "--chunk-tokens", "0"], "chunk_tokens is 0"),
+        (["plan", "--lengths", "LENGTHS", "--global-batch", "0"], "global_batch is 0"),
+        (["plan", "--lengths", "LENGTHS", "--world-size", "0"], "world_size is 0"),
+        (["plan", "--lengths", "LENGTHS", "--max-tokens", "100"], "max_tokens, what fits into memory"),
+        (["plan", "--lengths", "LENGTHS", "--overflow", "x"], "overflow is 'x'; it must be one of"),
+        (["audit", "DATA", "--world-size", "0"], "both must be at least 1"),
+        (["audit", "DATA", "--weighting", "dpo"], "a loss over whole sequences"),
+        (["audit", "DATA", "--tokenizer", "/absent"], "no tokenizer could be loaded"),
+        (["tune", "x", "--cap-mib", "1", "--longest", "1"], "longest must be at least 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(lengths, data, tmp_path, monkeypatch, args, message):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    args = [{"LENGTHS": lengths, "DATA": data}.get(arg, arg) for arg in args]
+    done = run(*args, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert run("plan", "--no-such-option", code=2)
+
+
+def test_it_starts_as_a_module_without_torch(lengths):
+    code = (
+        "import sys; from chunkflow.cli import app\n"
+        f"sys.argv = ['chunkflow', 'plan', '--lengths', {str(lengths)!r}, '--json']\n"
+        "try: app()\n"
+        "except SystemExit as done: print(done.code, sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    done = subprocess.run([sys.executable, "-m", "chunkflow", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("lengths", "plan", "audit", "check", "tune"))
+
+
+def test_max_tokens_is_the_memory_cap(lengths):
+    every = np.load(lengths)
+    config = replace(PlannerConfig(chunk_tokens=1024), max_tokens=int(every.max()))
+    plan_step(0, range(700), every, config=config, world_size=2, denominator=1.0)
+    run("plan", "--lengths", lengths, "--max-tokens", int(every.max()), "--chunk-tokens", 1024)

@@ -1,0 +1,131 @@
+"""Conversations and completions: only what the assistant said is a target, exactly, or the sample is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chunkflow.chat import Chat, encode_chat
+from chunkflow.errors import SourceError
+from chunkflow.sources_jsonl import JsonLines
+from tests.tokenizers_fixture import tiny_tokenizer
+
+PLAIN = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<end>{% endgeneration %}{% else %}{{ m['content'] }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGETFUL = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if loop.last %}(thinks){% endif %}{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "fox?"},
+    {"role": "assistant", "content": "the quick brown fox"},
+    {"role": "user", "content": "dog?"},
+    {"role": "assistant", "content": "lazy"},
+]
+
+
+def tokenizer(template):
+    # Tags of their own, as models' special tokens are: no token crosses from one into what is said.
+    made = tiny_tokenizer.__wrapped__()
+    made.add_tokens(["<user>", "<assistant>", "<system>", "<end>"], special_tokens=True)
+    made.chat_template = template
+    return made
+
+
+def said(row, tok):
+    """What the labels are, as text, turn by turn."""
+    runs, current = [], []
+    for i, label in zip(row.input_ids, row.labels, strict=True):
+        assert label in (i, -100)
+        if label == -100 and current:
+            runs.append(tok.decode(current))
+            current = []
+        elif label != -100:
+            current.append(int(i))
+    return [*runs, tok.decode(current)] if current else runs
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_only_the_assistant_is_a_target(template):
+    tok = tokenizer(template)
+    row = encode_chat(Chat("x", TALK), tok)
+    assert said(row, tok) == ["the quick brown fox<end>", "lazy<end>"]
+    assert row.input_ids.tolist() == tok.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
+
+
+def test_both_ways_agree():
+    plain, marked = (encode_chat(Chat("x", TALK), tokenizer(template)) for template in (PLAIN, MARKED))
+    assert np.array_equal(plain.labels, marked.labels)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    with pytest.raises(SourceError, match=r"x: this chat template renders message 1 differently when others follow"):
+        encode_chat(Chat("x", TALK), tokenizer(FORGETFUL))
+
+
+def test_a_token_across_the_border_leaves_the_sample_out():
+    tok = tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    # "the" is one token of this vocabulary, and here begins with the user.
+    row = encode_chat(Chat("x", [{"role": "user", "content": "th"}, {"role": "assistant", "content": "e"}]), tok)
+    assert row.skip == "a token stands across the border of what the assistant says"
+
+
+def test_templates_that_fail_are_named_with_the_sample():
+    with pytest.raises(SourceError, match=r"x: messages, and .* has no chat template; set one"):
+        encode_chat(Chat("x", TALK), tokenizer(None))
+    with pytest.raises(SourceError, match=r"x: the chat template failed: .*no system here"):
+        encode_chat(Chat("x", TALK), tokenizer("{{ raise_exception('no system here') }}"))
+
+
+def lines(tmp_path: Path, records, tok) -> JsonLines:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return JsonLines(path, tok, cache_dir=tmp_path / "cache")
+
+
+def test_lines_of_conversations_and_completions(tmp_path):
+    tok = tokenizer(PLAIN)
+    records = [
+        {"messages": TALK},
+        {"prompt": "the lazy", "completion": " dog"},
+        {"prompt": TALK[:3], "completion": TALK[3:]},
+        {"messages": [{"role": "user", "content": "hello"}]},
+    ]
+    source = lines(tmp_path, records, tok)
+    targets = []
+    for index in range(len(source)):
+        sample = source.read(index)
+        targets.append(tok.decode(sample.shift_labels[sample.loss_weights > 0]))
+    assert targets == ["the quick brown fox<end>lazy<end>", " dog<eos>", "lazy<end>"]
+    prompt = tok("the lazy")["input_ids"]
+    assert source.read(1).input_ids[: len(prompt)].tolist() == prompt
+    assert [(s.reason, s.count) for s in source.skipped] == [("no label is a target", 1)]
+
+
+def test_another_chat_template_is_another_data_set(tmp_path):
+    assert lines(tmp_path, [{"messages": TALK}], tokenizer(PLAIN)).manifest != (
+        lines(tmp_path, [{"messages": TALK}], tokenizer(MARKED)).manifest
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": "hi"}, r"x\.jsonl:1: 'messages' is 'hi'; it must be a list of messages"),
+        ({"messages": []}, r"x\.jsonl:1: 'messages' is \[\]"),
+        ({"messages": [{"content": "hi"}]}, r"x\.jsonl:1: 'messages' holds .*a message has a role"),
+        ({"prompt": "a", "completion": 3}, r"x\.jsonl:1: 'prompt' is 'a'; it must be a list of messages"),
+        ({"prompt": "a"}, r"x\.jsonl:1: neither 'text' nor .* among its fields \['prompt'\]"),
+    ],
+)
+def test_bad_conversations_are_named(tmp_path, record, message):
+    with pytest.raises(SourceError, match=message):
+        lines(tmp_path, [record], tokenizer(PLAIN))

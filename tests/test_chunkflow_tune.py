@@ -1,0 +1,63 @@
+"""Tuning: the fits find what made the numbers, the proposal is the best there is, and a real run agrees."""
+
+import json
+
+import pytest
+
+from chunkflow.errors import ChunkflowError
+from chunkflow.fit import CostModel, OpTime
+from chunkflow.tune import Measured, cases, fit_memory, peak, propose, seconds, tune
+
+MEMORY = (3e6, 900.0, 5000.0, 2000.0)
+COST = CostModel(OpTime(1e-3, 2e-6, 1e-10, 0.0, 9), OpTime(2e-3, 5e-6, 2e-10, 0.0, 9))
+
+
+def test_memory_is_fitted_from_the_grid():
+    rows = [Measured(c, k, n, 1.0, round(peak(MEMORY, c, k, n))) for c, k, n in cases([128, 256, 512], [1, 2, 4])]
+    found, residual = fit_memory(rows)
+    assert found == pytest.approx(MEMORY, rel=1e-3)
+    assert residual < 1e-4
+
+
+def test_time_of_a_sequence_is_its_ops():
+    # 2.5 chunks of 100, retain 1: two chunks run forward twice.
+    pairs = [5050, 100 * 100 + 5050, 50 * 200 + 1275]
+    forward = [COST.forward.seconds(t, p) for t, p in zip([100, 100, 50], pairs, strict=True)]
+    backward = [COST.backward.seconds(t, p) for t, p in zip([100, 100, 50], pairs, strict=True)]
+    assert seconds(COST, 100, 1, 250) == pytest.approx(sum(forward) + sum(forward[:2]) + sum(backward))
+    assert seconds(COST, 100, 3, 250) == pytest.approx(sum(forward) + sum(backward))
+
+
+def test_the_proposal_is_the_fastest_that_fits():
+    fixed, longest = 50_000_000, 16_384
+    for cap in (95_000_000, 120_000_000, 400_000_000):
+        size, kept = propose(COST, MEMORY, fixed, cap_bytes=cap, longest=longest, sizes=[256, 512])
+        assert fixed + peak(MEMORY, size, kept, longest) <= cap
+        for other in (256, 512, 1024, 2048, 4096):
+            for more in range(1, 9):
+                if fixed + peak(MEMORY, other, more, longest) <= cap:
+                    assert seconds(COST, size, kept, longest) <= seconds(COST, other, more, longest)
+    with pytest.raises(ChunkflowError, match=r"nothing fits: 16384 tokens need \d+ MiB at chunk_tokens 256 and retain"):
+        propose(COST, MEMORY, fixed, cap_bytes=60_000_000, longest=longest, sizes=[256, 512])
+
+
+@pytest.mark.slow
+def test_a_small_model_is_tuned_for_real(tmp_path):
+    config = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = tune(str(tmp_path / "config.json"), cap_bytes=2 << 30, longest=2048, chunk_tokens=[128, 256], retain=[1, 2])
+    assert found.measured_peak_bytes <= found.cap_bytes
+    assert abs(found.measured_peak_bytes / found.predicted_peak_bytes - 1) < 0.1
+    assert found.cost.forward.count > 6
+    assert json.loads(json.dumps(found.to_json()))["holds"] is True
+    assert "proposed for 2048 tokens" in str(found)
+
+
+def test_what_cannot_be_measured(tmp_path):
+    with pytest.raises(ChunkflowError, match=r"measuring .* failed: .*no causal LM could be loaded"):
+        tune(str(tmp_path / "absent"), cap_bytes=1, longest=64, chunk_tokens=[16], retain=[1])
+    with pytest.raises(ChunkflowError, match="dtype is 'int8'"):
+        tune("x", cap_bytes=1, longest=64, chunk_tokens=[16], retain=[1], dtype="int8")

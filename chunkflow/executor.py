@@ -9,7 +9,7 @@ Source: ChunkFlow, arXiv 2503.02356, with the order of backward that makes the g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -41,11 +41,20 @@ class StepExecutor:
         self._dummies: list[Tensor] = []
         self._rng: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def train(self, operations: Sequence[Step], *, denominator: float) -> Tensor:
-        """Run the operations; add d(loss)/d(parameter) to every `.grad`; return this rank's share of the loss, fp64."""
+    def train(
+        self,
+        operations: Sequence[Step],
+        *,
+        denominator: float,
+        watch: Callable[[Iterable[Step]], Iterable[Step]] = iter,
+    ) -> Tensor:
+        """Run the operations; add d(loss)/d(parameter) to every `.grad`; return this rank's share of the loss, fp64.
+
+        `watch` sees every operation as it is begun and ended: it passes them on one by one.
+        """
         total = torch.zeros((), dtype=torch.float64)
         last = max((n for n, (op, _) in enumerate(operations) if op == "B"), default=None)
-        for number, (op, position) in enumerate(operations):
+        for number, (op, position) in enumerate(watch(operations)):
             if op == "B":
                 total += self._backward(position, denominator, last=number == last)
             elif position is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -73,14 +75,15 @@ class ChunkRunner:
         self._check_tokens(batch)
         parameters = [p for p in self._parts.model.parameters() if p.requires_grad]
         steps = self._engine.operations(batch.program, list(operations(batch.chunks, self._retain)))
-        if self.on_operation is not None:
-            steps = timed(steps, batch.chunks, self.on_operation)
+        watch = (
+            iter if self.on_operation is None else partial(timed, chunks=batch.chunks, on_operation=self.on_operation)
+        )
         with (
             attention_of(self._parts.model),
             without_weight_cache(self._parts.device),
             self._engine.training(parameters),
         ):
-            loss = self._executor(batch).train(steps, denominator=batch.denominator)
+            loss = self._executor(batch).train(steps, denominator=batch.denominator, watch=watch)
         return self._over_ranks(loss)
 
     def evaluate(self, batch: StepBatch) -> Tensor:

@@ -82,6 +82,7 @@ class WaitingExperts(nn.Module):
     def __init__(self, row_s: float, spans: list[Span], layer: str) -> None:
         super().__init__()
         self.row_s, self.spans, self.layer = row_s, spans, layer
+        self.num_experts = EXPERTS // 2
 
     def forward(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Return the rows as they came, later."""

@@ -82,6 +82,7 @@ class WaitingExperts(nn.Module):
     def __init__(self, row_s: float, spans: list[Span], layer: str) -> None:
         super().__init__()
         self.row_s, self.spans, self.layer = row_s, spans, layer
+        self.num_experts = EXPERTS // 2
 
     @property
     def num_experts(self) -> int:

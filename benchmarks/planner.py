@@ -78,6 +78,9 @@ def trl_rows(num: int, rounds: int) -> list[dict[str, Any]]:
             packed = [pack_dataset(table, CHUNK_TOKENS, **options) for table in tables]
             trl_s = time.perf_counter() - started
             chunks = sum(layout.num_chunks for layout in layouts)
+            short = [np.minimum(w, CHUNK_TOKENS) for w in windows]
+            cut = [make_layout(np.arange(len(w)), w, config=config, world_size=1) for w in short]
+            cut_chunks = sum(layout.num_chunks for layout in cut)
             kept = sum(sum(map(len, table["input_ids"])) for table in packed)
             row = {"part": "trl", "lengths": name, "samples": num, "round": number}
             rows.append(
@@ -86,6 +89,7 @@ def trl_rows(num: int, rounds: int) -> list[dict[str, Any]]:
                     "ours_samples_s": num / ours_s,
                     "trl_samples_s": num / trl_s,
                     "ours_fill": float(lengths.sum() / (chunks * CHUNK_TOKENS)),
+                    "ours_fill_truncated": int(sum(w.sum() for w in short)) / (cut_chunks * CHUNK_TOKENS),
                     "trl_fill": kept / (sum(map(len, packed)) * CHUNK_TOKENS),
                     "trl_tokens_lost": int(lengths.sum()) - kept,
                     "trl_share_lost": 1 - kept / int(lengths.sum()),
@@ -128,7 +132,8 @@ def claims_of(rows: list[dict[str, Any]]) -> list[Claim]:
         lost = f"TRL loses {mine[0]['trl_tokens_lost']} tokens, {mine[0]['trl_share_lost']:.2%}"
         note = f"{fills}; {lost}, ours none"
         add(f"samples/s over TRL's bfd, {name}", ratio, "x", 10, most=False, note=note)
-        gap = mine[0]["ours_fill"] - mine[0]["trl_fill"]
+        gap = mine[0]["ours_fill_truncated"] - mine[0]["trl_fill"]
+        note = f"both on sequences truncated to a chunk; with every token, ours fills {mine[0]['ours_fill']:.2%}"
         add(f"fill beside TRL's, {name}", 100 * gap, "points", 0, most=False, note=note)
     return claims
 

@@ -37,7 +37,8 @@ def published_rules(model: Model) -> float:
     layers, partition = model.costs, model.published
     num_forward, m = len(partition.forward), PUBLISHED_ROUNDS[0]
     free, busy, end = np.zeros(NUM_DEVICES), 0.0, 0.0
-    slots = list(enumerate(partition.ranges)) * len(PUBLISHED_ROUNDS)
+    ranges = [layers_of_slot for _, layers_of_slot in partition.ranges()]
+    slots = list(enumerate(ranges)) * len(PUBLISHED_ROUNDS)
     arrival = np.zeros(m)
     for cursor, (slot, (low, high)) in enumerate(slots):
         arrival = np.zeros(m) if slot == 0 else arrival

@@ -46,7 +46,7 @@ class StepExecutor:
         operations: Sequence[Step],
         *,
         denominator: float,
-        watch: Callable[[Iterable[Step]], Iterable[Step]] = iter,
+        watch: Callable[[Sequence[Step]], Iterable[Step]] | None = None,
     ) -> Tensor:
         """Run the operations; add d(loss)/d(parameter) to every `.grad`; return this rank's share of the loss, fp64.
 
@@ -54,7 +54,7 @@ class StepExecutor:
         """
         total = torch.zeros((), dtype=torch.float64)
         last = max((n for n, (op, _) in enumerate(operations) if op == "B"), default=None)
-        for number, (op, position) in enumerate(watch(operations)):
+        for number, (op, position) in enumerate(watch(operations) if watch else operations):
             if op == "B":
                 total += self._backward(position, denominator, last=number == last)
             elif position is None:

@@ -123,7 +123,7 @@ class CausalParts:
             return self.head(hidden)
 
 
-def parts_of(model: PreTrainedModel, engine: Engine) -> CausalParts:
+def parts_of(model: nn.Module, engine: Engine) -> CausalParts:
     """Take a model apart; raise UnsupportedModelError where it is not a transformers causal LM."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):

@@ -75,9 +75,8 @@ class ChunkRunner:
         self._check_tokens(batch)
         parameters = [p for p in self._parts.model.parameters() if p.requires_grad]
         steps = self._engine.operations(batch.program, list(operations(batch.chunks, self._retain)))
-        watch = (
-            iter if self.on_operation is None else partial(timed, chunks=batch.chunks, on_operation=self.on_operation)
-        )
+        report = self.on_operation
+        watch = None if report is None else partial(timed, chunks=batch.chunks, on_operation=report)
         with (
             attention_of(self._parts.model),
             without_weight_cache(self._parts.device),

@@ -84,11 +84,6 @@ class WaitingExperts(nn.Module):
         self.row_s, self.spans, self.layer = row_s, spans, layer
         self.num_experts = EXPERTS // 2
 
-    @property
-    def num_experts(self) -> int:
-        """Experts of this rank."""
-        return EXPERTS
-
     def forward(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Return the rows as they came, later."""
         out = _Wait.apply(rows_ND, self)

@@ -43,7 +43,7 @@ class Committer:
         self._step, self._tmp, self._lock = -1, Path(), None
         self._open = False
         self._requested = False
-        self._known: dict[int, tuple[tuple[int, ...], Summary]] = {}
+        self._known: dict[int, tuple[tuple[int | str, ...], Summary]] = {}
         self.known_bad: set[int] = set()
         """Steps that a restore of this process read in full and found damaged."""
         self.back_to: int | None = None

@@ -107,7 +107,7 @@ class Folder:
             raise_first(damages(self.storage, self.at(step), found, file, lambda _: alive()))
         return found
 
-    def committed(self, known: dict[int, tuple[tuple[int, ...], Summary]] | None = None) -> dict[int, Summary]:
+    def committed(self, known: dict[int, tuple[tuple[int | str, ...], Summary]] | None = None) -> dict[int, Summary]:
         """Return the steps whose manifest proves itself and whose files have their lengths, oldest first.
 
         `known` remembers manifests that were read, by what the file system says of them; it is brought up to date.

@@ -18,6 +18,7 @@ from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
 
 _ALIGN = 64
+_GENERATOR_BYTES = 64 * 2**10
 
 
 class Exchange(Protocol):
@@ -103,9 +104,11 @@ class Buffers:
 
 
 def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    """Return bytes as the tensor an entry is; a view where its alignment allows."""
+    """Return bytes as the tensor an entry is; a view where its alignment allows, and its own storage if small uint8."""
     dtype = DTYPES[entry.dtype]
-    if data.storage_offset() % dtype.itemsize:
+    # torch's generators read the states they are given from the start of the storage, whatever the view's offset.
+    is_generator_state = dtype == torch.uint8 and data.numel() <= _GENERATOR_BYTES
+    if data.storage_offset() % dtype.itemsize or is_generator_state:
         data = data.clone()
     return data.view(dtype).reshape(entry.shape)
 

@@ -54,6 +54,12 @@ class ObjectStorage:
         folders = [str(one).rstrip("/").rpartition("/")[2] for one in found["common_prefixes"]]
         return folders + [str(one["path"]).rpartition("/")[2] for one in found["objects"]]
 
+    def stamp(self, path: Path) -> tuple[str, ...]:
+        """Return what changes when an object is replaced."""
+        with _as_os_error(path):
+            found = self._store.head(self._key(path))
+        return (str(found["size"]), str(found["e_tag"]), str(found["last_modified"]))
+
     def length(self, path: Path) -> int:
         """Return the bytes of an object."""
         with _as_os_error(path):

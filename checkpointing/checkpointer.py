@@ -47,6 +47,10 @@ class Settings(TypedDict, total=False):
     check: bool
 
 
+_AFTER_ERROR_S = 20.0
+"""For saves in flight when an exception leaves the block."""
+
+
 class Checkpointer:
     """Saves and restores the state of a run, whole or not at all.
 
@@ -167,12 +171,15 @@ class Checkpointer:
 
         What is not durable after `timeout_s` is given up. Raises what no `wait` has raised.
         """
+        self._close(self._config.timeout_s)
+
+    def _close(self, timeout_s: float) -> None:
         if self._end.detach() is None:
             return
-        self._engine.close(self._config.timeout_s)
+        self._engine.close(timeout_s)
         owed = self._owed_error()
         if self._committer.mirror is not None:
-            self._committer.mirror.close(self._config.timeout_s)
+            self._committer.mirror.close(timeout_s)
         if owed is not None:
             raise owed
 
@@ -183,7 +190,9 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            # What ended the block may be a lost rank, with which no save in flight can be finished; and it is not seen
+            # before this returns.
+            self._close(self._config.timeout_s if error is None else min(self._config.timeout_s, _AFTER_ERROR_S))
         except CheckpointError as owed:
             if error is None:
                 raise

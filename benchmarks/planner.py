@@ -65,6 +65,7 @@ def trl_rows(num: int, rounds: int) -> list[dict[str, Any]]:
 
     disable_progress_bars()
     rows, config = [], PlannerConfig(chunk_tokens=CHUNK_TOKENS)
+    make_layout(np.arange(1), np.ones(1, dtype=np.int64), config=config, world_size=1)  # the kernels are loaded
     for name in ("lmsys", "llama3_sft"):
         lengths = DISTRIBUTIONS[name](num, seed=0)
         windows = [lengths[at : at + WINDOW] for at in range(0, num, WINDOW)]

@@ -30,7 +30,7 @@ def serve(fd: int, parent: int) -> None:
 
     torch.set_num_interop_threads(1)
     connection = Connection(fd)
-    _answer(connection, None, None)
+    _answer(connection, None, None, time.monotonic())
     while True:
         try:
             header, task = pickle.loads(connection.recv_bytes()), connection.recv_bytes()
@@ -39,15 +39,16 @@ def serve(fd: int, parent: int) -> None:
         _answer(connection, *_attempt(header, task))
 
 
-def _attempt(header: dict[str, Any], task: bytes) -> tuple[Any, str | None]:
+def _attempt(header: dict[str, Any], task: bytes) -> tuple[Any, str | None, float]:
     import torch.distributed as dist
 
     before = dict(os.environ)
     os.environ.update(header["env"])
     try:
-        return _run(header, task), None
+        return _run(header, task), None, time.monotonic()
     except BaseException:  # noqa: BLE001 (also SystemExit: the driver decides what a failure means)
-        return None, traceback.format_exc()
+        # The time of the failure itself: leaving the group below frees, and so fails, the ranks that wait in it.
+        return None, traceback.format_exc(), time.monotonic()
     finally:
         # Also what frees the other ranks of a collective that this one will never join.
         if dist.is_initialized():
@@ -75,9 +76,9 @@ def _run(header: dict[str, Any], task: bytes) -> Any:
     return fn(RankInfo(header["rank"], header["world_size"]), *args)
 
 
-def _answer(connection: Connection, value: Any, failure: str | None) -> None:
+def _answer(connection: Connection, value: Any, failure: str | None, time_s: float) -> None:
     try:
-        body = pickle.dumps((value, failure, time.monotonic()))
+        body = pickle.dumps((value, failure, time_s))
     except Exception:  # noqa: BLE001 (anything may fail to pickle)
-        body = pickle.dumps((None, f"its result cannot be pickled:\n{traceback.format_exc()}", time.monotonic()))
+        body = pickle.dumps((None, f"its result cannot be pickled:\n{traceback.format_exc()}", time_s))
     connection.send_bytes(body)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from contextlib import nullcontext
@@ -78,7 +79,7 @@ def test_the_trouble_of_one_rank_ends_the_others_in_bounded_time(tmp_path, troub
         assert text.startswith(f"rank {rank}, step 1, action {rank}")
         assert seconds < PROMPT_S
         if trouble == "fails":
-            assert "from rank 2: gave up: no more" in text
+            assert re.search(r"rank 2:? gave up: no more", text)  # heard from rank 2, or from the other one
     assert "rank 2" in text
     if trouble == "fails":
         assert json.loads((tmp_path / "2").read_text())[:2] == ["ValueError", "no more"]

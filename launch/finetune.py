@@ -21,13 +21,13 @@ from rich.console import Console
 from checkpointing import Checkpointer, KeepLast
 from launch.claim import claimed
 from launch.config import FinetuneConfig
+from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
 from launch.files import RunFolder, replace_folder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
-from launch.report import Report, describe_job, make_console
 from launch.saving import Saver
 from launch.stop import StopSignals
 from launch.summary import peak_resident_bytes, print_summary, summarize, summed_up
@@ -75,7 +75,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
         if world.rank == 0:
             for change in record_config(folder.config, config):
                 console.print(f"Changed since this run last started: {change}")
-        with Report(
+        with Recorder(
             console, folder, job.total_steps, after_step=resumed_from, log_every=config.run.log_every
         ) as report:
             stopped = train(job, report, saver, stop)
@@ -100,7 +100,7 @@ def resume(saver: Saver, console: Console) -> int | None:
     return info.step
 
 
-def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
+def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
     """Train the steps that are left and save the last state; return whether it was asked to stop before the end."""
     run, stopped = job.config.run, False
     if job.state.step == 0:

@@ -21,7 +21,7 @@ def make_console(rank: int) -> Console:
     return Console(quiet=rank != 0, soft_wrap=True, highlight=False, markup=False)
 
 
-class Report:
+class Recorder:
     """The records of a running job on rank 0; on other ranks every call does nothing."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Report:
             self._log.sync()
             self._board.flush()
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Recorder:
         return self
 
     def __exit__(

@@ -24,13 +24,15 @@ from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
+from launch.facts import job_facts
 from launch.files import RunFolder, replace_folder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
+from launch.report import write_report
 from launch.saving import Saver
 from launch.stop import StopSignals
-from launch.summary import peak_resident_bytes, print_summary, summarize, summed_up
+from launch.summary import print_summary, summarize, summed_up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +75,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             )
             return
         if world.rank == 0:
+            write_json(folder.facts, job_facts(job))
             for change in record_config(folder.config, config):
                 console.print(f"Changed since this run last started: {change}")
         with Recorder(
@@ -127,7 +130,7 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
 
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
-    peak = max(job.world.board.gather("peak memory", peak_resident_bytes()))
+    peak = max(job.world.board.gather("peak memory", job.memory.resident_bytes()))
     model = job.whole_model()
     if model is None:
         return
@@ -142,6 +145,7 @@ def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resum
     )
     write_json(folder.summary, summary)
     print_summary(console, summary)
+    console.print(f"Report: {write_report(folder)}")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor,
         rule: LogitRule,
     ) -> Tensor:  # fmt: skip
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        hidden, weight, bias = _autocast(hidden, weight, bias)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[:3]
@@ -87,7 +89,6 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         ctx.gradients = (d_hidden, d_weight, d_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         return loss
 
     @staticmethod
@@ -98,6 +99,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         )
         ctx.gradients = None  # scaled in place: a second backward is an error, and the memory is free now
         return (*scaled, None, None, None)
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return them in the dtype of the autocast that is on, cast once and not for each product of each tile."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:  # which autocast leaves alone
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _tile(

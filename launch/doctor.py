@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.doctor_checks import Check, host_checks, worst
 from launch.doctor_ranks import self_test
@@ -49,9 +50,9 @@ def print_checks(console: Console, checks: Sequence[Check]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(check.name, f"[{_COLOURS[check.status]}]{check.status}[/]", check.found)
+        table.add_row(check.name, Text(check.status, _COLOURS[check.status]), Text(check.found))
         if check.advice:
-            table.add_row("", "", f"[dim]{check.advice}[/]")
+            table.add_row("", "", Text(check.advice, "dim"))
     console.print(table)
     failed = [check.name for check in checks if check.status == "failed"]
     console.print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "Nothing failed.")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkflow import ChunkLoader, ChunkRunner
@@ -49,9 +50,12 @@ def self_test(*, ranks: int = RANKS, timeout_s: float = TIMEOUT_S) -> Check:
 
 
 def _start(rank: int, ranks: int, place: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "launch.doctor_ranks", str(rank), str(ranks), str(place / "store")]
     with (place / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(_command(rank, ranks, place), stdout=log, stderr=subprocess.STDOUT)
+
+
+def _command(rank: int, ranks: int, place: Path) -> list[str]:
+    return [sys.executable, "-m", "launch.doctor_ranks", str(rank), str(ranks), str(place / "store")]
 
 
 def _wait(jobs: list[subprocess.Popen[bytes]], deadline: float) -> list[int]:
@@ -66,8 +70,8 @@ def _wait(jobs: list[subprocess.Popen[bytes]], deadline: float) -> list[int]:
 
 def _failed(found: str) -> Check:
     advice = (
-        "ranks of one machine must reach each other over the loopback interface: look at firewalls, and at "
-        "GLOO_SOCKET_IFNAME; the whole output: python -m launch.doctor_ranks 0 1 $(mktemp -u)"
+        "one rank alone, with its whole output: python -m launch.doctor_ranks 0 1 $(mktemp -u). When that is well, "
+        "ranks do not reach each other over the loopback interface: look at firewalls, and at GLOO_SOCKET_IFNAME"
     )
     return Check(name=_NAME, status="failed", found=found, advice=advice)
 
@@ -105,8 +109,8 @@ def chunk_error(rank: int, ranks: int) -> float:
     targets = sum(len(ids) - 1 for ids in samples)
     whole = torch.zeros((), dtype=torch.float64)
     for ids in samples:
-        row = ids.unsqueeze(0)
-        part = model(row, labels=row).loss * (len(ids) - 1) / targets
+        logits = model(ids.unsqueeze(0)).logits[0, :-1]  # transformers' own loss rounds them to fp32
+        part = cross_entropy(logits, ids[1:], reduction="sum") / targets
         part.backward()
         whole += part.detach()
     worst, largest = abs(float(loss - whole)), 0.0

@@ -50,6 +50,23 @@ def test_bf16_sums_in_fp32():
     assert weight.grad.dtype == torch.bfloat16
 
 
+def test_autocast_is_of_products_only():
+    ours = case(700, torch.float32)
+    narrow = [*(x.detach().bfloat16() for x in ours[:3]), *ours[3:]]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = tiled_cross_entropy(*ours)
+    assert loss == tiled_cross_entropy(*narrow)
+    loss.backward()
+    exact = case(700, torch.float32)
+    plain(*exact).backward()
+    for x, y in zip(ours[:3], exact[:3], strict=True):
+        assert x.grad.dtype == torch.float32
+        assert (x.grad - y.grad).abs().max() < 2e-2 * y.grad.abs().max()
+    wide = case(30, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiled_cross_entropy(*wide) == tiled_cross_entropy(*case(30, torch.float64))
+
+
 def test_no_supervised_token_gives_zero_loss_and_zero_gradients():
     hidden, weight, bias, labels, _ = case(10, torch.float64)
     loss = tiled_cross_entropy(hidden, weight, bias, labels, torch.zeros(10))

@@ -1,0 +1,150 @@
+"""A run as one page: what is on it, that it needs nothing else, and that a browser draws it."""
+
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from base64 import b64decode
+
+import numpy as np
+import pytest
+
+from chunkflow.histogram import histogram
+from launch.files import RunFolder
+from launch.report import main, make_page, write_report
+
+PLOTS = ["loss", "lr", "grad_norm", "throughput", "seconds", "fill", "lengths", "memory"]
+
+
+def line(step, **changes):
+    return {
+        "step": step, "loss": 5.0 / step, "lr": 0.1, "grad_norm": 1.0, "tokens": 100 * step, "supervised_tokens": 90.0,
+        "seconds": 2.0, "fill": 0.9, "split_tokens": 10, "longest": 64 * step, "peak_bytes": 2**30 + step,
+        "tokens_per_s": 50.0 * step, **changes,
+    }  # fmt: skip
+
+
+def facts(**changes):
+    lengths = histogram(np.array([3, 70, 900, 5000])).to_json()
+    return {
+        "total_steps": 4, "model": "LlamaForCausalLM", "parameters": 1234567, "world_size": 2, "device": "cpu",
+        "threads": 1, "pipeline": None, "lengths": lengths, "held_out": 7, "notes": ["2 <left> & out"], "host": "Linux",
+        "versions": {"torch": "2.13.0"}, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = RunFolder(tmp_path / "my run")
+    run.path.mkdir()
+    lines = [{"step": 0, "eval_loss": 6.5}, *(line(n) for n in (1, 2, 3)), line(4, eval_loss=4.25)]
+    run.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    run.facts.write_text(json.dumps(facts()))
+    run.config.write_text(json.dumps({"fresh": False, "chunks": {"chunk_tokens": 512}, "data": {"path": "<script>"}}))
+    return run
+
+
+def pictures(html):
+    found = re.findall(r'<section id="(\w+)">.*?src="data:image/svg\+xml;base64,([^"]+)"', html, re.DOTALL)
+    return {name: ET.fromstring(b64decode(data)) for name, data in found}
+
+
+def test_every_plot_is_there_and_drawn(folder):
+    drawn = pictures(write_report(folder).read_text())
+    assert list(drawn) == PLOTS
+    for name, svg in drawn.items():
+        assert svg.tag.endswith("}svg")
+        assert len(list(svg.iter("{http://www.w3.org/2000/svg}path"))) > 10, name
+
+
+def test_the_page_needs_nothing_from_outside(folder):
+    html = write_report(folder).read_text()
+    assert "default-src 'none'" in html
+    assert not re.search(r"<(script|link|iframe|object)\b", html)
+    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', html))
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_numbers_settings_and_what_was_left_out(folder):
+    html = write_report(folder).read_text()
+    for text in (
+        "<title>my run</title>", "LlamaForCausalLM of 1,234,567 parameters, on 2 x cpu", "4 samples of 5,973 tokens",
+        "7 more held out", "<b>6.500 → 4.250</b><span>held-out loss", "<b>5.000 → 1.250</b>", "<b>1,000</b>",
+        "<b>125</b><span>tokens/s", "<b>1.00 GiB</b>", "<td>chunks.chunk_tokens</td><td>512</td>",
+        "<td>data.path</td><td>&lt;script&gt;</td>", "2 &lt;left&gt; &amp; out", "<td>fresh</td><td>false</td>",
+    ):  # fmt: skip
+        assert text in html, text
+    assert "Not finished" not in html
+
+
+def test_the_same_run_makes_the_same_page(folder, tmp_path):
+    first = write_report(folder).read_bytes()
+    assert write_report(folder, tmp_path / "other.html").read_bytes() == first
+
+
+def test_a_run_under_way_shows_what_there_is(folder):
+    lines = folder.metrics.read_text().splitlines()
+    folder.metrics.write_text("\n".join(lines[:3]) + '\n{"step": 3, "lo')
+    html = write_report(folder).read_text()
+    assert "Not finished: 2 of 4 steps." in html
+    assert list(pictures(html)) == PLOTS
+
+
+@pytest.mark.parametrize(
+    ("lines", "known", "expected"),
+    [
+        ([{"step": 0, "eval_loss": 6.5}], facts(), ["loss", "lengths"]),
+        ([line(1, peak_bytes=None)], {}, ["loss", "lr", "grad_norm", "throughput", "seconds", "fill"]),
+        ([line(1, tokens_per_s=0.0, seconds=0.0)], {}, [name for name in PLOTS if name != "lengths"]),
+    ],
+)
+def test_what_was_not_measured_has_no_plot(lines, known, expected):
+    page = make_page(lines, name="x", settings={}, facts=known, summary={})
+    assert [plot.name for plot in page.plots] == expected
+    assert page.html()
+
+
+def test_the_command(folder, tmp_path, capsys):
+    assert main([str(folder.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder.report)
+    assert main([str(folder.path), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_bytes() == folder.report.read_bytes()
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "has no step in metrics.jsonl; give the folder of a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as leaving:
+        main([])
+    assert leaving.value.code == 2
+
+
+def test_an_output_that_cannot_be_written(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(folder.path), "--output", str(tmp_path / "file" / "page.html")]) == 2
+    assert "the report cannot be written to" in capsys.readouterr().err
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_a_browser_draws_every_plot_and_fetches_nothing(folder, tmp_path):
+    page, log = write_report(folder, tmp_path / "report.html"), tmp_path / "net.json"
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>addEventListener('load', () => { document.body.dataset.seen = JSON.stringify("
+        "[...document.images].map(i => i.complete && i.naturalWidth > 100)); });</script></body>"
+    )
+    allowed = page.read_text().replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
+    probe.write_text(allowed.replace("</body>", script))
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}",
+        "--virtual-time-budget=5000", "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    seen = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert seen, done.stderr[-2000:]
+    assert json.loads(seen.group(1).replace("&quot;", '"')) == [True] * len(PLOTS)
+    asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(errors="replace")))
+    assert not {url for url in asked if "google" not in url and "gvt1" not in url}  # the browser's own, of its updates

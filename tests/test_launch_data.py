@@ -4,13 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 from launch.config import DataConfig, FinetuneConfig, ModelConfig
 from launch.corpus import choose_files, jsonl_texts
 from launch.data import check_lengths, check_vocabulary, load_data, split_held_out
 from launch.errors import DataError, ModelError
 from launch.tokenizer import EOS, trained_tokenizer
+from tests.tiny_chat import write_chat_model
 
 TEXTS = ["def f(x):\n    return x\n", "grüße, 東京\n", "class A:\n    pass\n" * 30]
 
@@ -193,3 +197,68 @@ def test_a_model_folder_without_a_tokenizer(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ModelError, match=r"model.path .* has no tokenizer"):
         load_data(replace(settings, model=ModelConfig(path=str(tmp_path / "model"))))
+
+
+CHATS = [
+    [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"the number {n}"}]
+    for n in range(6)
+]
+
+
+def opened(tmp_path, path, **data):
+    settings = config(tmp_path, path, kind="auto", **data)
+    return load_data(replace(settings, model=ModelConfig(path=str(write_chat_model(tmp_path / "model")))))
+
+
+def targets(data):
+    samples = [data.train.read(number) for number in range(len(data.train))]
+    return [data.tokenizer.decode(sample.shift_labels[sample.shift_labels >= 0]) for sample in samples]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets", "datasets-split"])
+def test_chats_in_any_form_are_opened_by_what_they_are(tmp_path, form):
+    rows, path = [{"messages": chat} for chat in CHATS], tmp_path / f"chats.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "datasets":
+        Dataset.from_list(rows).save_to_disk(path)
+    else:
+        DatasetDict({"valid": Dataset.from_list(rows)}).save_to_disk(path)
+    data = opened(tmp_path, path, held_out=2, split="valid" if form == "datasets-split" else "train")
+    assert (len(data.train), len(data.held_out)) == (4, 2)
+    answers = {chat[1]["content"] + "<|im_end|>\n" for chat in CHATS}
+    assert len(set(targets(data)) & answers) == 4
+
+
+def test_prompts_and_completions_and_texts_in_parquet(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"prompt": ["2 + 2 = ", "3 + 3 = "], "completion": ["4", "6"]}), path)
+    assert targets(opened(tmp_path, path)) == ["4<eos>", "6<eos>"]
+    pq.write_table(pa.table({"body": TEXTS}), path)
+    assert len(opened(tmp_path, path, field="body").train) == 3
+
+
+def test_auto_opens_json_lines_and_tokens_without_a_model_and_says_what_needs_one(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    auto, plain = (load_data(config(tmp_path, path, kind=kind)) for kind in ("auto", "jsonl"))
+    assert auto.train.manifest == plain.train.manifest
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3], [4, 5]]}), table)
+    assert load_data(config(tmp_path, table, kind="auto")).train.lengths.tolist() == [3, 2]
+    pq.write_table(pa.table({"text": TEXTS}), table)
+    with pytest.raises(DataError, match=r"table.parquet.*no tokenizer was given.*model.path names it"):
+        load_data(config(tmp_path, table, kind="auto"))
+
+
+@pytest.mark.parametrize(("name", "split", "text"), [
+    ("nowhere/at-all", "train", r"data.path nowhere/at-all: .*neither a file nor a folder"),
+    ("rows", "test", "can be loaded with split 'test'"),
+])  # fmt: skip
+def test_data_that_is_nowhere(tmp_path, name, split, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    DatasetDict({"train": Dataset.from_list([{"text": "x"}])}).save_to_disk(tmp_path / "rows")
+    with pytest.raises(DataError, match=text):
+        opened(tmp_path, name, split=split)

@@ -10,9 +10,7 @@ from launch.corpus import choose_files
 from launch.data import load_data
 from launch.errors import DataError
 from launch.functions import definitions, split_by_top_level, write_functions
-from tests.tiny import tiny_model
-from tests.tiny_gguf import TEMPLATE
-from tests.tokenizers_fixture import tiny_tokenizer
+from tests.tiny_chat import write_chat_model
 
 CODE = '''
 import os
@@ -148,14 +146,7 @@ def test_nothing_held_out():
 
 @pytest.fixture
 def model_folder(tmp_path):
-    tokenizer = tiny_tokenizer()
-    before, tokenizer.chat_template = tokenizer.chat_template, TEMPLATE
-    try:
-        tokenizer.save_pretrained(tmp_path / "model")
-    finally:
-        tokenizer.chat_template = before
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return write_chat_model(tmp_path / "model")
 
 
 def test_only_the_answer_is_a_target(tmp_path, model_folder):

@@ -21,7 +21,8 @@ from launch.runners import autocast, make_runner
 from tests.launch_jobs import run_job
 from tests.spawn import ROOT
 from tests.tiny import tiny_model
-from tests.tiny_gguf import TEMPLATE, write_gguf
+from tests.tiny_chat import TEMPLATE
+from tests.tiny_gguf import write_gguf
 
 
 @pytest.fixture

@@ -48,6 +48,16 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def facts(self) -> Path:
+        """The data, the model and the machines, for the report."""
+        return self.path / "job.json"
+
+    @property
+    def report(self) -> Path:
+        """The run as a page for a browser."""
+        return self.path / "report.html"
+
+    @property
     def model(self) -> Path:
         """The trained model and its tokenizer, as transformers saves them."""
         return self.path / "model"

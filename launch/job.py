@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World
 from launch.errors import TrainingError
 from launch.gradnorm import clip_
+from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
 from launch.optimizer import apply_settings, build_optimizer
@@ -49,6 +50,7 @@ class Job:
     state: TrainState
     held_out: tuple[StepBatch, ...]
     """The held-out samples as steps, loaded once."""
+    memory: PeakMemory
     pipeline: str | None = None
     """How the model is spread over ranks, in words."""
 
@@ -63,6 +65,7 @@ class Job:
         Raises TrainingError, changing no weight, when the loss or a gradient is not finite.
         """
         settings = self.config.optimizer
+        self.memory.begin()
         lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
         loss = float(self.runner.forward_backward(batch))
         norm = self.runner.grad_norm()
@@ -73,7 +76,8 @@ class Job:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        return measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
+        metrics = measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
+        return replace(metrics, peak_bytes=self.memory.of_step())
 
     def evaluate(self) -> float | None:
         """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls."""
@@ -151,7 +155,8 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTraine
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
-        optimizer=optimizer, state=state, held_out=held_out, pipeline=runner.description,
+        optimizer=optimizer, state=state, held_out=held_out, memory=PeakMemory(world.device),
+        pipeline=runner.description,
     )  # fmt: skip
 
 

@@ -8,13 +8,17 @@ experts, caps, sinks. Then `check_exact` compares gradients in chunks with those
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -84,6 +88,30 @@ class Verdict:
     """Why it was refused, where it is wrong, or why it was not tried."""
 
 
+def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """Return how many families are in each state."""
+    found = Counter(verdict.state for verdict in verdicts)
+    return {state: found[state] for state in (EXACT, REFUSED, WRONG, UNTRIED)}
+
+
+def table(verdicts: Iterable[Verdict]) -> Table:
+    """Return the table that the command prints."""
+    shown = Table("family", "model", "in chunks", "error", "why")
+    for v in verdicts:
+        shown.add_row(v.family, v.model, v.state, "" if v.error is None else f"{v.error:.0e}", escape(v.reason))
+    return shown
+
+
+def markdown(verdicts: Iterable[Verdict]) -> str:
+    """Return the table of a documentation page; errors are left out, since they differ by machine."""
+    rows = [f"| `{v.family}` | {v.model} | {v.state} | {_in_a_cell(v.reason)} |" for v in verdicts]
+    return "\n".join(["| family | model | in chunks | why |", "|---|---|---|---|", *rows, ""])
+
+
+def _in_a_cell(reason: str) -> str:
+    return reason.replace("|", "\\|").replace("<", "&lt;")
+
+
 def family_names() -> list[str]:
     """Return the model types of the installed transformers that have a causal LM, in alphabetical order."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -110,7 +138,7 @@ def _try(name: str) -> Verdict:
     try:
         report = check_exact(model, chunk_tokens=16, num_chunks=(3,), tolerance=TOLERANCE)
     except UnsupportedModelError as error:
-        return Verdict(name, model_name, REFUSED, None, str(error))
+        return Verdict(name, model_name, REFUSED, None, _one_line(error, named=False))
     except Exception as error:  # noqa: BLE001 (accepted, and then it failed: a fault of ours)
         return Verdict(name, model_name, WRONG, None, _one_line(error))
     worst = max(report.comparisons, key=lambda c: max(c.loss_error, c.gradient_error))
@@ -178,8 +206,10 @@ def _each_once(kinds: list[str]) -> list[str]:
     return distinct if len(distinct) > 1 else distinct * 2
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def _one_line(error: Exception, *, named: bool = True) -> str:
+    """Return an error in a line, the same on every machine: without the rounding of its numbers."""
+    text = re.sub(r"\d\.\d+e[+-]\d+", "...", " ".join(str(error).split()))
+    return (f"{type(error).__name__}: {text}" if named else text)[:300]
 
 
 @contextmanager

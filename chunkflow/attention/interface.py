@@ -21,6 +21,7 @@ NAME = "chunkflow"
 """Our name in transformers' `AttentionInterface`."""
 
 
+@torch.compiler.disable
 def chunk_attention(
     module: nn.Module,
     query: Tensor,

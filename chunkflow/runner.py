@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.distributed as dist
@@ -29,7 +30,8 @@ class ChunkRunner:
     `fully_shard`, a DeepSpeed engine, or PEFT's LoRA. `retain` is how many chunks of a long sequence keep their
     activations: memory is set by `chunk_tokens * retain`. `group` are the ranks that share the global batch: by default
     the wrapper's, or the default process group where there is one; `SINGLE` is this process alone. `offload` keeps keys
-    and values of long sequences in the host's memory, for models on an accelerator.
+    and values of long sequences in the host's memory, for models on an accelerator. `engine`, given the group, returns
+    how ranks work together where no wrapper says it: `chunkflow.engine.InStep` for layers that ask other ranks.
 
     Made on every rank. Raises UnsupportedModelError, naming the layer and the reason, for a model that could not be
     trained exactly; it finds out by running a few tokens.
@@ -43,12 +45,13 @@ class ChunkRunner:
         group: dist.ProcessGroup | str | None = None,
         seed: int = 0,
         offload: bool = False,
+        engine: Callable[[dist.ProcessGroup | None], Engine] | None = None,
     ) -> None:
         wrapped = unwrap(model, group)
         ranks = resolve_group(wrapped.group)
-        engine = wrapped.engine(ranks)
-        parts = require_exact(wrapped.model, engine)
-        self._begin(parts, engine, ranks, retain=retain, seed=seed, offload=offload)
+        made = (engine or wrapped.engine)(ranks)
+        parts = require_exact(wrapped.model, made)
+        self._begin(parts, made, ranks, retain=retain, seed=seed, offload=offload)
 
     def _begin(
         self, parts: Runnable, engine: Engine, group: dist.ProcessGroup | None, *, retain: int, seed: int, offload: bool

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def expert_plans(self) -> Path:
+        """The last measured plans of expert-parallel layers, readable as `moe.plan`."""
+        return self.path / "moe_plan.json"
+
+    @property
     def model(self) -> Path:
         """The trained model and its tokenizer, as transformers saves them."""
         return self.path / "model"

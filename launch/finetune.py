@@ -23,7 +23,7 @@ from launch.claim import claimed
 from launch.config import FinetuneConfig
 from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
-from launch.files import RunFolder, replace_folder, write_json
+from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
@@ -128,10 +128,8 @@ def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
     peak = max(job.world.board.gather("peak memory", peak_resident_bytes()))
-    model = job.whole_model()
-    if model is None:
+    if not job.write_model(folder.model):
         return
-    replace_folder(folder.model, lambda path: job.export(path, model))
     summary = summarize(
         read_metrics(folder.metrics),
         steps=job.state.step,

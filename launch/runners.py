@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from chunkflow import ChunkRunner, StepBatch
 from launch.config import FinetuneConfig
+from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
@@ -77,7 +78,9 @@ class WholeRunner:
 
 
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
-    """Return what runs a job's steps. Raises what makes the model or the settings unfit; does not communicate."""
+    """Return what runs a job's steps. Every rank calls. Raises, alike, what makes the model or the settings unfit."""
+    if config.moe.wanted:
+        return ExpertRunner(model, config, place)
     if place.transport is None:
         return WholeRunner(model, config, place.data_group)
     return pipeline_runner(model, config, place)

@@ -35,7 +35,8 @@ class ChunkRunner:
     the wrapper's, or the default process group where there is one; `SINGLE` is this process alone. `offload` keeps keys
     and values of long sequences in the host's memory, for models on an accelerator. `checkpoint_layers` keeps of each
     decoder layer only its input, and runs it a second time in backward; transformers' own
-    `activation_checkpointing_enable` does the same in train mode.
+    `activation_checkpointing_enable` does the same in train mode. `engine`, given the group, returns how ranks work
+    together where no wrapper says it: `chunkflow.engine.InStep` for layers that ask other ranks.
 
     Made on every rank; raises PlanError when their settings differ. Raises UnsupportedModelError, naming the layer and
     the reason, for a model that could not be trained exactly; it finds out by running a few tokens.
@@ -50,13 +51,14 @@ class ChunkRunner:
         seed: int = 0,
         offload: bool = False,
         checkpoint_layers: bool = False,
+        engine: Callable[[dist.ProcessGroup | None], Engine] | None = None,
     ) -> None:
         wrapped = unwrap(model, group)
         ranks = resolve_group(wrapped.group)
-        engine = wrapped.engine(ranks)
-        parts = require_exact(wrapped.model, engine)
+        made = (engine or wrapped.engine)(ranks)
+        parts = require_exact(wrapped.model, made)
         checkpoints = LayerCheckpoints(parts.layers.values() if checkpoint_layers else ())
-        self._begin(parts, engine, ranks, checkpoints, retain=retain, seed=seed, offload=offload)
+        self._begin(parts, made, ranks, checkpoints, retain=retain, seed=seed, offload=offload)
 
     def _begin(
         self, parts: Runnable, engine: Engine, group: dist.ProcessGroup | None, checkpoints: LayerCheckpoints, *,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from chunkflow.program import Operation
+from chunkflow.program import Operation, align
 from chunkflow.reduce import sum_gradients
 
 Step = tuple[str, int | None]
@@ -77,9 +77,14 @@ class WholeParameters:
         for parameter, _ in before:
             parameter.grad = None
         yield
-        sum_gradients(parameters, self._group)
+        self.reduce(parameters)
         for parameter, grad in before:
             parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the step's gradients over the ranks of the group, of which there is one."""
+        assert self._group is not None
+        sum_gradients(parameters, self._group)
 
     def scoring(self) -> AbstractContextManager[None]:
         """See `Engine.scoring`."""
@@ -88,6 +93,21 @@ class WholeParameters:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
         loss.backward()
+
+
+class InStep(WholeParameters):
+    """`Engine` of models with layers that ask other ranks, forward and backward, as expert-parallel ones do.
+
+    Every rank runs the common program; where it has no chunk for an operation it runs one token of weight zero.
+    """
+
+    def operations(self, program: str, own: Sequence[Operation]) -> Sequence[Step]:
+        """See `Engine.operations`: the common program."""
+        return align(program, own)
+
+    def scoring_operations(self, program: str, num_chunks: int) -> Sequence[Step]:
+        """See `Engine.scoring_operations`: as many forwards as the program has chunks."""
+        return [("f", position if position < num_chunks else None) for position in range(program.count("B"))]
 
 
 def own_forwards(num_chunks: int) -> list[Step]:

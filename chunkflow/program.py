@@ -131,12 +131,16 @@ def _own_blocks(own: Sequence[Operation]) -> Iterator[tuple[int, Sequence[Operat
 
 
 def _filled(own: Sequence[Operation], depth: int) -> list[tuple[str, int | None]]:
-    """One block of a program: its own operations (none, or a block that fits), then dummies."""
+    """One block of a program: its own operations (none, or a block that fits), with dummies in the middle.
+
+    So a backward is that of the same forward on every rank, counted from the end: layers that exchange tokens between
+    ranks send gradients back the way that the tokens came.
+    """
     if depth == 0:
         return list(own) or [("f", None)]
     half = len(own) // 2
     rest = depth - half
-    return [*own[:half], *[("F", None)] * rest, *own[half:], *[("B", None)] * rest]
+    return [*own[:half], *[("F", None)] * rest, *[("B", None)] * rest, *own[half:]]
 
 
 def block_text(depth: int) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from chunkflow.config import PlannerConfig
 from launch.errors import ConfigError
+from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
 
 
@@ -224,6 +225,8 @@ class FinetuneConfig:
     """How sequences become chunks."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """How the layers of the model are spread over ranks."""
+    moe: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """How experts are made, and spread over ranks."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, and the clipping before it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

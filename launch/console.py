@@ -66,6 +66,8 @@ class Recorder:
         plain = not self._console.is_terminal and (metrics.step % self._every == 0 or metrics.step in (1, self._total))
         if plain or metrics.eval_loss is not None:
             self._console.print(describe(metrics, self._total))
+        for note in metrics.notes:
+            self._console.print(note)
 
     def sync(self) -> None:
         """Make what was recorded durable."""

@@ -17,6 +17,7 @@ import sys
 
 from checkpointing.errors import CheckpointError
 from chunkflow.errors import ChunkflowError
+from moe.errors import ContractError, ExchangeError, MoeError
 from pipeline.errors import PipelineError, WatchdogError
 
 
@@ -56,8 +57,11 @@ class TrainingError(LaunchError):
     """Training went wrong; the last checkpoint is intact."""
 
 
-KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError, PipelineError)
+KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError, MoeError, PipelineError)
 """What a command prints as one line; anything else is a mistake of ours and keeps its traceback."""
+
+_WENT_WRONG = (TrainingError, WatchdogError, ContractError, ExchangeError)
+"""What happens to a job whose input was well."""
 
 EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -65,4 +69,4 @@ EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 def report_error(rank: int, error: Exception) -> int:
     """Print an error as a rank's one line and return the exit code that belongs to it."""
     print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-    return EXIT_CHECK_FAILED if isinstance(error, TrainingError | WatchdogError) else EXIT_BAD_INPUT
+    return EXIT_CHECK_FAILED if isinstance(error, _WENT_WRONG) else EXIT_BAD_INPUT

@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def expert_plans(self) -> Path:
+        """The last measured plans of expert-parallel layers, readable as `moe.plan`."""
+        return self.path / "moe_plan.json"
+
+    @property
     def model(self) -> Path:
         """The trained model and its tokenizer, as transformers saves them."""
         return self.path / "model"

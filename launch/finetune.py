@@ -25,7 +25,7 @@ from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
 from launch.facts import job_facts
-from launch.files import RunFolder, replace_folder, write_json
+from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
@@ -131,10 +131,8 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
     peak = max(job.world.board.gather("peak memory", job.memory.resident_bytes()))
-    model = job.whole_model()
-    if model is None:
+    if not job.write_model(folder.model):
         return
-    replace_folder(folder.model, lambda path: job.export(path, model))
     summary = summarize(
         read_metrics(folder.metrics),
         steps=job.state.step,

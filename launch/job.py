@@ -18,6 +18,8 @@ from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World
 from launch.errors import TrainingError
+from launch.experts import ExpertRunner, with_experts
+from launch.files import replace_folder
 from launch.gradnorm import clip_
 from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
@@ -53,6 +55,8 @@ class Job:
     memory: PeakMemory
     pipeline: str | None = None
     """How the model is spread over ranks, in words."""
+    experts: ExpertRunner | None = None
+    """The runner, where the model's experts are spread."""
 
     @property
     def total_steps(self) -> int:
@@ -77,7 +81,9 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         metrics = measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
-        return replace(metrics, peak_bytes=self.memory.of_step())
+        metrics = replace(metrics, peak_bytes=self.memory.of_step())
+        experts = self.experts
+        return metrics if experts is None else replace(metrics, more=experts.loads, notes=experts.notes)
 
     def evaluate(self) -> float | None:
         """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls."""
@@ -92,10 +98,23 @@ class Job:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
         return self.runner.gather(lambda: build_model(self.config.model, self.data.tokenizer, self.world.device))
 
-    def export(self, folder: Path, model: PreTrainedModel) -> None:
-        """Write the model and its tokenizer as transformers saves them."""
+    def write_model(self, folder: Path) -> bool:
+        """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""
         logging.disable_progress_bar()  # transformers' own, on our way out
+        if self.experts is not None:
+            self.experts.write(folder, self._write_tokenizer)
+            return self.world.rank == 0
+        model = self.whole_model()
+        if model is not None:
+            replace_folder(folder, lambda path: self.export(path, model))
+        return model is not None
+
+    def export(self, folder: Path, model: PreTrainedModel) -> None:
+        """Write the model and its tokenizer."""
         model.save_pretrained(folder)
+        self._write_tokenizer(folder)
+
+    def _write_tokenizer(self, folder: Path) -> None:
         if self.data.tokenizer is not None:
             self.data.tokenizer.save_pretrained(folder)
 
@@ -127,7 +146,7 @@ def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> Ste
 
 def prepare(config: FinetuneConfig, world: World) -> Job:
     """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
-    place = find_place(config.pipeline, world)  # collectives: not where one rank may fail alone
+    place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: _build(config, world, data))
     share_weights(model)
@@ -136,7 +155,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 
 def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
     seed_rngs(config.run.seed)  # the same weights on every rank
-    model = build_model(config.model, data.tokenizer, world.device)
+    model = with_experts(build_model(config.model, data.tokenizer, world.device), config.moe, seed=config.run.seed)
     check_vocabulary(data.train, vocabulary_size(model))
     return model
 
@@ -150,13 +169,15 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTraine
         check_lengths(source, runner.num_positions)
     optimizer = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
     rank = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-    state = TrainState(runner.model, optimizer, loader, seed=config.run.seed, whole=runner.whole, **rank)
+    experts = runner if isinstance(runner, ExpertRunner) else None
+    rank |= {"seed": config.run.seed, "whole": runner.whole, "spread": experts}
+    state = TrainState(runner.model, optimizer, loader, **rank)
     held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
         optimizer=optimizer, state=state, held_out=held_out, memory=PeakMemory(world.device),
-        pipeline=runner.description,
+        pipeline=runner.description, experts=experts,
     )  # fmt: skip
 
 

@@ -9,13 +9,19 @@ from launch.errors import ConfigError
 AXES = ("pp", "dp", "ep", "esp")
 
 
-def make_mesh(device_type: str, world_size: int, *, pp: int = 1) -> DeviceMesh:
-    """Return the mesh of a job: `pp` ranks are a pipeline, and there are as many of those as `dp`. Every rank calls.
+def make_mesh(device_type: str, world_size: int, *, pp: int = 1, ep: int = 1, esp: int = 1) -> DeviceMesh:
+    """Return the mesh of a job. Every rank calls.
 
-    Raises ConfigError when the world is no multiple of a pipeline.
+    `pp` ranks are a pipeline, `ep * esp` ranks hold every expert once, and there are as many of those as `dp`. Raises
+    ConfigError when the world is no multiple of them.
     """
     if world_size % pp:
         raise ConfigError(
             f"{world_size} processes do not make pipelines of pipeline.ranks = {pp}; start a multiple of {pp}"
         )
-    return init_device_mesh(device_type, (pp, world_size // pp, 1, 1), mesh_dim_names=AXES)
+    if world_size % (pp * ep * esp):
+        raise ConfigError(
+            f"{world_size} processes do not divide into groups of moe.ep = {ep} times moe.esp = {esp}; start a "
+            f"multiple of {pp * ep * esp}"
+        )
+    return init_device_mesh(device_type, (pp, world_size // (pp * ep * esp), ep, esp), mesh_dim_names=AXES)

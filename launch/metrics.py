@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -38,6 +39,10 @@ class StepMetrics:
     """Largest memory of a rank during the step: its resident set, or what torch allocated on its accelerator."""
     eval_loss: float | None = None
     """Mean over the held-out targets after the step, when evaluated."""
+    more: Mapping[str, float] = field(default_factory=dict)
+    """What else was measured, by name: the load of experts."""
+    notes: tuple[str, ...] = ()
+    """What is to be said after the step."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -47,6 +52,8 @@ class StepMetrics:
     def values(self) -> dict[str, float]:
         """Return what was measured, by name; a line without a loss has an evaluation only."""
         values = {**asdict(self), "tokens_per_s": self.tokens_per_s}
+        values.update(values.pop("more"))
+        del values["notes"]
         names = list(values) if self.loss is not None else ["step", "eval_loss"]
         return {name: values[name] for name in names if values[name] is not None}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from chunkflow.engine import WholeParameters
@@ -15,6 +16,7 @@ from launch.errors import ConfigError
 from launch.mesh import make_mesh
 from launch.pipeline_parts import cut
 from launch.pipeline_runner import PipelineRunner
+from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
 from pipeline.transport import GroupTransport, Transport
 
@@ -28,20 +30,32 @@ class Place:
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
+    mesh: DeviceMesh
     transport: Transport | None
     """Between the ranks of the pipeline; None without one."""
 
 
-def find_place(config: PipelineConfig, world: World) -> Place:
-    """Make the mesh and, with a pipeline, the connections along it. A collective: every rank calls."""
-    mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks)
+def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> Place:
+    """Make the mesh and, with a pipeline, the connections along it. A collective: every rank calls.
+
+    Raises ConfigError when the processes do not divide over the axes.
+    """
+    if config.ranks > 1 and experts.wanted:
+        raise ConfigError(
+            f"moe.ep and moe.num_experts spread experts over ranks that share the data, and pipeline.ranks is "
+            f"{config.ranks}; set pipeline.ranks to 1, or leave moe out and keep every stage's experts whole"
+        )
+    esp = experts.esp
+    mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks, ep=experts.ep or 1, esp=esp)
     group = mesh.get_group("pp")
+    data_size = world.world_size // config.ranks
     return Place(
         pipeline_rank=mesh.get_local_rank("pp"),
         pipeline_group=group,
-        data_rank=mesh.get_local_rank("dp"),
-        data_size=world.world_size // config.ranks,
-        data_group=mesh.get_group("dp"),
+        data_rank=world.rank % data_size,
+        data_size=data_size,
+        data_group=mesh.get_group("dp") if experts.ranks == 1 else dist.group.WORLD,
+        mesh=mesh,
         transport=GroupTransport(group, device=world.device) if config.ranks > 1 else None,
     )
 

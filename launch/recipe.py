@@ -17,6 +17,7 @@ from launch.board import Board
 from launch.config import FinetuneConfig
 from launch.errors import KNOWN_ERRORS, ConfigError
 from launch.files import write_json
+from moe.errors import MoeError
 from pipeline.errors import PipelineError
 
 
@@ -35,7 +36,7 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
         _check_filled(FinetuneConfig, parsed)
         values = parser.instantiate(parsed)
         return FinetuneConfig(**{entry.name: values[entry.name] for entry in fields(FinetuneConfig)})
-    except (ArgumentError, ChunkflowError, PipelineError, UnicodeDecodeError) as error:
+    except (ArgumentError, ChunkflowError, MoeError, PipelineError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{text}; see --help for the settings") from error
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from chunkflow import ChunkRunner, StepBatch
 from launch.config import FinetuneConfig
 from launch.errors import ConfigError
+from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
@@ -97,12 +98,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
-    """Return what runs a job's steps. Raises what makes the model or the settings unfit; does not communicate."""
-    if place.transport is None:
+    """Return what runs a job's steps. Every rank calls. Raises, alike, what makes the model or the settings unfit."""
+    if place.transport is None and not config.moe.wanted:
         return WholeRunner(model, config, place.data_group)
     if config.model.precision != "fp32":
         raise ConfigError(
-            f"model.precision is {config.model.precision}, and pipeline.ranks {config.pipeline.ranks}; a pipeline "
-            "computes in fp32"
+            f"model.precision is {config.model.precision}, and pipelines and expert-parallel layers compute in fp32; "
+            "set it to fp32"
         )
-    return pipeline_runner(model, config, place)
+    return ExpertRunner(model, config, place) if config.moe.wanted else pipeline_runner(model, config, place)

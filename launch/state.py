@@ -52,13 +52,26 @@ class Part(Protocol):
         ...
 
 
+class Spread(Protocol):
+    """How tensors of which this rank holds a part are told from whole ones in a checkpoint."""
+
+    def to_global(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state with every part as a DTensor of the whole. Every rank calls."""
+        ...
+
+    def to_local(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a saved state cut to what this rank holds; raise where it does not fit."""
+        ...
+
+
 class TrainState:
     """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
 
     The optimizer may be any of torch's; it must be made from the model's parameters. `rank` and `world_size` default to
     those of the default process group, or to one process where there is none. `whole` describes the model of which
     `model` is this rank's part: a checkpoint then has the names of the whole, whatever the cut, and loads into any.
-    `parts` are what else belongs to the job, by name: a learning-rate scheduler, a GradScaler.
+    `parts` are what else belongs to the job, by name: a learning-rate scheduler, a GradScaler. `spread` is for models
+    with parameters of which every rank holds a part, as experts.
     """
 
     def __init__(
@@ -73,11 +86,12 @@ class TrainState:
         device: torch.device | None = None,
         whole: WholeModel | None = None,
         parts: Mapping[str, Part] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self.step = 0
         self.notes: tuple[str, ...] = ()
         """What the last load_state_dict could not restore, in words."""
-        self._model, self._loader, self._parts = model, loader, dict(parts or {})
+        self._model, self._loader, self._parts, self._spread = model, loader, dict(parts or {}), spread
         self._rank, self._world_size = resolve_place(rank, world_size)
         self._seed = seed
         self._device = device or torch.device("cpu")
@@ -90,7 +104,7 @@ class TrainState:
         parts: dict[str, Any] = {}
         for name, part in self._parts.items():
             flatten(f"parts.{name}", part.state_dict(), parts)
-        return {
+        flat = {
             **{f"model.{name}": tensor for name, tensor in self._tensors().items()},
             **self._optimizer.state(),
             **parts,
@@ -98,6 +112,7 @@ class TrainState:
             **{f"rng.{self._rank}.{name}": value for name, value in rng_state(self._device).items()},
             "progress": {"step": self.step},
         }
+        return flat if self._spread is None else self._spread.to_global(flat)
 
     def state_providers(self) -> dict[str, Any]:
         """Return the state as `state_dict` does, and say which of it never changes: parameters that are not trained.
@@ -114,7 +129,7 @@ class TrainState:
         Raises ResumeError naming the first differences when it is not of this model and optimizer, and whatever the
         loader raises when it is of other data; nothing has been changed then.
         """
-        flat = state_dict
+        flat = state_dict if self._spread is None else self._spread.to_local(state_dict)
         problems = [*self._check_model(flat), *self._optimizer.check(flat)]
         problems += [f"{name} is missing" for name in self._needed() if name not in flat]
         if problems:

@@ -18,12 +18,13 @@ from moe.sync import placement_of
 
 
 def attach_reducer(
-    model: nn.Module, *, group: dist.ProcessGroup | None = None, slice_bytes: int = 1 << 20
+    model: nn.Module, *, group: dist.ProcessGroup | None = None, slice_bytes: int = 1 << 20, average: bool = True
 ) -> GradientReducer:
     """Return a reducer that the MoE layers of `model` feed from their backward. Every rank of `group` calls.
 
     `group` (None: all ranks) holds every rank with tokens of its own: the `dp`, `ep` and `esp` axes. Gradients become
-    those of the mean over the ranks' losses, experts summed over `dp` only, as with `moe.sync.average_gradients`.
+    those of the mean over the ranks' losses, experts summed over `dp` only, as with `moe.sync.average_gradients`; of
+    the sum of the losses with `average=False`.
     Raises MoeConfigError when the model is not expert-parallel, or `group` has another size than the three axes.
     """
     placement = placement_of(model)
@@ -48,6 +49,7 @@ def attach_reducer(
         queue=lanes.inter if isinstance(lanes.inter, IssueQueue) else IssueQueue(mine, "inter", timeout_s=timeout_s),
         expert_group=own_group(copies, timeout_s=timeout_s) if copies.size() > 1 else None,
         slice_bytes=slice_bytes,
+        average=average,
     )
     for layer in layers:
         layer.runner.drain = reducer.drain

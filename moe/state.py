@@ -21,22 +21,23 @@ from moe.parallel import ParallelExperts, expert_layers
 _STACKS = ("gate_up_proj", "down_proj")
 
 
-def to_global(model: nn.Module, flat: Mapping[str, Any]) -> dict[str, Any]:
+def to_global(model: nn.Module, flat: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     """Return `flat` with each expert tensor of this rank as a DTensor `[E, ...]`, `Shard(0)` over `ep`; no copy.
 
     Where experts are shared over `esp`, their slices are gathered first: every rank calls. The rest stays as it is.
+    `prefix` stands before the names of parameters, not before `optim.`.
     """
-    owners = _owners(model)
+    owners = _owners(model, prefix)
     found = {name: _owner(owners, name, value) for name, value in flat.items()}
     return {name: _globally(*owner, flat[name]) if owner else flat[name] for name, owner in found.items()}
 
 
-def to_local(model: nn.Module, flat: Mapping[str, Any]) -> dict[str, Any]:
+def to_local(model: nn.Module, flat: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     """Return `flat` with each expert tensor cut to what this rank holds, from DTensors or whole tensors `[E, ...]`.
 
     Raises MoeConfigError when a tensor is not that of all experts of its layer.
     """
-    owners = _owners(model)
+    owners = _owners(model, prefix)
     found = {name: _find(owners, name) for name in flat}
     return {name: _locally(name, *owner, flat[name]) if owner else flat[name] for name, owner in found.items()}
 
@@ -63,13 +64,17 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 _Owner = tuple[ParallelExperts, str]
 
 
-def _owners(model: nn.Module) -> dict[str, _Owner]:
-    return {f"{name}.{stack}": (layer, stack) for name, layer in expert_layers(model).items() for stack in _STACKS}
+def _owners(model: nn.Module, prefix: str) -> dict[str, _Owner]:
+    """Return the expert parameters by name, and by the name under which their optimizer state is kept."""
+    owners = {}
+    for name, layer in expert_layers(model).items():
+        for stack in _STACKS:
+            owners[f"{prefix}{name}.{stack}"] = owners[f"optim.{name}.{stack}"] = (layer, stack)
+    return owners
 
 
 def _find(owners: Mapping[str, _Owner], name: str) -> _Owner | None:
-    bare = name.removeprefix("optim.").rpartition(".")[0] if name.startswith("optim.") else name
-    return owners.get(bare)
+    return owners.get(name.rpartition(".")[0] if name.startswith("optim.") else name)
 
 
 def _owner(owners: Mapping[str, _Owner], name: str, value: Any) -> _Owner | None:

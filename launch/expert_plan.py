@@ -1,0 +1,161 @@
+"""The chunks of expert-parallel layers in a job: from settings, from a file, or measured and kept up to date.
+
+T tokens of a chunk, K experts a token, D model width, E experts, P ranks of the ep axis
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from launch.errors import ConfigError
+from launch.files import write_json
+from moe.config import ExpertsConfig
+from moe.cost import LayerLoad, Profile
+from moe.gradients import GradientReducer
+from moe.issue import IssueQueue, own_group
+from moe.measuring import ExpertShape, expert_jobs
+from moe.parallel import ParallelExperts, expert_layers
+from moe.plan import LayerPlan
+from moe.planner import plan_layer, replan_reason
+from moe.profiler import MIN_BYTES, Links, ProfileConfig, agree_on_plans, make_profile
+from moe.sliced import backward_order, ready_amounts, use_plans
+from moe.spread import plan_model
+
+MEASURE = "measure"
+_MEMORY = 0.9
+"""How much of the mean load of the steps before stays in it: one step's load is too uneven to plan by."""
+
+
+def first_plan(config: ExpertsConfig) -> LayerPlan | dict[str, LayerPlan] | None:
+    """Return what the settings say before anything is measured. Raises ConfigError or PlanError for a bad file."""
+    if config.chunks is not None:
+        return LayerPlan(config.chunks, config.chunks, reasons=("set by moe.chunks",))
+    return None if config.plan in (None, MEASURE) else read_plans(Path(config.plan))
+
+
+def read_plans(path: Path) -> LayerPlan | dict[str, LayerPlan]:
+    """Return the plan of all layers, or plans by layer name, from a JSON file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"moe.plan {path} cannot be read: {error}; give {MEASURE!r}, or a file as `python -m moe plan --out` writes"
+        ) from error
+    if not isinstance(values, dict) or "forward_chunks" in values:
+        return LayerPlan.from_json(json.dumps(values))
+    return {name: LayerPlan.from_json(json.dumps(plan)) for name, plan in values.items()}
+
+
+class ExpertPlanner:
+    """Plans the layers of an expert-parallel model from a measured profile, and again when their loads drift.
+
+    Made on every rank, with the profile of rank 0 for all; every rank calls `after_step`. The first step shows when
+    dense gradients are ready, so from the second one on layers hide them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, reducer: GradientReducer, *, tokens: int, slice_bytes: int, path: Path
+    ) -> None:
+        self._model, self._reducer, self._path = model, reducer, path
+        self._names = backward_order(model)
+        self._layers = expert_layers(model)
+        self._slice_bytes = slice_bytes
+        top_k = getattr(model.config, "num_experts_per_tok", None)
+        if not isinstance(top_k, int):
+            raise ConfigError(
+                f"moe.plan {MEASURE!r} needs the experts of a token, and {type(model).__name__}'s configuration has no "
+                "num_experts_per_tok; give moe.chunks or a plan file"
+            )
+        self._rows = tokens * top_k
+        first = self._layers[self._names[0]]
+        self._profile = _profile(first, self._rows, self._rows * first.down_proj.shape[1] * first.down_proj.itemsize)
+        self._mean_LE: Tensor | None = None
+        self._ready: list[int] | None = None
+        even = torch.ones(len(self._layers), first.placement.num_experts)
+        self._planned = self._loads(even)
+        self._plan()
+
+    def describe(self) -> list[str]:
+        """Return the plans in words, equal ones once."""
+        return list(dict.fromkeys(str(self._layers[name].runner.plan) for name in self._names))
+
+    def after_step(self, rows_LE: Tensor) -> tuple[str, ...]:
+        """Look at the rows that each expert of each layer had in a step; return why layers were planned anew, if so."""
+        mean = rows_LE.double() / rows_LE.sum(1, keepdim=True).clamp(min=1)
+        self._mean_LE = mean if self._mean_LE is None else _MEMORY * self._mean_LE + (1 - _MEMORY) * mean
+        loads = self._loads(self._mean_LE)
+        found = {name: replan_reason(self._planned[name], loads[name]) for name in self._names}
+        reasons = [f"{name}: {reason}" for name, reason in found.items() if reason is not None]
+        if self._ready is None:
+            self._ready = _least(ready_amounts(self._reducer))
+            reasons = [f"dense gradients of {sum(self._ready):,} bytes are ready as backward reaches the layers"]
+        if not reasons:
+            return ()
+        self._planned = loads
+        self._plan()
+        plans = {name: json.loads(self._layers[name].runner.plan.to_json()) for name in self._layers}
+        if dist.get_rank() == 0:
+            write_json(self._path, plans)
+        return (f"Experts planned anew: {reasons[0]}; {len(reasons)} reasons, plans in {self._path}", *self.describe())
+
+    def _plan(self) -> None:
+        loads = [self._planned[name] for name in self._names]
+        if self._ready is None:
+            plans = [plan_layer(self._profile, load) for load in loads]
+        else:
+            plans = plan_model(self._profile, loads, self._ready, quantum=self._slice_bytes)
+        use_plans(self._model, agree_on_plans(dict(zip(self._names, plans, strict=True))))
+
+    def _loads(self, rows_LE: Tensor) -> dict[str, LayerLoad]:
+        """Return each layer's load on its busiest rank, for experts that share the rows of a chunk like this."""
+        pairs = zip(self._layers.items(), rows_LE.double(), strict=True)
+        return {name: self._load(layer, rows_E) for (name, layer), rows_E in pairs}
+
+    def _load(self, layer: ParallelExperts, rows_E: Tensor) -> LayerLoad:
+        lanes, down = layer.runner.lanes, layer.down_proj
+        of_rank_P = rows_E.view(lanes.num_ranks, -1).sum(1)
+        skew = float(of_rank_P.max() * lanes.num_ranks / of_rank_P.sum()) if of_rank_P.sum() else 1.0
+        rows = self._rows * skew
+        nbytes = rows * down.shape[1] * down.itemsize
+        members = lanes.num_members
+        return LayerLoad(
+            exchange_bytes=nbytes,
+            gather_bytes=members * nbytes if members > 1 else 0.0,
+            expert_rows=rows * members,
+            slice_bytes=self._slice_bytes,
+        )
+
+
+def _profile(layer: ParallelExperts, rows: int, nbytes: int) -> Profile:
+    """Measure links and experts of this layer's sizes. Every rank calls."""
+    lanes = layer.runner.lanes
+    assert isinstance(lanes.inter, IssueQueue), "the settings refuse to measure where nothing moves between ranks"
+    assert lanes.ep is not None
+    count, width, inner = layer.down_proj.shape
+    forward, backward = expert_jobs(ExpertShape(width=width, inner=inner, count=count))
+    links = Links(
+        inter=lanes.inter,
+        ep=lanes.ep,
+        intra=lanes.intra if isinstance(lanes.intra, IssueQueue) else None,
+        esp=lanes.esp,
+        gradients=own_group(None, timeout_s=lanes.timeout_s),
+    )
+    most_bytes, most_rows = max(2 * nbytes, 1 << 17), max(2 * rows * lanes.num_members, 256)
+    config = ProfileConfig(
+        least_bytes=min(MIN_BYTES, most_bytes // 4), most_bytes=most_bytes, least_rows=16, most_rows=most_rows
+    )
+    return make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
+
+
+def _least(amounts: Sequence[int]) -> list[int]:
+    """Return the amounts that every rank has: the least over ranks of what is ready by each layer."""
+    ready = torch.tensor(amounts).cumsum(0)
+    dist.all_reduce(ready, dist.ReduceOp.MIN)
+    return ready.diff(prepend=ready.new_zeros(1)).tolist()

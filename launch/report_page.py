@@ -20,7 +20,8 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .15rem
 p { margin: .2rem 0; } .lead { color: #555b66; max-width: 60em; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; margin: 1.4rem 0; }
 .tile, section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; } .tile span { color: #666c77; }
+.tile b { display: block; font-size: 1.1rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.tile span { color: #666c77; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: .75rem; }
 section p { color: #666c77; font-size: .88rem; } section img { width: 100%; height: auto; display: block; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: .75rem; margin-top: .75rem;

@@ -81,17 +81,17 @@ def _loss(axes: Axes, lines: Sequence[Line], trained: Sequence[Line]) -> None:
     if held_out:
         axes.plot(_values(held_out, "step"), _values(held_out, "eval_loss"), "o-", color=ORANGE, label="held out")
         axes.axhline(held_out[0]["eval_loss"], color=GREY, linestyle=":", label="held out, at first")
-    axes.set_xlabel("step")
+    _steps(axes)
     axes.legend()
 
 
 def _curve(axes: Axes, lines: Sequence[Line], key: str, unit: str, *, zero: bool = False) -> None:
     some = _with(lines, key)
     axes.plot(_values(some, "step"), _values(some, key), color=BLUE, linewidth=1.2)
-    axes.set_xlabel("step")
+    _steps(axes)
     axes.set_ylabel(unit)
     if zero:
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, _values(some, key))
 
 
 def _scatter(axes: Axes, lines: Sequence[Line], x: str, y: str, x_label: str, y_label: str) -> None:
@@ -99,12 +99,12 @@ def _scatter(axes: Axes, lines: Sequence[Line], x: str, y: str, x_label: str, y_
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes, _values(lines, y))
 
 
 def _fill(axes: Axes, lines: Sequence[Line]) -> None:
     axes.plot(_values(lines, "step"), 100 * _values(lines, "fill"), color=GREEN, linewidth=1.2)
-    axes.set_xlabel("step")
+    _steps(axes)
     axes.set_ylabel("%")
     axes.set_ylim(0, 102)
 
@@ -125,14 +125,25 @@ def _lengths(axes: Axes, lengths: Mapping[str, Any], chunk_tokens: int | None) -
 
 
 def _memory(axes: Axes, lines: Sequence[Line], chunk_tokens: int | None) -> None:
-    axes.scatter(_values(lines, "longest"), _values(lines, "peak_bytes") / 2**30, s=14, color=BLUE, alpha=0.7)
+    peaks = _values(lines, "peak_bytes") / 2**30
+    axes.scatter(_values(lines, "longest"), peaks, s=14, color=BLUE, alpha=0.7)
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda tokens, _: _short(round(tokens)))
+    _from_zero(axes, peaks)
     if chunk_tokens is not None:
         axes.axvline(chunk_tokens, color=GREY, linestyle=":", label=f"a chunk, {chunk_tokens}")
         axes.legend()
     axes.set_xlabel("tokens of the longest sequence")
     axes.set_ylabel("GiB")
+
+
+def _steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _from_zero(axes: Axes, values: np.ndarray) -> None:
+    axes.set_ylim(0, 1.08 * values.max(initial=0) or 1)
 
 
 def _short(number: int) -> str:

@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #
        margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1180px; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .15rem; }
 p { margin: .2rem 0; } .lead { color: #555b66; max-width: 60em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; margin: 1.4rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: .75rem; margin: 1.4rem 0; }
 .tile, section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: .8rem 1rem; }
 .tile b { display: block; font-size: 1.1rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .tile span { color: #666c77; }
@@ -57,7 +57,7 @@ class Page:
             *(f'<p class="lead">{escape(sentence)}</p>' for sentence in self.lead),
             '<div class="tiles">', *(_tile(name, value) for name, value in self.tiles.items()), "</div>",
             '<div class="plots">', *map(_picture, self.plots), "</div>",
-            '<div class="tables">', *(_table(title, rows) for title, rows in self.tables.items()), "</div>",
+            '<div class="tables">', *(_table(title, rows) for title, rows in self.tables.items() if rows), "</div>",
             "</body></html>\n",
         ])  # fmt: skip
 

@@ -18,7 +18,7 @@ from launch.errors import ConfigError, ModelError
 from launch.metrics import read_metrics
 from launch.pretrained import pretrained_model, pretrained_tokenizer
 from launch.runners import autocast, make_runner
-from tests.launch_jobs import run_job
+from tests.launch_jobs import kill_job, run_job, start, wait_for_step
 from tests.spawn import ROOT
 from tests.tiny import tiny_model
 from tests.tiny_chat import TEMPLATE
@@ -147,9 +147,23 @@ def test_the_recipe_trains_a_gguf_model_to_a_lower_held_out_loss(file, tmp_path,
     assert page.count("data:image/svg+xml;base64,") == 8
     assert "<td>model.precision</td><td>bf16</td>" in page
 
-    code, output = run_job([*flags(run, tmp_path / "corpus", str(file)), *more], tmp_path / "log")
-    assert code == 0, output
-    assert "This run is finished" in output
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_job_in_bf16_ends_as_if_it_never_was(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.launch_jobs.DEADLINE_S", 240)
+    corpus, log, weights = write_functions_of(tmp_path / "corpus"), tmp_path / "log", "model/model.safetensors"
+    broken, whole = ([*flags(tmp_path / run, corpus, str(file)), *small("0.01")] for run in ("broken", "whole"))
+    job = start(broken, log)
+    wait_for_step(job, tmp_path / "broken" / "metrics.jsonl", 5, log)
+    kill_job(job)
+    for job_flags in (broken, whole):
+        code, output = run_job(job_flags, log)
+        assert code == 0, output
+    lines = read_metrics(tmp_path / "broken" / "metrics.jsonl"), read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [line.get("loss") for line in lines[0]] == [line.get("loss") for line in lines[1]]
+    assert json.loads((tmp_path / "broken" / "summary.json").read_text())["resumed_from"] >= 3
+    assert (tmp_path / "broken" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def has_smollm2() -> bool:

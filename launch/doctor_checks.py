@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -134,7 +134,7 @@ def _backends() -> Check:
     return Check(name="backends", status="failed", found=", ".join(found) or "none", advice=advice)
 
 
-def _threads(cores: int, environ: os._Environ[str]) -> Check:
+def _threads(cores: int, environ: Mapping[str, str]) -> Check:
     set_to = environ.get("OMP_NUM_THREADS", "not set")
     found = f"{torch.get_num_threads()} a process, OMP_NUM_THREADS {set_to}, {cores} cores"
     if set_to == "not set":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from launch.errors import ModelError
@@ -106,6 +106,8 @@ def pretrained_model(path: str) -> PreTrainedModel:
     found = locate(path)
     options = found.options()
     if found.gguf_file is not None:
+        from transformers import GgufConfig  # not in the oldest versions that we allow
+
         options["quantization_config"] = GgufConfig(dequantize=True)  # trained, so no longer in blocks
     try:
         with _quiet():

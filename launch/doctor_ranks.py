@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FileStore
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,7 +81,7 @@ def _failed(found: str) -> Check:
 def run_rank(rank: int, ranks: int, store: Path, *, timeout_s: float = TIMEOUT_S) -> str:
     """Be one rank of the test; return what was seen. Raises on anything wrong."""
     limit = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", store=FileStore(str(store), ranks), rank=rank, world_size=ranks, timeout=limit)
     try:
         total = torch.tensor([rank + 1.0])
         dist.all_reduce(total)
@@ -96,8 +98,15 @@ def run_rank(rank: int, ranks: int, store: Path, *, timeout_s: float = TIMEOUT_S
 def chunk_error(rank: int, ranks: int) -> float:
     """Return by how much a step in chunks over the ranks differs from it whole: a part of the largest gradient."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes)).double()
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = nn.Module.double(LlamaForCausalLM(config))
     samples = [torch.randint(64, (length,)) for length in (5, 40, 11, 3)]
     source = MemorySource([shifted(ids.numpy(), None) for ids in samples])
     loader = ChunkLoader(source, chunk_tokens=16, global_batch=len(samples), rank=rank, world_size=ranks)

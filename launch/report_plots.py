@@ -11,10 +11,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Line = Mapping[str, Any]
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9652b", "#8a8f98", "#2f8f5b"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b6bac2",
     "axes.grid": True, "grid.color": "#e6e8ec", "axes.axisbelow": True, "legend.frameon": False,
     "svg.hashsalt": "report", "xtick.color": "#555b66", "ytick.color": "#555b66", "axes.labelcolor": "#333842",
@@ -139,7 +140,7 @@ def _memory(axes: Axes, lines: Sequence[Line], chunk_tokens: int | None) -> None
 
 def _steps(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _from_zero(axes: Axes, values: np.ndarray) -> None:

@@ -53,9 +53,12 @@ _SIZES: dict[str, Any] = {
 
 _SHARED = ["sliding_attention", "full_attention"] * 2  # the last two layers use keys and values of the first two
 _FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
-        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARED, "activation_sparsity_pattern": 0.0,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARED,
+        "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARED},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

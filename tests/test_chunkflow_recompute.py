@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from chunkflow import SINGLE, ChunkflowError, ChunkRunner
 from tests.chunk_steps import batches, furthest, one_process, optimizer_of
@@ -113,7 +114,7 @@ def train_compiled(backend, **settings):
     torch._dynamo.reset()
     model = tiny_model(dtype=torch.float32)
     runner = ChunkRunner(model, retain=3, group=SINGLE, **settings)
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     for layer in model.model.layers:
         layer.compile(backend=counter)
     optimizer, losses, frames = optimizer_of(model), [], []

@@ -56,8 +56,8 @@ def probe(parts: CausalParts) -> None:
         for module, mode in modes.items():
             module.training = mode
     _check_called(parts, state)
-    with _failing_is_refused(f"{type(model).__name__}'s layers do not give hidden states [1, tokens, width]"):
-        chunked = [torch.cat([a, b[:, : _TOKENS - _BORDER]], dim=1) for a, b in zip(*pieces, strict=True)]
+    with _failing_is_refused(f"{type(model).__name__}'s layers do not give hidden states [..., tokens, width]"):
+        chunked = [torch.cat([a, b[..., : _TOKENS - _BORDER, :]], dim=-2) for a, b in zip(*pieces, strict=True)]
         _compare_layers(parts, whole, chunked)
 
 
@@ -146,8 +146,8 @@ def _compare_layers(parts: CausalParts, whole: list[Tensor], chunked: list[Tenso
         precision = _precision(parts.device, a.dtype)
         if (error := _error(b, a, precision)) > _tolerance(precision, depth):
             raise UnsupportedModelError(
-                f"{name}: hidden states of {a.shape[1]} tokens in two chunks differ from the whole run by {error:.1e}; "
-                "something in it depends on tokens or positions outside the chunk"
+                f"{name}: hidden states of {a.shape[-2]} tokens in two chunks differ from the whole run by "
+                f"{error:.1e}; something in it depends on tokens or positions outside the chunk"
             )
 
 
@@ -161,11 +161,12 @@ def _tolerance(dtype: torch.dtype, depth: int) -> float:
 
 
 def _error(a: Tensor, b: Tensor, precision: torch.dtype) -> float:
-    """Return how far the values of the worst token are from those in b, relative to their norm; [1, tokens, ...]."""
+    """Return how far the values of the worst token are from those in b, relative to their norm; [..., tokens, D]."""
     narrow = torch.finfo(precision).bits == 16
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     errors = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=torch.finfo(b.dtype).tiny)
-    worst = errors[0].nan_to_num(nan=torch.inf).sort(descending=True).values
+    of_tokens = errors.nan_to_num(nan=torch.inf).flatten(0, -2).amax(0)
+    worst = of_tokens.sort(descending=True).values
     return float(worst[_REROUTED if narrow else 0])
 
 

@@ -127,12 +127,15 @@ def train_compiled(backend, **settings):
     return losses[:3], frames
 
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+CASES = [
+    pytest.param("aot_eager", {}, id="plain"),
+    pytest.param("aot_eager", {"checkpoint_layers": True}, id="checkpointed", marks=pytest.mark.slow),
+    pytest.param("inductor", {}, id="inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("settings", [{}, {"checkpoint_layers": True}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("backend", "settings"), CASES)
 def test_compiled_layers_train_the_same_and_are_compiled_once(backend, settings):
     losses, frames = train_compiled(backend, **settings)
     expected, _ = one_process(dtype=torch.float32)

@@ -5,7 +5,7 @@
 
 `lmsys` and `stdlib`: one optimizer step over one global batch of those lengths, on two ranks of one thread, by ours and
 by three peers (`benchmarks.chunkflow_ways`), in turn, round by round; data is ready before the clock starts. Every way
-stays under the same memory cap (`CAP_BYTES` of `benchmarks.chunkflow_report`: of a rank, above model, gradients and
+stays under the same memory cap (`CAP_BYTES` of `benchmarks.chunkflow_work`: of a rank, above model, gradients and
 data), which the longest sequence exceeds without recompute. `--scan` runs every setting of every way once instead; the
 settings in `BEST` were found by it. Beside every ratio stands what a model of the hardware gives for it
 (`benchmarks.chunkflow_bound`). `memory`: how the peak grows from 32 to 256 chunks (`benchmarks.chunk_memory`). `--add`
@@ -40,15 +40,15 @@ Ways = Sequence[tuple[str, Mapping[str, int]]]
 BEST: dict[str, Ways] = {
     "lmsys": [
         ("ours", {"chunk_tokens": 2048, "retain": 16}),
-        ("padded", {"batch": 1}),
+        ("packed", {"row_tokens": 512}),
         ("single", {}),
-        ("packed", {"row_tokens": 1024}),
+        ("padded", {"batch": 1}),
     ],
     "stdlib": [
         ("ours", {"chunk_tokens": 2048, "retain": 16}),
-        ("padded", {"batch": 1}),
+        ("packed", {"row_tokens": 512}),
         ("single", {}),
-        ("packed", {"row_tokens": 1024}),
+        ("padded", {"batch": 1}),
     ],
 }
 SCAN: Ways = [

@@ -1,21 +1,26 @@
 """The flop-and-balance model of `benchmarks.chunkflow`: products of matrices and pairs of attention, nothing else.
 
-R rows, D model width, V vocabulary, H heads
+R rows, H query heads, Hk key/value heads, D head width
 
 Seconds of a rank are its tokens and pairs times what one takes in the bare kernel, measured in the same processes at
-the same time; those of a step, of its slowest rank. Norms, rotary embeddings, activations, softmax of the loss, the
-optimizer's copies, Python and reductions cost nothing in it, so no program reaches it.
+the same time; those of a step, of its slowest rank. Norms, rotary embeddings, activations, the loss's softmax, Python
+and reductions cost nothing in it, so no program reaches it. A second bound has the layers' time measured from
+transformers' own code, without its attention: what a program that runs that code cannot go below.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from benchmarks.chunkflow_work import Load, Shape
+from benchmarks.chunkflow_work import Load, Shape, model_of
+from chunkflow.attention.interface import attention_of
 
 ROWS = 2048
 QUERIES, KEYS = 2048, 2048
@@ -37,6 +42,14 @@ class Rates:
     pair_forward: float
     """(query, key), all layers and heads."""
     pair_backward: float
+    code_forward: float
+    """Token through transformers' layers, everything but attention."""
+    code_backward: float
+
+    def code_seconds(self, load: Load) -> float:
+        """Predict the time of one rank that runs transformers' layers."""
+        layers = self.code_forward * load.forward_tokens + self.code_backward * load.backward_tokens
+        return layers + self.seconds(replace(load, forward_tokens=0, backward_tokens=0))
 
     def seconds(self, load: Load) -> float:
         """Predict the time of one rank."""
@@ -62,6 +75,7 @@ def measure_rates(shape: Shape) -> Rates:
     times = [_product_s(k, n) for k, n in products]
     head = _product_s(hidden, shape.vocabulary)
     forward_s, backward_s = _attention_s(shape)
+    code_forward_s, code_backward_s = _code_s(shape)
     pairs = QUERIES * KEYS
     return Rates(
         layer_forward=shape.layers * sum(f for f, _ in times) / ROWS,
@@ -69,6 +83,8 @@ def measure_rates(shape: Shape) -> Rates:
         head=sum(head) / ROWS,
         pair_forward=shape.layers * forward_s / pairs,
         pair_backward=shape.layers * backward_s / pairs,
+        code_forward=code_forward_s / ROWS,
+        code_backward=code_backward_s / ROWS,
     )
 
 
@@ -87,6 +103,31 @@ def _attention_s(shape: Shape) -> tuple[float, float]:
     out, lse = _flash(q, k, v, 0.0, False)
     forward = _best_s(lambda: _flash(q, k, v, 0.0, False))
     return forward, _best_s(lambda: _flash_backward(grad, q, k, v, out, lse, 0.0, False))
+
+
+def _no_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """Pass queries [1, H, R, D] on as [1, R, H, D], in a way that keys and values [1, Hk, R, D] get gradients too."""
+    return (query + (key.mean() + value.mean())).transpose(1, 2), None
+
+
+AttentionInterface.register("benchmark_no_attention", _no_attention)
+
+
+def _code_s(shape: Shape) -> tuple[float, float]:
+    """Return the seconds of transformers' layers without attention, forward and backward; gradients are there."""
+    model = model_of(shape, recompute=False).model
+    ids = torch.arange(ROWS).remainder(shape.vocabulary)[None]
+    times = []
+    with attention_of(model, "benchmark_no_attention"):
+        for _ in range(_TRIES):
+            started = time.perf_counter()
+            hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+            middle = time.perf_counter()
+            hidden.backward(hidden.detach())
+            times.append((middle - started, time.perf_counter() - middle))
+    return min(f for f, _ in times), min(b for _, b in times)
 
 
 def _best_s(call: Callable[[], object]) -> float:

@@ -20,6 +20,9 @@ from chunkflow.sources import Sample, shifted
 
 Lengths = NDArray[np.int64]
 
+CAP_BYTES = 1500 * 10**6
+"""Of every way, a rank, above model, gradients and data: the longest sequence exceeds it without recompute."""
+
 _NOT_SOURCES = {"site-packages", "test", "tests", "idle_test"}
 
 
@@ -56,16 +59,14 @@ def data_set(name: str, *, quick: bool) -> DataSet:
     """Return `lmsys` or `stdlib`; with `quick` a small part, the longest about 2K."""
     if name == "lmsys":
         num, factor = (256, 60.0) if quick else (2048, 7.0)
-        drawn, source = (
-            lmsys(2048, seed=2),
-            f"{num} of the synthetic lengths `lmsys`, in tokens, the longest among them",
-        )
+        drawn, source = lmsys(2048, seed=2), "2048 of the synthetic lengths `lmsys`, in tokens"
     else:
         num, factor = (128, 370.0) if quick else (10**9, 46.0)
         drawn, source = stdlib_bytes(), "sizes of the standard library's sources, in bytes"
     order = np.random.default_rng(0).permutation(len(drawn))
     kept = order[: min(num, len(drawn))]
     kept[0] = int(np.argmax(drawn)) if drawn[kept].max() < drawn.max() else kept[0]
+    source += f", {num} of them with the longest" if num < len(drawn) else ""
     return DataSet(name, source, factor, np.maximum(2, np.ceil(drawn[kept] / factor)).astype(np.int64))
 
 

@@ -50,8 +50,8 @@ def print_table(rows: Sequence[Row], part: str, *, quick: bool) -> None:
         f"tokens, the longest {data.lengths.max()}; two ranks, medians of {max(map(len, ways.values()))} rounds"
     )
     table = Table(title=title)
-    for column in ("way", "setting", "tokens\ntrained", "seconds\n(least to most)", "tokens/s", "of its\nbound", "of that of\nits code",
-                   "ours is\nfaster by", "bound\nof that", "peak\nMB", "loss"):  # fmt: skip
+    for column in ("way", "setting", "tokens\ntrained", "seconds\n(least to most)", "tokens/s", "of its\nbound",
+                   "of its\ncode's", "ours is\nfaster by", "bound\nof that", "peak\nMB", "loss"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("way", "setting") else "right")
     for way, mine in ways.items():
         seconds = [r["seconds"] for r in mine]

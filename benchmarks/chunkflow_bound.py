@@ -64,7 +64,7 @@ class Rates:
     @property
     def pair_cost(self) -> float:
         """For the planner: a pair over the rest of a token."""
-        return (self.pair_forward + self.pair_backward) / (self.layer_forward + self.layer_backward + self.head)
+        return (self.pair_forward + self.pair_backward) / (self.code_forward + self.code_backward + self.head)
 
 
 def measure_rates(shape: Shape) -> Rates:

@@ -61,8 +61,9 @@ def data_set(name: str, *, quick: bool) -> DataSet:
         num, factor = (256, 60.0) if quick else (2048, 7.0)
         drawn, source = lmsys(2048, seed=2), "2048 of the synthetic lengths `lmsys`, in tokens"
     else:
-        num, factor = (128, 370.0) if quick else (10**9, 46.0)
         drawn, source = stdlib_bytes(), "sizes of the standard library's sources, in bytes"
+        num, longest = (128, 2048) if quick else (len(drawn), 16_384)
+        factor = float(drawn.max() // longest)
     order = np.random.default_rng(0).permutation(len(drawn))
     kept = order[: min(num, len(drawn))]
     kept[0] = int(np.argmax(drawn)) if drawn[kept].max() < drawn.max() else kept[0]

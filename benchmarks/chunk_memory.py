@@ -77,7 +77,7 @@ def claims_of(rows: Sequence[dict[str, Any]], base: Case) -> list[Claim]:
 
 def measure_slope(*, quick: bool) -> list[dict[str, Any]]:
     """Measure sequences of 32 to 256 times `chunk_tokens`, in chunks; one layer, so that the longest takes minutes."""
-    base = Case(mode="chunks", num_tokens=0, chunk_tokens=64 if quick else 128, layers=1)
+    base = Case(mode="chunks", num_tokens=0, chunk_tokens=64 if quick else 256, hidden=256, layers=1)
     ratios = SLOPE_RATIOS[:2] if quick else SLOPE_RATIOS
     return [run(replace(base, num_tokens=ratio * base.chunk_tokens)) for ratio in ratios]
 

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.claims import print_claims, write_report
 from benchmarks.moe_claims import claims_of
+from benchmarks.ranks import wait_for
 from moe.netns import TwoHosts, two_hosts, why_not
 
 PARTS = ("grid", "models", "real")
@@ -51,21 +51,8 @@ def run_emulated(parts: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
             started.callback(process.wait)
             started.callback(process.kill)
             ranks.append(process)
-        wait_for(ranks)
+        wait_for(ranks, deadline_s=DEADLINE_S)
         return json.loads((Path(folder) / "rows.json").read_text())
-
-
-def wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for all ranks; raise as soon as one fails."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        codes = [r.poll() for r in ranks]
-        failed = [i for i, code in enumerate(codes) if code]
-        if failed or time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {failed} failed" if failed else f"not done after {DEADLINE_S} s")
-        if None not in codes:
-            return
-        time.sleep(0.2)
 
 
 def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:

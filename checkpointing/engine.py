@@ -73,7 +73,9 @@ class Engine:
         job.urgent_done = returned.set
         with self._changed:
             self._open.append(job)
-        self._start()
+        if not self._start():
+            self._serve_one(job)
+            return
         self._jobs.put(job)
         if job.snapshot is not None and job.snapshot.structure.urgent - job.snapshot.made.keys():
             with self.pool.hurried():
@@ -127,16 +129,29 @@ class Engine:
         for one in flying:
             one.give_up(PassedOverError(f"{job.what} replaces it"))
 
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="checkpoint-engine", daemon=True)
-            self._thread.start()
+    def _start(self) -> bool:
+        """Return whether there is a thread; where there can be none, a save runs inside of its call."""
+        if self._thread is not None and self._thread.is_alive():
+            return True
+        thread = threading.Thread(target=self._serve, name="checkpoint-engine", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _log.warning("saving without a thread, as there can be no more: %s", error)
+            return False
+        self._thread = thread
+        return True
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._serve_one(job)
+
+    def _serve_one(self, job: SaveJob) -> None:
+        try:
             path = self._run(job)
             if path is not None and self._control.rank == 0:
                 self._tidy(job)
+        finally:
             with self._changed:
                 self._open.remove(job)
                 self._changed.notify_all()

@@ -41,7 +41,7 @@ class Faults:
                 self.calls.append(name)
                 number = len(self.calls) - 1
             hit = number == self._at if self._once else number >= self._at
-            if hit and name == "close":
+            if hit and name == "close" and self._fault != SHORT:
                 self._fds.discard(args[0])
                 real(*args)  # a close that fails has closed
             if hit and self._fault == SHORT and name in ("pwrite", "write"):

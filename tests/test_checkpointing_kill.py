@@ -1,0 +1,39 @@
+"""kill -9 under torchrun's agent: whatever is killed whenever, the job ends as if nothing had been."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.spawn import ROOT
+
+ROUNDS_S = 20  # of one round, at the very most
+
+
+def soak(*flags: str, rounds: int) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.soak_kill", "--rounds", str(rounds), *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 + ROUNDS_S * rounds)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(5, marks=pytest.mark.timeout(180)), pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(4000)])]
+)  # fmt: skip
+def test_a_small_job(record_property, rounds):
+    counts = soak(rounds=rounds)
+    assert counts["rounds"] == rounds
+    assert counts["resumes"] >= rounds
+    record_property("kill", counts)
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(5, marks=pytest.mark.timeout(180)), pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+)  # fmt: skip
+def test_the_real_recipe(record_property, rounds):
+    counts = soak("--recipe", rounds=rounds)
+    assert counts["rounds"] == rounds
+    record_property("kill", counts)

@@ -10,6 +10,7 @@ find torch imported. Prints one line of JSON with the counts; exits 1 at the fir
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -89,6 +90,9 @@ def _serve(log: Path, restarts: int, entry: Callable[..., Any], args: tuple[Any,
 
 def _rank(entry: Callable[..., Any], *args: Any) -> None:
     end_with_launcher(Processes(launched=True))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # the agent's handlers, which a process of its own would not have
+    faulthandler.register(signal.SIGUSR1)
     entry(*args)
 
 
@@ -105,6 +109,9 @@ def disturb(agent: Agent, chance: random.Random, rounds: int, within_s: float) -
     deadline = time.monotonic() + DEADLINE_S
     while agent.ended() is None:
         if time.monotonic() > deadline:
+            for pid in agent.ranks():
+                os.kill(pid, signal.SIGUSR1)  # their stacks, into the log
+            time.sleep(1)
             raise AssertionError(f"the job hangs:\n{agent.log.read_text()[-3000:]}")
         found = set(agent.ranks())
         if len(found) < RANKS or found & last or counts["rounds"] >= rounds:

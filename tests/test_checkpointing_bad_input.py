@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast, SaveError
-from checkpointing.errors import IntegrityError
+from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
+from checkpointing.errors import IntegrityError, SaveError
 from checkpointing.storage.local import LocalStorage
 from tests.flat_states import Flat, assorted, same
 from tests.launch_jobs import snapshot
@@ -68,7 +68,7 @@ HOSTILE = [
     (lambda body: body["files"][0].update(path="../secret.safetensors"), "is not a plain name"),
     (lambda body: body["files"][0].update(path="/etc/passwd"), "is not a plain name"),
     (lambda body: body["files"][0].update(length=2**63), "an integer from 8"),
-    (lambda body: body["tensors"][0].update(begin=0, end=2**62), "cannot have"),
+    (lambda body: body["tensors"][0].update(begin=8, end=2**62), "outside of the files"),
     (lambda body: body["tensors"][0].update(shape=[2**40, 2**40], global_shape=[2**40, 2**40]), "too large"),
     (lambda body: body.update(step=10**18 * 10), "step is"),
     (lambda body: body.update(world_size=-1), "world_size is -1"),
@@ -119,14 +119,14 @@ def test_a_million_entries_and_a_file_without_end(one):
 
 def test_a_tensor_larger_than_memory(one):
     """Sealed, consistent and sparse on the disk: refused when there is no memory for it, not a crash."""
-    body, size = body_of(one), 2**50
+    body, size = body_of(one), 2**43
     big = body["tensors"][0] | {"name": "big", "dtype": "U8", "shape": [size], "global_shape": [size], "offset": [0]}
     body |= {"tensors": [big | {"begin": 4096, "end": 4096 + size}], "aliases": {}, "objects": {}, "piece_bytes": 2**62}
     body["files"][0] |= {"length": 4096 + size, "head_bytes": 4096, "pieces": "0" * 16}
     try:
         os.truncate(one / "step-10" / DATA, 4096 + size)
     except OSError:
-        pytest.skip("the file system has no files of 1 PiB, even empty ones")
+        pytest.skip("the file system has no files of 8 TiB, even empty ones")
     (one / "step-10" / "manifest.json").write_bytes(sealed(body))
     error = restore_error(one)
     assert "restore failed: " in error
@@ -171,7 +171,10 @@ def test_another_runs_folder(one):
     before = snapshot(one)
     model = torch.nn.Linear(2, 2)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    with Checkpointer(one, group=SINGLE) as ckpt, pytest.raises(CheckpointError, match=r"restore failed: .*[Mm]issing"):
+    with (
+        Checkpointer(one, group=SINGLE) as ckpt,
+        pytest.raises(CheckpointError, match=r"(?s)restore failed: .*Missing key"),
+    ):
         ckpt.restore({"run": model})
     assert same(dict(model.state_dict()), weights)
     assert snapshot(one) == before

@@ -242,7 +242,7 @@ def test_whole_files(plain, record_property):
     record_property("corruption", {"cases": counts["cases"] + 1, "found": counts["found"] + 1})
 
 
-def test_an_object_store(plain, bucket, record_property):  # noqa: F811 - the fixture
+def test_an_object_store(plain, bucket, record_property):
     root, storage = open_storage(f"{bucket}/matrix")
     second = Folder(root, storage)
     copy_step(plain, second, 3)

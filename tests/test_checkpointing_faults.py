@@ -87,9 +87,7 @@ def template(path: Path) -> Path:
     return path
 
 
-def sweep(
-    folder: Path, make: Any, settings: dict[str, Any], text: str, *, benign: bool = False
-) -> dict[str, int]:
+def sweep(folder: Path, make: Any, settings: dict[str, Any], text: str, *, benign: bool = False) -> dict[str, int]:
     """Let every N-th call fail; count the cases by what came of them."""
     counts = {"cases": 0, "aborted": 0, "succeeded": 0}
     begun, total, at = template(folder / "template"), 10**9, 0

@@ -36,7 +36,9 @@ def places(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 PLACES = places(body())[1:]
-numbers = st.sampled_from([0, 1, -1, 7, 8, 4095, 4096, 4097, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30])
+numbers = st.sampled_from(
+    [0, 1, -1, 7, 8, 4095, 4096, 4097, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30]
+)
 anything = json_values | numbers | st.sampled_from(["", "..", "/", "a/../b", "\0", "rank-00000.safetensors", "msgpack"])
 
 

@@ -142,9 +142,7 @@ def _any_overlap(slices: Sequence[TensorEntry]) -> bool:
             if other.offset[dim] >= end:
                 break
             if left < 0:
-                raise IntegrityError(
-                    f"manifest: tensor {one.name!r} is cut into {len(slices)} slices, too many to check"
-                )
+                raise IntegrityError(f"manifest: tensor {one.name!r} has {len(slices)} slices, too many to check")
             spans = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
             if all(a < c + d and c < a + b for a, b, c, d in spans):
                 return True

@@ -1,4 +1,4 @@
-"""The small job that `soak_kill` kills: torch only, saves after every step, and writes down outside what it was told."""
+"""The small job that `soak_kill` kills: torch only, saves after every step, and writes down what it was told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What someone put into the folder, or a disk that will not have it: a clear error, nothing executed, nothing deleted."""
+"""What someone put into the folder, or a disk that is full: a clear error, nothing executed, nothing deleted."""
 
 import errno
 import json
@@ -21,6 +21,9 @@ from tests.launch_jobs import snapshot
 from tests.test_checkpointing_manifest import sealed
 
 DATA = "rank-00000.safetensors"
+
+
+MISSING = r"(?s)restore failed: .*Missing key"
 
 
 class Bomb:
@@ -120,7 +123,13 @@ def test_a_million_entries_and_a_file_without_end(one):
 def test_a_tensor_larger_than_memory(one):
     """Sealed, consistent and sparse on the disk: refused when there is no memory for it, not a crash."""
     body, size = body_of(one), 2**43
-    big = body["tensors"][0] | {"name": "big", "dtype": "U8", "shape": [size], "global_shape": [size], "offset": [0]}
+    big = body["tensors"][0] | {
+        "name": "run.big",
+        "dtype": "U8",
+        "shape": [size],
+        "global_shape": [size],
+        "offset": [0],
+    }
     body |= {"tensors": [big | {"begin": 4096, "end": 4096 + size}], "aliases": {}, "objects": {}, "piece_bytes": 2**62}
     body["files"][0] |= {"length": 4096 + size, "head_bytes": 4096, "pieces": "0" * 16}
     try:
@@ -173,7 +182,7 @@ def test_another_runs_folder(one):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with (
         Checkpointer(one, group=SINGLE) as ckpt,
-        pytest.raises(CheckpointError, match=r"(?s)restore failed: .*Missing key"),
+        pytest.raises(CheckpointError, match=MISSING),
     ):
         ckpt.restore({"run": model})
     assert same(dict(model.state_dict()), weights)
@@ -257,9 +266,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk(small_disk):
     with Checkpointer(small_disk / "run", group=SINGLE) as ckpt:
         ckpt.save(1, Flat({"a": torch.ones(250_000)})).wait()
+        ckpt._engine.idle()
         before = snapshot(small_disk)
         (small_disk / "filler").write_bytes(bytes(1_500_000))
-        with pytest.raises(SaveError, match="save of step 2 failed: .*No space left on device"):
+        with pytest.raises(SaveError, match=r"save of step 2 failed: .*No space left on device"):
             ckpt.save(2, Flat({"a": torch.ones(250_000)})).wait()
         (small_disk / "filler").unlink()
         assert snapshot(small_disk) == before

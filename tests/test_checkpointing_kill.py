@@ -20,19 +20,17 @@ def soak(*flags: str, rounds: int) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "rounds", [pytest.param(5, marks=pytest.mark.timeout(180)), pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(4000)])]
-)  # fmt: skip
+@pytest.mark.parametrize("rounds", [5, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.timeout(4000)
 def test_a_small_job(record_property, rounds):
     counts = soak(rounds=rounds)
     assert counts["rounds"] == rounds
-    assert counts["resumes"] >= rounds
+    assert counts["steps_checked"] > 2 * 40
     record_property("kill", counts)
 
 
-@pytest.mark.parametrize(
-    "rounds", [pytest.param(5, marks=pytest.mark.timeout(180)), pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
-)  # fmt: skip
+@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.timeout(600)
 def test_the_real_recipe(record_property, rounds):
     counts = soak("--recipe", rounds=rounds)
     assert counts["rounds"] == rounds

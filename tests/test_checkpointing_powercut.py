@@ -1,4 +1,4 @@
-"""A power cut without a device mapper: a file system on a loop device, whose backing file is copied when `wait` returns.
+"""A power cut without a device mapper: a file system on a loop device, its backing file copied when `wait` returns.
 
 The copy is what the device had been given at that instant: nothing of the page cache, no write that is still queued. It
 is mounted, which replays its journal, and loaded.

@@ -15,6 +15,7 @@ import torch
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
 from tests.faults import SHORT, Faults, Shortage
 from tests.flat_states import Flat, same
+from tests.launch_jobs import snapshot
 
 BASE = torch.arange(20_000.0)
 
@@ -157,6 +158,31 @@ def test_the_nth_system_call_fails(folder, record_property, fault, once, setting
     text = "" if fault == SHORT else os.strerror(fault)
     counts = sweep(folder, make, settings, text, benign=fault == SHORT)
     assert fault == SHORT or counts["aborted"] > 5
+    record_property("nth_call", counts)
+
+
+def test_the_nth_system_call_of_a_restore_fails(folder, record_property):
+    """The right step, an older one, or a clear error; and nothing is set aside for an error that may be over."""
+    begun, counts, at = template(folder / "run"), {"restores": 0, "fell_back": 0, "refused": 0}, 0
+    before = snapshot(begun)
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            fault = Faults(patch, begun, at, errno.EIO, once=True)
+            with Checkpointer(begun, group=SINGLE) as ckpt:
+                back = Flat({})
+                try:
+                    info = ckpt.restore({"run": back})
+                    assert same(back.loaded, expected(info.step))
+                    counts["fell_back"] += info.step == 1
+                except CheckpointError as error:
+                    assert os.strerror(errno.EIO) in str(error), fault.calls[at]
+                    counts["refused"] += 1
+        if at >= len(fault.calls):
+            break
+        counts["restores"] += 1
+        at += 1
+        assert snapshot(begun) == before, fault.calls[at - 1]
+    assert counts["restores"] > 10
     record_property("nth_call", counts)
 
 

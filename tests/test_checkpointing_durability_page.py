@@ -18,7 +18,7 @@ def test_every_proof_stands_in_the_table_with_its_counts():
 
 def test_the_counts_are_summed_and_the_longest_time_is_kept(tmp_path):
     report = tmp_path / "report.xml"
-    properties = '<properties><property name="lost" value="{\'cases\': 2, \'longest_s\': %s}"/></properties>'
+    properties = "<properties><property name=\"lost\" value=\"{'cases': 2, 'longest_s': %s}\"/></properties>"
     report.write_text(
         '<testsuite><testcase classname="tests.test_checkpointing_lost" name="a">' + properties % 3.5 + "</testcase>"
         '<testcase classname="tests.test_checkpointing_lost" name="b">' + properties % 1.0 + "</testcase>"

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
+from checkpointing.errors import SaveError
+from checkpointing.storage.local import LocalStorage
 from tests.faults import SHORT, Faults, Shortage
 from tests.flat_states import Flat, same
 from tests.launch_jobs import snapshot
@@ -168,17 +170,18 @@ def test_the_nth_system_call_of_a_restore_fails(folder, record_property):
     while True:
         with pytest.MonkeyPatch.context() as patch:
             fault = Faults(patch, begun, at, errno.EIO, once=True)
+            back, told = Flat({}), os.strerror(errno.EIO)
             with Checkpointer(begun, group=SINGLE) as ckpt:
-                back = Flat({})
                 try:
                     info = ckpt.restore({"run": back})
                     assert same(back.loaded, expected(info.step))
                     counts["fell_back"] += info.step == 1
                 except CheckpointError as error:
-                    assert os.strerror(errno.EIO) in str(error), fault.calls[at]
+                    told = str(error)
                     counts["refused"] += 1
         if at >= len(fault.calls):
             break
+        assert os.strerror(errno.EIO) in told, fault.calls[at]
         counts["restores"] += 1
         at += 1
         assert snapshot(begun) == before, fault.calls[at - 1]
@@ -191,3 +194,32 @@ def test_memory_or_threads_run_out(folder, record_property, once):
     counts = sweep(folder, lambda patch, path, at: Shortage(patch, at, once=once), {}, "")
     assert counts["aborted"] > 2
     record_property("nth_call", counts)
+
+
+def test_a_disk_that_stops_is_told_and_recovered_from(tmp_path, monkeypatch):
+    """An fsync that does not return: `wait`, the next `save` and the fence all end, and say so; later all is well."""
+    template(tmp_path / "run")
+    sync, stopped, goes_on = LocalStorage.sync, threading.Event(), threading.Event()
+
+    def stops(self, fd):
+        stopped.set()
+        assert goes_on.wait(60)
+        sync(self, fd)
+
+    job = Job(2)
+    with Checkpointer(tmp_path / "run", group=SINGLE, timeout_s=1.0) as ckpt, monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "sync", stops)
+        job.train()
+        handle = ckpt.save(3, {"run": Flat(job.state())})
+        assert stopped.wait(20)
+        job.train()
+        with pytest.raises(SaveError, match=r"save of step 3 is not durable: no sign of life for .* s"):
+            handle.wait()
+        second = ckpt.save(4, {"run": Flat(job.state() | {"words": [1]})})
+        job.train()
+        goes_on.set()
+        assert handle.wait() == tmp_path / "run" / "step-3"
+        with pytest.raises(SaveError, match=r"save of step 4 failed: .*(no sign of life|not staged)"):
+            second.wait()
+        ckpt.save(5, {"run": Flat(job.state())}).wait()
+    assert restored(tmp_path / "run") == 5

@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,13 @@ def _alive(pid: int) -> bool:
     return False
 
 
-def disturb(agent: Agent, chance: random.Random, rounds: int, within_s: float) -> dict[str, int]:
-    """Kill ranks up to `rounds` times, each time all new ones at a random moment of theirs; then wait for the end."""
+def disturb(
+    agent: Agent, chance: random.Random, rounds: int, within_s: float, trains: Callable[[set[int]], bool]
+) -> dict[str, int]:
+    """Kill ranks up to `rounds` times, each time new ones; then wait for the end.
+
+    One time in four at any moment of their start, else up to `within_s` after they `trains`.
+    """
     counts = {"rounds": 0, "ranks_killed": 0, "both_ranks": 0}
     last: set[int] = set()
     deadline = time.monotonic() + DEADLINE_S
@@ -118,6 +124,10 @@ def disturb(agent: Agent, chance: random.Random, rounds: int, within_s: float) -
             time.sleep(0.01)
             continue
         last = found
+        if chance.random() < 0.75:
+            give_up = time.monotonic() + DEADLINE_S
+            while not trains(found) and time.monotonic() < give_up and agent.ended() is None and agent.ranks():
+                time.sleep(0.005)
         time.sleep(chance.uniform(0, within_s))
         victims = chance.choice([sorted(found)[:1], sorted(found)[1:], sorted(found)])
         killed = 0
@@ -150,7 +160,7 @@ def small_job(folder: Path, chance: random.Random, rounds: int) -> dict[str, int
         kills = min(rounds - total["rounds"], 20)
         agent = Agent(place / "log", kills, kill_job.run, place, STEPS, variant)
         try:
-            found = disturb(agent, chance, kills, within_s=1.2)
+            found = disturb(agent, chance, kills, 0.7, partial(resumed, place))
         finally:
             agent.end()
         try:
@@ -168,7 +178,7 @@ def reference(place: Path) -> list[dict[int, str]]:
     place.mkdir()
     agent = Agent(place / "log", 0, kill_job.run, place, STEPS, {})
     try:
-        disturb(agent, random.Random(0), 0, 0)
+        disturb(agent, random.Random(0), 0, 0.0, bool)
     finally:
         agent.end()
     found: list[dict[int, str]] = []
@@ -179,10 +189,17 @@ def reference(place: Path) -> list[dict[int, str]]:
     return found
 
 
+def resumed(place: Path, pids: set[int]) -> bool:
+    """Whether one of the processes has written a note."""
+    return any(pid in pids for rank in range(RANKS) for *_, pid in read_notes(place, rank))
+
+
 def read_notes(place: Path, rank: int) -> list[tuple[str, int, str, int]]:
     """What a rank wrote down, line by line."""
     path = place / f"notes-{rank}.jsonl"
-    return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
+    if not path.exists():
+        return []
+    return [tuple(json.loads(line)) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def check_notes(place: Path, wanted: list[dict[int, str]], *, skips: bool) -> dict[str, int]:
@@ -212,10 +229,17 @@ def recipe(folder: Path, chance: random.Random, rounds: int) -> dict[str, int]:
     corpus = write_corpus(folder / "corpus")
 
     def ended(run: Path, rounds: int) -> dict[str, int]:
+        log, seen = folder / f"{run.name}.log", [0]
+
+        def begun(_: set[int]) -> bool:
+            starts = log.read_text().count("chunks of 64 tokens")  # the description of the job
+            seen[0], more = max(seen[0], starts), starts > seen[0]
+            return more
+
         flags = finetune_flags(corpus, run, checkpoint__every=1)
-        agent = Agent(folder / f"{run.name}.log", rounds, finetune_rank, main, flags)
+        agent = Agent(log, rounds, finetune_rank, main, flags)
         try:
-            return disturb(agent, chance, rounds, within_s=2.5)
+            return disturb(agent, chance, rounds, 1.5, begun)
         finally:
             agent.end()
 

@@ -34,6 +34,7 @@ from tests.launch_jobs import snapshot, write_corpus
 
 RANKS = 2
 DEADLINE_S = 60.0
+SURVIVORS_S = 4.0
 STEPS = 40
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"incremental": True}, {"mirror": True}, {"busy": "skip"})
 
@@ -136,6 +137,7 @@ def disturb(
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
+        end_survivors(found)
         if killed:  # a rank may have ended well before, and the job with it
             counts["rounds"] += 1
             counts["ranks_killed"] += killed
@@ -145,6 +147,16 @@ def disturb(
     if agent.ended() != 0:
         raise AssertionError(f"the job failed:\n{agent.log.read_text()[-3000:]}")
     return counts
+
+
+def end_survivors(pids: set[int]) -> None:
+    """Kill who is left of a round after a while, as whoever waits for a free machine does."""
+    give_up = time.monotonic() + SURVIVORS_S
+    while time.monotonic() < give_up and any(map(_alive, pids)):
+        time.sleep(0.01)
+    for pid in filter(_alive, pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def small_job(folder: Path, chance: random.Random, rounds: int) -> dict[str, int]:

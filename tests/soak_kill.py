@@ -127,7 +127,7 @@ def disturb(
         last = found
         if chance.random() < 0.75:
             give_up = time.monotonic() + DEADLINE_S
-            while not trains(found) and time.monotonic() < give_up and agent.ended() is None and agent.ranks():
+            while not trains(found) and time.monotonic() < give_up and any(map(_alive, found)):
                 time.sleep(0.005)
         time.sleep(chance.uniform(0, within_s))
         victims = chance.choice([sorted(found)[:1], sorted(found)[1:], sorted(found)])
@@ -137,8 +137,8 @@ def disturb(
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
-        end_survivors(found)
         if killed:  # a rank may have ended well before, and the job with it
+            end_survivors(found)
             counts["rounds"] += 1
             counts["ranks_killed"] += killed
             counts["both_ranks"] += killed == RANKS

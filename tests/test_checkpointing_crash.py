@@ -98,7 +98,7 @@ def test_a_save_makes_the_calls_in_the_order_of_the_contract(tmp_path):
 
 
 def test_an_error_at_every_call_from_then_on(tmp_path, caplog):
-    """What fails before the commit fails the save, what fails behind it is told; the system's own calls: test faults."""
+    """What fails before the commit fails the save; what fails behind it is told."""
     code = errno.ENOSPC
     calls = count_calls(tmp_path)
     committed = calls.index("rename") + 1

@@ -1,7 +1,7 @@
 """Run the proofs of the durability contract and write their counts into docs/durability.md.
 
     python -m tests.durability_counts                 every proof, `slow` and `soak` included; an hour
-    python -m tests.durability_counts --junit A.xml B.xml     from runs that were made before (pytest --junitxml)
+    python -m tests.durability_counts --junit A.xml B.xml     from runs that were made before (pytest -o junit_family=xunit1 --junitxml)
 
 A proof tells its counts by `record_property`. The date is that of the run.
 """
@@ -112,7 +112,7 @@ def main() -> int:
         if reports is None:
             reports = [Path(folder) / "report.xml"]
             files = [f"tests/{file}.py" for file, _ in PROOFS.values()] + ["tests/test_checkpointing_chaos.py"]
-            every = ["-m", "slow or soak or not slow", "--junitxml", str(reports[0])]
+            every = ["-m", "slow or soak or not slow", "-o", "junit_family=xunit1", "--junitxml", str(reports[0])]
             subprocess.run([sys.executable, "-m", "pytest", *files, *every], cwd=ROOT, check=False)
         found, chaos = read(reports)
     write(table(found, chaos, given.date))

@@ -33,7 +33,7 @@ from tests.launch_jobs import settings as finetune_flags
 from tests.launch_jobs import snapshot, write_corpus
 
 RANKS = 2
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 SURVIVORS_S = 4.0
 STEPS = 40
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"incremental": True}, {"mirror": True}, {"busy": "skip"})

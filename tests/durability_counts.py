@@ -1,7 +1,7 @@
 """Run the proofs of the durability contract and write their counts into docs/durability.md.
 
     python -m tests.durability_counts                 every proof, `slow` and `soak` included; an hour
-    python -m tests.durability_counts --junit A.xml B.xml     from runs that were made before (pytest -o junit_family=xunit1 --junitxml)
+    python -m tests.durability_counts --junit A.xml B.xml     from earlier runs (pytest --junitxml)
 
 A proof tells its counts by `record_property`. The date is that of the run.
 """

@@ -182,6 +182,7 @@ def small_job(folder: Path, chance: random.Random, rounds: int) -> dict[str, int
         for name, number in found.items():
             total[name] += number
         total["runs"] += 1
+        print(json.dumps(total), file=sys.stderr, flush=True)
     return total
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import json
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,7 @@ def main() -> int:
     """Run what is asked for; exit 1 when a proof failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--junit", nargs="+", type=Path, help="reports of earlier runs, instead of running")
+    parser.add_argument("--chaos", type=Path, help="what python -m tests.chaos printed, with --junit")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -115,6 +117,8 @@ def main() -> int:
             every = ["-m", "slow or soak or not slow", "-o", "junit_family=xunit1", "--junitxml", str(reports[0])]
             subprocess.run([sys.executable, "-m", "pytest", *files, *every], cwd=ROOT, check=False)
         found, chaos = read(reports)
+    if given.chaos is not None:
+        chaos += [json.loads(line) for line in given.chaos.read_text().splitlines()]
     write(table(found, chaos, given.date))
     return int(any(one.failed for one in found.values()))
 

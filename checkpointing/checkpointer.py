@@ -86,7 +86,7 @@ class Checkpointer:
         self._config = config
         self._folder = Folder(Path(path).absolute(), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
-        self._exchange = _open_exchange(group, self._control)
+        self._exchange = _open_exchange(group, self._control, config.timeout_s)
         self._committer = Committer(self._folder, config.keep)
         if mirror is not None and self._control.rank == 0:
             self._committer.mirror = Mirror(self._folder, os.fspath(mirror))
@@ -226,12 +226,12 @@ def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Co
     return StoreControl(members, timeout_s) if dist.get_world_size(members) > 1 else Alone()
 
 
-def _open_exchange(group: dist.ProcessGroup | str | None, control: Control) -> Exchange:
+def _open_exchange(group: dist.ProcessGroup | str | None, control: Control, timeout_s: float) -> Exchange:
     if control.world_size == 1:
         return NoExchange()
     members = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
     assert members is not None
-    return GroupExchange(members)
+    return GroupExchange(members, timeout_s)
 
 
 def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:

@@ -73,6 +73,8 @@ class Control(Protocol):
 
     rank: int
     world_size: int
+    pulse: float
+    """When this rank last looked for the others' reports, in seconds of `time.monotonic`."""
 
     def begin(self, what: str) -> None:
         """Begin a call; every rank must begin the same ones in the same order."""
@@ -104,6 +106,7 @@ class Alone:
 
     rank = 0
     world_size = 1
+    pulse = 0.0
 
     def begin(self, what: str) -> None:
         """Nobody to begin with."""

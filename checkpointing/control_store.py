@@ -32,6 +32,7 @@ class StoreControl:
         self._call, self._what = 0, "joining the others"
         self._beats, self._beat_at, self._leads = 0, 0.0, 0
         self._unread: dict[str, int] = {}
+        self.pulse = time.monotonic()
         self._store("set", self._life(self.rank), "0")
 
     def begin(self, what: str) -> None:
@@ -62,7 +63,7 @@ class StoreControl:
 
     def alive(self) -> None:
         """Give a sign of life, a few times per deadline at most."""
-        now = time.monotonic()
+        self.pulse = now = time.monotonic()
         if now - self._beat_at >= min(1.0, self._timeout_s / 4):
             self._beats, self._beat_at = self._beats + 1, now
             # With the number of the call: a rank that has gone on to another call is no sign of life in this one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -55,30 +56,37 @@ class NoExchange:
 
 
 class GroupExchange:
-    """Over a process group; through its device where the group cannot move host memory."""
+    """Over a process group; through its device where the group cannot move host memory.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.rank, self._group = dist.get_rank(group), group
+    Raises RuntimeError when another rank does not take part within `timeout_s`; the group is of no use then.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.rank, self._group, self._timeout = dist.get_rank(group), group, timedelta(seconds=timeout_s)
         on_host = "cpu" in str(dist.get_backend_config(group)) or dist.get_backend(group) == "gloo"
         self._device = None if on_host else torch.accelerator.current_accelerator()
 
     def broadcast(self, data: torch.Tensor, reader: int) -> None:
         """Give all ranks what `reader` has; a collective."""
         moved = self._there(data)
-        dist.broadcast(moved, group=self._group, group_src=reader)
+        self._await(dist.broadcast(moved, group=self._group, group_src=reader, async_op=True))
         if moved is not data:
             data.copy_(moved)
 
     def send(self, data: torch.Tensor, rank: int) -> None:
         """Give bytes to one rank."""
-        dist.send(self._there(data), group=self._group, group_dst=rank)
+        self._await(dist.isend(self._there(data), group=self._group, group_dst=rank))
 
     def receive(self, data: torch.Tensor, rank: int) -> None:
         """Take bytes from one rank."""
         moved = self._there(data)
-        dist.recv(moved, group=self._group, group_src=rank)
+        self._await(dist.irecv(moved, group=self._group, group_src=rank))
         if moved is not data:
             data.copy_(moved)
+
+    def _await(self, work: dist.Work | None) -> None:
+        if work is not None:
+            work.wait(self._timeout)
 
     def _there(self, data: torch.Tensor) -> torch.Tensor:
         return data if self._device is None else data.to(self._device)

@@ -18,6 +18,7 @@ from checkpointing.pieces import num_pieces
 from checkpointing.records import FileEntry, TensorEntry
 
 FIELDS = ("name", "dtype", "global_shape", "offset", "shape", "file", "begin", "end")
+_MAX_COMPARISONS = 2 * 10**6
 _FIELDS_1 = (*FIELDS, "xxh3_64")
 
 
@@ -126,11 +127,22 @@ def _check_slices(name: str, slices: Sequence[TensorEntry]) -> None:
 
 
 def _any_overlap(slices: Sequence[TensorEntry]) -> bool:
-    # Slices are sorted by offset; only those behind `one` that begin before its end in the first dim can meet it.
-    for index, one in enumerate(slices):
-        for other in slices[index + 1 :]:
-            if not one.shape or other.offset[0] >= one.offset[0] + one.shape[0]:
+    # Along the dim in which they begin at the most places, only those behind `one` that begin before its end can meet
+    # it. Ranks cut a tensor into a grid; what takes longer than that is not one of ours, and must not take for ever.
+    num_dims = len(slices[0].shape)
+    if not num_dims or len(slices) == 1:
+        return False
+    dim = max(range(num_dims), key=lambda dim: len({one.offset[dim] for one in slices}))
+    ordered = sorted(slices, key=lambda one: one.offset[dim])
+    left = _MAX_COMPARISONS
+    for index, one in enumerate(ordered):
+        end = one.offset[dim] + one.shape[dim]
+        for at in range(index + 1, len(ordered)):
+            other, left = ordered[at], left - 1
+            if other.offset[dim] >= end:
                 break
+            if left < 0:
+                raise IntegrityError(f"manifest: tensor {one.name!r} has {len(slices)} slices, too many to check")
             spans = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
             if all(a < c + d and c < a + b for a, b, c, d in spans):
                 return True

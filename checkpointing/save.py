@@ -42,6 +42,8 @@ class SaveJob:
     """Called once `save` may return."""
     staged: Callable[[], None] = lambda: None
     """Called once live memory is not read any more."""
+    beat: Callable[[], None] = lambda: None
+    """Called as a sign of life."""
     _given_up: CheckpointError | None = None
 
     def give_up(self, error: CheckpointError) -> None:
@@ -49,7 +51,8 @@ class SaveJob:
         self._given_up = error
 
     def check(self) -> None:
-        """Raise why it is to end early."""
+        """Give a sign of life, and raise why it is to end early."""
+        self.beat()
         if self._given_up is not None:
             raise self._given_up
 

@@ -113,7 +113,13 @@ class LocalStorage:
         os.unlink(path)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder and the files in it. A folder inside it is not ours, and an OSError."""
+        """Remove a folder and the files in it. A folder inside it is not ours, and an OSError.
+
+        Of a link to a folder the link goes, and nothing that it points to.
+        """
+        if path.is_symlink():
+            os.unlink(path)
+            return
         for entry in list(os.scandir(path)):
             os.unlink(entry.path)
         os.rmdir(path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.checkpoint_raw import Meter, drop_caches, read_raw, sync_tree, warm_buffers, write_raw
 from benchmarks.checkpoint_ways import Ours, Way, open_way
 from checkpointing import KeepLast, staging
+from checkpointing.datafile import file_name
 
 if TYPE_CHECKING:
     from benchmarks.checkpoint_rank import Bench
@@ -257,7 +258,7 @@ def load(bench: Bench) -> None:
                     with meter.running():
                         began = time.perf_counter()
                         if name == "raw":
-                            read_raw(folder / f"rank-{bench.rank}.safetensors", READ_THREADS)
+                            read_raw(folder / file_name(bench.rank), READ_THREADS)
                         else:
                             bench.ways[name].load(folder, step)
                         load_s = time.perf_counter() - began

@@ -15,6 +15,14 @@ from benchmarks.claims import Claim
 Rows = Sequence[dict[str, Any]]
 
 
+OTHERS = 0.05
+
+
+def is_alone(row: dict[str, Any]) -> bool:
+    """Return whether other processes took less than 5% of one core while a row was measured; only such rows count."""
+    return row["others_s"] < max(OTHERS * row["span_s"], 0.03)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95% confidence interval of the median, by the bootstrap with a fixed seed."""
     found = np.asarray(values)

@@ -56,6 +56,7 @@ def blocked(bench: Bench) -> None:
         for name in bench.turns(number, bench.names):
             way, folder = bench.ways[name], bench.place(name)
             with bench.kept(folder):
+                bench.mark()
                 base_s = _train(bench, steps, lambda: None)[0]
                 bench.barrier()
                 began = time.perf_counter()
@@ -101,7 +102,7 @@ def _durable_once(bench: Bench, name: str, folder: Path, number: int, probe: _Pr
     probe.reset()
     if way is None:
         folder.mkdir(exist_ok=True)
-    bench.barrier()
+    bench.mark()
     with meter.running():
         began = time.perf_counter()
         if way is None:
@@ -167,6 +168,7 @@ def train(bench: Bench) -> None:
     way = bench.open(name, **settings)
     bench.work.step(lambda: None)
     for number in bench.rounds():
+        bench.mark()
         plain = [_step(bench, lambda: None, lambda: None) for _ in range(count)]
         folders, skipped, late = [], 0, 0
         with_save = []
@@ -212,7 +214,7 @@ def fence(bench: Bench) -> None:
             for share in (0.0, 0.25, 0.5, 0.75, 1.0):
                 with bench.kept(way.root / f"step-{bench.step + 1}"):
                     bench.step += 1
-                    bench.barrier()
+                    bench.mark()
                     began = time.perf_counter()
                     way.save(Path(), bench.step)
                     time.sleep(share * whole_s)
@@ -233,7 +235,7 @@ def small(bench: Bench) -> None:
             for call in ("first", "second", "third"):
                 folder = bench.place(name)
                 with bench.kept(folder):
-                    bench.barrier()
+                    bench.mark()
                     save_s = _save(way, folder, bench.step)
                     bench.barrier()
                     found = bench.slowest(save_s=save_s, load_s=_load(way, folder, bench.step))
@@ -254,7 +256,7 @@ def load(bench: Bench) -> None:
                     elif name == "raw":
                         continue
                     meter = Meter()
-                    bench.barrier()
+                    bench.mark()
                     with meter.running():
                         began = time.perf_counter()
                         if name == "raw":

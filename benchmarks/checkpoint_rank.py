@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from benchmarks import checkpoint_state as states
 from benchmarks.checkpoint_parts import PARTS
+from benchmarks.checkpoint_raw import machine_user_s, own_user_s
 from benchmarks.checkpoint_state import Work
 from benchmarks.checkpoint_ways import Way, open_way
 
@@ -37,6 +38,7 @@ class Bench:
         self.names: list[str] = options["ways"]
         self.began, self.step = time.monotonic(), 0
         self._longest, self._round_at = 0.0, 0.0
+        self._marked = (0.0, 0.0, 0.0)
         self.work = self._make_work()
         self.ways: dict[str, Way] = {}
 
@@ -98,6 +100,16 @@ class Bench:
             gc.collect()
             self.barrier()
 
+    def mark(self) -> None:
+        """Begin to watch what other processes do: the next rows tell."""
+        self.barrier()
+        self._marked = (time.perf_counter(), machine_user_s(), own_user_s())
+
+    def _others(self) -> dict[str, float]:
+        began, machine, own = self._marked
+        spent = self.total(own=own_user_s() - own)["own"]
+        return {"span_s": time.perf_counter() - began, "others_s": max(0.0, machine_user_s() - machine - spent)}
+
     def barrier(self) -> None:
         """Wait for the other rank."""
         dist.barrier()
@@ -116,9 +128,10 @@ class Bench:
         return dict(zip(values, found.tolist(), strict=True))
 
     def row(self, **fields: Any) -> None:
-        """Write a row."""
+        """Write a row; every rank must call. It tells how much CPU time others took since the mark."""
+        others = self._others()
         if self.rank == 0:
-            row = {"part": self.options["part"], "state": self.work.title, **fields}
+            row = {"part": self.options["part"], "state": self.work.title, **fields, **others}
             with (self.folder / "rows.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.options["verbose"]:

@@ -118,6 +118,17 @@ class Meter:
             self.peak_bytes = _status(processes, "VmHWM") - resident
 
 
+def machine_user_s() -> float:
+    """Return the seconds all processes of the machine have spent outside of the kernel."""
+    user, nice = Path("/proc/stat").read_text().split()[1:3]
+    return (int(user) + int(nice)) / os.sysconf("SC_CLK_TCK")
+
+
+def own_user_s() -> float:
+    """Return those of this process and the ones it started."""
+    return sum(process.cpu_times().user for process in _family() if process.is_running())
+
+
 def _family() -> list[psutil.Process]:
     me = psutil.Process()
     return [me, *me.children(recursive=True)]

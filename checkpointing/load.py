@@ -18,7 +18,7 @@ from checkpointing.reshard import Box, LoadPlan, Wants, box_of, entries_by_name,
 from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
 
-_ALIGN = 64
+_ALIGN = 4096
 _GENERATOR_BYTES = 64 * 2**10
 
 
@@ -97,7 +97,7 @@ class Buffers:
         self._block_of: dict[TensorEntry, int] = {}
         self._tensors: dict[TensorEntry, torch.Tensor] = {}
         for run, owner in _blocks(entries, owners):
-            begin = run[0].begin - run[0].begin % _ALIGN  # a view needs the alignment its place in the file has
+            begin = run[0].begin - run[0].begin % _ALIGN  # memory is aligned as its place in the file is
             self._block_of.update(dict.fromkeys(run, len(self.blocks)))
             self.blocks.append((fresh(run[-1].end - begin), run, owner))
 

@@ -27,7 +27,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoint_claims import claims_of, is_alone, plot, print_tables
+from benchmarks.checkpoint_claims import claims_of
+from benchmarks.checkpoint_tables import is_alone, plot, print_tables
 from benchmarks.claims import print_claims, write_report
 
 DEADLINE_S = 3600

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.checkpoint_raw import Meter, drop_caches, read_raw, sync_tree, warm_buffers, write_raw
-from benchmarks.checkpoint_ways import Ours, Way, open_way
+from benchmarks.checkpoint_way import Way
+from benchmarks.checkpoint_ways import Ours, open_way
 from checkpointing import KeepLast, staging
 from checkpointing.datafile import file_name
 

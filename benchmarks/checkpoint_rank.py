@@ -26,7 +26,8 @@ from benchmarks import checkpoint_state as states
 from benchmarks.checkpoint_parts import PARTS
 from benchmarks.checkpoint_raw import machine_user_s, own_user_s
 from benchmarks.checkpoint_state import Work
-from benchmarks.checkpoint_ways import Way, open_way
+from benchmarks.checkpoint_way import Way
+from benchmarks.checkpoint_ways import open_way
 
 
 class Bench:

@@ -10,39 +10,16 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
+from benchmarks.checkpoint_dcp import Dcp, DcpAsync
 from benchmarks.checkpoint_state import Work
+from benchmarks.checkpoint_way import Blocking, Way
 from checkpointing import Checkpointer, KeepLast
 from checkpointing.handle import SaveHandle
-
-
-class Way(Protocol):
-    """One way to save a rank's part of a state."""
-
-    def save(self, folder: Path, step: int) -> None:
-        """Begin to save, or save, into a folder that is not there yet."""
-        ...
-
-    def fence(self) -> None:
-        """Return when the state may change."""
-        ...
-
-    def finish(self) -> None:
-        """Return when everything is written."""
-        ...
-
-    def load(self, folder: Path, step: int) -> None:
-        """Load into the live state."""
-        ...
-
-    def close(self) -> None:
-        """End."""
-        ...
 
 
 class Ours:
@@ -75,26 +52,7 @@ class Ours:
         self.checkpointer.close()
 
 
-class _Blocking:
-    """What has written everything when `save` returns."""
-
-    def __init__(self, work: Work) -> None:
-        self.work, self.rank = work, dist.get_rank()
-
-    def fence(self) -> None:
-        """Nothing is read any more."""
-
-    def finish(self) -> None:
-        """Nothing is left."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def _copy(self, loaded: dict[str, torch.Tensor]) -> None:
-        self.work.load_state_dict(loaded)
-
-
-class TorchSave(_Blocking):
+class TorchSave(Blocking):
     """torch.save, a file a rank."""
 
     def save(self, folder: Path, step: int) -> None:
@@ -104,10 +62,10 @@ class TorchSave(_Blocking):
 
     def load(self, folder: Path, step: int) -> None:
         """Read."""
-        self._copy(torch.load(folder / f"{self.rank}.pt", weights_only=True))
+        self.copy(torch.load(folder / f"{self.rank}.pt", weights_only=True))
 
 
-class Safetensors(_Blocking):
+class Safetensors(Blocking):
     """safetensors.torch.save_file, a file a rank."""
 
     def save(self, folder: Path, step: int) -> None:
@@ -121,10 +79,10 @@ class Safetensors(_Blocking):
         """Read."""
         from safetensors.torch import load_file
 
-        self._copy(load_file(folder / f"{self.rank}.safetensors"))
+        self.copy(load_file(folder / f"{self.rank}.safetensors"))
 
 
-class DeepSpeed(_Blocking):
+class DeepSpeed(Blocking):
     """DeepSpeed's TorchCheckpointEngine with zip serialization; its fast and decoupled engines need libaio."""
 
     def __init__(self, work: Work) -> None:
@@ -142,83 +100,10 @@ class DeepSpeed(_Blocking):
 
     def load(self, folder: Path, step: int) -> None:
         """Read."""
-        self._copy(self.engine.load(str(folder / f"{self.rank}.pt")))
+        self.copy(self.engine.load(str(folder / f"{self.rank}.pt")))
 
 
-class Dcp(_Blocking):
-    """torch.distributed.checkpoint.save with cached plans, a file a rank, two writing threads, fsync of the files."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        self.group = dist.new_group(backend="gloo")
-
-    def writer(self, folder: Path) -> Any:
-        """Return a writer at its best settings."""
-        return dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=2)
-
-    def planner(self) -> Any:
-        """Return a planner that keeps its plan from save to save."""
-        return dcp.DefaultSavePlanner(enable_plan_caching=True)
-
-    def save(self, folder: Path, step: int) -> None:
-        """Write."""
-        state = self.work.state_dict()
-        dcp.save(state, storage_writer=self.writer(folder), planner=self.planner(), process_group=self.group)
-
-    def load(self, folder: Path, step: int) -> None:
-        """Read into the live tensors."""
-        dcp.load(self.work.state_dict(), storage_reader=dcp.FileSystemReader(folder), process_group=self.group)
-
-
-class DcpAsync(Dcp):
-    """torch.distributed.checkpoint.async_save in one of its forms."""
-
-    def __init__(self, work: Work, kind: str) -> None:
-        super().__init__(work)
-        from torch.distributed.checkpoint import staging
-        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
-
-        self.response: Any = None
-        process = kind == "process"
-        self.type = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
-        self.stager: Any = None
-        if kind != "thread":
-            options = staging.StagingOptions(
-                use_pinned_memory=False,
-                use_shared_memory=process,
-                use_async_staging=kind == "stager",
-                use_non_blocking_copy=False,
-            )
-            self.stager = staging.DefaultStager(options)
-
-    def save(self, folder: Path, step: int) -> None:
-        """Stage, or begin to."""
-        self.response = dcp.async_save(
-            self.work.state_dict(),
-            storage_writer=self.writer(folder),
-            planner=self.planner(),
-            process_group=self.group,
-            async_checkpointer_type=self.type,
-            async_stager=self.stager,
-        )
-
-    def fence(self) -> None:
-        """Wait for the staging, where it goes on."""
-        staged = getattr(self.response, "staging_completion", None)
-        if staged is not None:
-            staged.result()
-
-    def finish(self) -> None:
-        """Wait for the upload."""
-        getattr(self.response, "upload_completion", self.response).result()
-
-    def close(self) -> None:
-        """Let go of the stager."""
-        if self.stager is not None:
-            self.stager.close()
-
-
-class TorchCheckpointing(_Blocking):
+class TorchCheckpointing(Blocking):
     """torch_checkpointing's manager: staged by a thread into shared memory, written by a process of its own."""
 
     def __init__(self, work: Work) -> None:
@@ -246,19 +131,20 @@ class TorchCheckpointing(_Blocking):
     def load(self, folder: Path, step: int) -> None:
         """Read."""
         loaded = self.manager.load(str(folder), {"state": self.work.state_dict()})
-        self._copy(loaded["state"])
+        self.copy(loaded["state"])
 
     def close(self) -> None:
         """End its process."""
         self.manager.close()
 
 
-class TorchSnapshot(_Blocking):
+class TorchSnapshot(Blocking):
     """torchsnapshot.Snapshot.async_take; it has copied everything when that returns."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        self.group, self.pending = dist.new_group(backend="gloo"), None
+        self.group: Any = dist.new_group(backend="gloo")
+        self.pending: Any = None
 
     def save(self, folder: Path, step: int) -> None:
         """Copy, and begin to write."""
@@ -268,7 +154,6 @@ class TorchSnapshot(_Blocking):
 
     def finish(self) -> None:
         """Wait for the write."""
-        assert self.pending is not None
         self.pending.wait()
 
     def load(self, folder: Path, step: int) -> None:

@@ -110,7 +110,7 @@ def plan_load(manifest: Manifest, wants: Sequence[Wants]) -> LoadPlan:
     for entry, takers, by_all in sorted(
         needed, key=lambda one: (len(one[1]) > 1, one[0].begin - one[0].end, one[0].name)
     ):
-        reader = min(takers, key=lambda rank: (loads[rank], rank)) if len(takers) > 1 else takers[0]
+        reader = min(takers, key=lambda rank: (loads[rank], rank))
         loads[reader] += entry.end - entry.begin
         tasks.append(Task(entry, reader, takers, by_all and len(wants) > 1))
     tasks.sort(key=_PLACE)

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ WAYS = (
 )
 
 
-def run_part(part: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run a part on two ranks; return its rows, those of a part that was ended early, too."""
+def run_part(part: str, arguments: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Run a part on two ranks, and `keep` its rows; also those of a part that was ended early."""
     ways = arguments.ways.split(",") if arguments.ways else list(_default_ways(part, quick=arguments.quick))
     state = "small" if part == "small" else arguments.state
     options = {
@@ -83,9 +84,9 @@ def run_part(part: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 os.killpg(rank.pid, signal.SIGKILL)  # and the processes that peers started
                 rank.wait()
         rows = folder / "rows.jsonl"
-        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        if rows.exists():
+            keep([json.loads(line) for line in rows.read_text().splitlines()])
         shutil.rmtree(folder, ignore_errors=True)
-    return found
 
 
 def _default_ways(part: str, *, quick: bool) -> tuple[str, ...]:
@@ -123,12 +124,15 @@ def main() -> None:
     # So that the ranks are gone when someone ends this, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows = [] if arguments.fresh or not arguments.json.exists() else json.loads(arguments.json.read_text())["rows"]
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        sitting = 1 + max((row["sitting"] for row in rows), default=0)
+        rows.extend({**row, "sitting": sitting} for row in found)
+        write_report(arguments.json, rows=rows, claims=[])
+
     quick_parts = tuple(part for part in PARTS if part != "fence") if arguments.quick else PARTS
     for part in () if arguments.report else (arguments.only,) if arguments.only else quick_parts:
-        found = run_part(part, arguments)
-        sitting = 1 + max((row["sitting"] for row in rows), default=0)
-        rows += [{**row, "sitting": sitting} for row in found]
-        write_report(arguments.json, rows=rows, claims=[])  # what is measured is kept
+        run_part(part, arguments, keep)
     alone = [row for row in rows if is_alone(row)]
     print(f"{len(rows)} rows, {len(rows) - len(alone)} of them left out: other programs were running")
     print_tables(alone)

@@ -171,17 +171,17 @@ def train(bench: Bench) -> None:
     for number in bench.rounds():
         bench.mark()
         plain = [_step(bench, lambda: None, lambda: None) for _ in range(count)]
-        folders, skipped, late = [], 0, 0
-        with_save = []
+        folders, handles, with_save = [], [], []
         began = time.perf_counter()
         for _ in range(count):
             folders.append(bench.place(name))
             with_save.append(_step(bench, partial(way.save, folders[-1], bench.step), way.fence))
-            if isinstance(way, Ours) and way.handle is not None:
-                skipped += way.handle.progress.passed_over is not None
-        if isinstance(way, Ours) and way.handle is not None and way.handle.progress.passed_over is None:
+            if isinstance(way, Ours):
+                handles.append(way.handle)
+        if not handles or not handles[-1].skipped:
             way.finish()
         late = time.perf_counter() - began - sum(one["step_s"] for one in with_save)
+        skipped = sum(handle.skipped is not None for handle in handles)
         for folder in folders if name != "ours" else []:
             with bench.kept(folder):
                 pass
@@ -246,6 +246,7 @@ def small(bench: Bench) -> None:
 
 def load(bench: Bench) -> None:
     """Loads of the whole state from a cold page cache; beside a raw reader of the files we wrote."""
+    warm_buffers(READ_THREADS)
     with _saved(bench) as folders:
         names = ["raw", *bench.names]
         for number in bench.rounds():

@@ -33,7 +33,8 @@ from benchmarks.checkpoint_tables import is_alone, plot, print_tables
 from benchmarks.claims import print_claims, write_report
 
 DEADLINE_S = 3600
-PARTS = ("blocked", "durable", "train", "fence", "small", "load")
+ROUNDS = {"blocked": 30, "durable": 9, "train": 5, "fence": 3, "small": 3, "load": 7}
+PARTS = tuple(ROUNDS)
 WAYS = (
     "ours",
     "torch.save",
@@ -57,7 +58,7 @@ def run_part(part: str, arguments: argparse.Namespace, keep: Callable[[list[dict
         "quick": arguments.quick,
         "ways": ways,
         "state": "0.1" if arguments.quick and state == "smollm" else state,
-        "rounds": arguments.rounds or (2 if arguments.quick else 10),
+        "rounds": arguments.rounds or (2 if arguments.quick else ROUNDS[part]),
         "seconds": arguments.seconds,
         "tokens": arguments.tokens,
         "window": arguments.window or {"blocked": 2, "train": 6}.get(part, 1),
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="run one part")
     parser.add_argument("--ways", default="", metavar="A,B", help=f"of: {', '.join(WAYS)}")
     parser.add_argument("--state", default="smollm", help="smollm, or the GB of a synthetic state (default: smollm)")
-    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=0, help=f"default: {ROUNDS}")
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="begin no round that would end later, in each part"
     )

@@ -48,7 +48,7 @@ class Bench:
         if name == "smollm":
             return states.smollm(self.rank, self.world, tokens=self.options["tokens"])
         if name == "small":
-            return states.small(self.rank, self.world)
+            return states.small(self.rank, self.world, count=2000 if self.quick else 20_000)
         return states.synthetic(self.rank, self.world, total_bytes=int(float(name) * 1e9))
 
     def open(self, name: str, **settings: Any) -> Way:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-SMALL_TENSORS = 20_000
 SMALL_ELEMENTS = 64  # fp32: 256 bytes
 
 
@@ -81,28 +80,28 @@ def smollm(rank: int, world: int, *, tokens: int) -> Work:
 
 
 def synthetic(rank: int, world: int, *, total_bytes: int) -> Work:
-    """Large parameters without a model; the step multiplies matrices for about a second and updates them all."""
+    """Large parameters without a model; the step multiplies matrices, about a second for 4 GB, and updates them all."""
     count, side = 40 * world, 4096
     rows = max(1, total_bytes // 3 // count // (4 * side))
     params = {f"layer.{i}.weight": nn.Parameter(torch.zeros(rows, side)) for i in range(count) if i % world == rank}
     for param in params.values():
         param.grad = torch.full_like(param, 1e-3)
-    square = torch.randn(1024, 1024)
+    square, products = torch.randn(1024, 1024), max(2, round(6e-9 * total_bytes))
 
     def compute() -> None:
-        for _ in range(24):
+        for _ in range(products):
             torch.mm(square, square)
 
     title = f"synthetic with AdamW, {3 * 4 * rows * side * count / 1e9:.1f} GB"
     return _trained(title, params, compute, rank, world, owned=list(params))
 
 
-def small(rank: int, world: int) -> Work:
-    """20,000 tensors of 256 bytes, half on each rank."""
+def small(rank: int, world: int, *, count: int) -> Work:
+    """Tensors of 256 bytes, half of them on each rank."""
     torch.manual_seed(rank)
-    share = range(rank, SMALL_TENSORS, world)
+    share = range(rank, count, world)
     tensors = {f"layer.{i // 100}.part.{i % 100}.value": torch.randn(SMALL_ELEMENTS) for i in share}
-    return Work(f"{SMALL_TENSORS} tensors of {4 * SMALL_ELEMENTS} bytes", tensors, lambda: None)
+    return Work(f"{count:,} tensors of {4 * SMALL_ELEMENTS} bytes", tensors, lambda: None)
 
 
 def _trained(

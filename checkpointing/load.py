@@ -113,7 +113,8 @@ class Buffers:
         """Return an entry as the tensor it is."""
         if entry not in self._tensors:
             block, run, _ = self.blocks[self._block_of[entry]]
-            self._tensors.update(zip(run, _typed_run(block[run[0].begin - run[-1].end :], run), strict=True))
+            data = block[block.numel() - (run[-1].end - run[0].begin) :]
+            self._tensors.update(zip(run, _typed_run(data, run), strict=True))
         return self._tensors[entry]
 
 

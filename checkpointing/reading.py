@@ -82,7 +82,8 @@ class _Files:
         begin, end = at + -at % _PAGE, (at + len(memory)) // _PAGE * _PAGE
         if self._direct is None or end - begin < _DIRECT_BYTES or (_address(memory) - at) % _PAGE:
             return self._storage.read_into(self._plain, memory, at)
-        if self._storage.is_cached(self._plain, begin):
+        # In the middle: reading what lies before it may have brought its beginning along.
+        if self._storage.is_cached(self._plain, (begin + end) // 2):
             return self._storage.read_into(self._plain, memory, at)
         middle = self._storage.read_aligned(self._direct, memory[begin - at : end - at], begin)
         if middle < end - begin:

@@ -213,8 +213,8 @@ class LocalStorage:
     def open_direct(self, path: Path) -> int | None:
         """Open a plain file for `read_aligned`; None where the file system knows no O_DIRECT."""
         flag = getattr(os, "O_DIRECT", 0)
-        self.length(path)
         try:
+            self.length(path)
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flag) if flag else None
         except OSError:  # whoever opens it plainly is told why
             return None

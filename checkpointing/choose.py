@@ -29,6 +29,8 @@ class Chooser:
         self._skipped: list[tuple[int, str, bool]] = []
         self._healed: set[int] = set()
         self._trying = -1
+        self.found: Manifest | None = None
+        """The manifest of the step that is tried; on rank 0 only."""
 
     @told_as(CheckpointError, "rank 0: ")
     def first(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -77,7 +79,8 @@ class Chooser:
             try:
                 if not self._folder.has_manifest(self._trying):
                     self._fetch(self._trying)
-                return {"step": self._trying, "identity": identity_of(self._folder.inspect(self._trying))}
+                self.found = self._folder.inspect(self._trying)
+                return {"step": self._trying, "identity": identity_of(self.found)}
             except VersionError:
                 raise
             except IntegrityError as error:

@@ -21,6 +21,7 @@ from checkpointing.folder import Folder
 from checkpointing.handle import SaveHandle
 from checkpointing.incremental import Kept, LastSave, after_save, link_name, references, unchanged
 from checkpointing.manifest import FORMAT_VERSION
+from checkpointing.memory import no_collection
 from checkpointing.pieces import PIECE_BYTES, num_pieces
 from checkpointing.records import FileEntry, TensorSpec
 from checkpointing.slabs import SlabRing
@@ -102,6 +103,7 @@ class Saver:
             self._last = written.remember(self._last, place, link_name(self.control.rank, job.step))
         return place
 
+    @no_collection()
     def _report(self, job: SaveJob) -> dict[str, Any]:
         job.check()
         if job.error is not None:
@@ -201,6 +203,7 @@ class Saver:
             return {}
         return kept
 
+    @no_collection()
     def _filling(self, job: SaveJob, specs: list[TensorSpec], run_id: str) -> Filling:
         """Return how the file is filled; kept while the plan, the snapshot's structure and the links stay."""
         assert job.snapshot is not None

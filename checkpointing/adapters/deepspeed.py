@@ -96,7 +96,8 @@ class LongrailCheckpointEngine(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Take what belongs in one file; nothing is written yet. Raises StateError on what is not plain."""
-        assert self._info is not None and self._files is not None, "create comes first"
+        if self._info is None or self._files is None:
+            raise StateError(f"{path} is saved outside of save_checkpoint; DeepSpeed calls create first")
         name = os.path.relpath(path, self._info.save_dir)
         self._files |= _providers(name, state_dict)
 
@@ -121,7 +122,7 @@ class LongrailCheckpointEngine(CheckpointEngine):
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Return what was saved under a path, verified; a file of torch.save is read by torch. Raises IntegrityError."""
+        """Return what was saved under a path, verified; torch reads what torch.save wrote. Raises IntegrityError."""
         mark = _read_mark(Path(path))
         if mark is None:
             return torch.load(path, map_location=map_location, weights_only=False)  # as DeepSpeed's own engine does
@@ -153,7 +154,8 @@ class LongrailCheckpointEngine(CheckpointEngine):
         return False
 
     def _begin(self) -> None:
-        assert self._info is not None and self._files is not None
+        assert self._info is not None
+        assert self._files is not None
         root, files, self._files = Path(self._info.save_dir).absolute(), self._files, None
         run, match = self._runs[root], _STEP.fullmatch(self._info.tag)
         step = int(match[1]) if match else max(run.steps(), default=-1) + 1

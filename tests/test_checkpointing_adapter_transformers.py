@@ -33,7 +33,7 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer_of(folder, seed, callbacks):
     torch.manual_seed(seed)
-    model = tiny_model(tie_word_embeddings=True, attention_dropout=0.3)
+    model = tiny_model(tie_word_embeddings=True, attention_dropout=0.3, dtype=torch.float32)
     arguments = TrainingArguments(
         output_dir=str(folder), use_cpu=True, per_device_train_batch_size=2, max_steps=14, learning_rate=0.01,
         lr_scheduler_type="cosine", warmup_steps=2, logging_steps=2, report_to=[], save_strategy="steps", save_steps=4,

@@ -5,8 +5,8 @@
     trainer.train(resume_from_checkpoint=callback.resume_from(trainer))     # None, from the start, when there is none
 
 When to save stays with the Trainer (`save_strategy`, `save_steps`); its own checkpoints, which stop training, are not
-written. The state is the model, the optimizer by parameter name, the scheduler, the gradient scaler, every rank's random
-numbers and the Trainer's own state.
+written. The state is the model, the optimizer by parameter name, the scheduler, the gradient scaler, every rank's
+random numbers and the Trainer's own state.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class CheckpointCallback(TrainerCallback):
         self._path, self._keep, self._timeout_s, self._settings = path, keep, timeout_s, settings
         self._checkpoints: Checkpointer | None = None
         self._trainer: Trainer | None = None
-        self._due = False
+        self._due, self._saved = False, -1
 
     def resume_from(self, trainer: Trainer) -> str | None:
-        """Return a folder for `train(resume_from_checkpoint=...)`, or None when nothing was saved yet. Every rank calls.
+        """Return a folder for `train(resume_from_checkpoint=...)`; None when nothing was saved yet. Every rank calls.
 
         The newest checkpoint that verifies is written there as the Trainer reads it, in `output_dir/resume`, by rank 0;
         every rank holds the state once more meanwhile. Raises what `Checkpointer.restore` raises.
@@ -67,6 +67,7 @@ class CheckpointCallback(TrainerCallback):
         info = self._opened().restore(found)
         if info is None:
             return None
+        self._saved = info.step
         place = Path(trainer.args.output_dir) / "resume" / f"checkpoint-{info.step}"
         if trainer.args.process_index == 0:
             _write_folder(place, found.state)
@@ -125,9 +126,9 @@ class CheckpointCallback(TrainerCallback):
         return self._checkpoints
 
     def _save_if_due(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        if not self._due:
+        due, self._due = self._due, False
+        if not due or state.global_step == self._saved:
             return
-        self._due = False
         trainer, extra = self._trainer, {}
         if trainer is not None:
             trainer.store_flos()
@@ -135,9 +136,9 @@ class CheckpointCallback(TrainerCallback):
             scaler = getattr(trainer.accelerator, "scaler", None)
             extra = {} if scaler is None else {"scaler": scaler.state_dict()}
         parts = extra | {"scheduler": kwargs["lr_scheduler"].state_dict()}
-        checkpoints = self._opened()
-        if state.global_step not in checkpoints.steps():
-            checkpoints.save(state.global_step, _TrainerParts(kwargs["model"], kwargs["optimizer"], parts, args, state))
+        whole = _TrainerParts(kwargs["model"], kwargs["optimizer"], parts, args, state)
+        self._opened().save(state.global_step, whole)
+        self._saved = state.global_step
 
 
 class _TrainerParts:
@@ -225,9 +226,8 @@ def _write_folder(place: Path, state: Mapping[str, Any]) -> None:
     storage.make_folders(new)
     values = {name: unflatten(value, state.__getitem__) for name, value in state.items() if _is_value(name, value)}
     model = {name.removeprefix("model."): one for name, one in state.items() if name.startswith("model.")}
-    save_file(
-        {name: one.clone().contiguous() for name, one in model.items()}, new / "model.safetensors", {"format": "pt"}
-    )
+    whole = {name: one.clone().contiguous() for name, one in model.items()}
+    save_file(whole, new / "model.safetensors", {"format": "pt"})
     torch.save(_numbered(values[_GROUPS], state, values), new / "optimizer.pt")
     torch.save(values["scheduler"], new / "scheduler.pt")
     if "scaler" in values:

@@ -190,6 +190,7 @@ def _slice(item: WriteItem, data: Any) -> Provider:
 
 
 def _value(name: str, data: Any) -> dict[str, Any]:
+    data.seek(0)
     try:
         value = torch.load(data, weights_only=True)
     except Exception as error:

@@ -17,10 +17,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from checkpointing.errors import CheckpointError, StateError
+from checkpointing.formats.torchsnapshot import TREES
 from checkpointing.nested import flatten, unflatten
 from checkpointing.records import Stateful
-
-_TREE = "tree"
 
 
 class AppState:
@@ -46,15 +45,15 @@ class AppState:
             name = self._name(key)
             tensors, tree = flatten(part.state_dict(), name)
             out |= tensors
-            out[f"{_TREE}.{name}"] = tree
+            out[f"{TREES}{name}"] = tree
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Give every part what was saved under its key. Raises CheckpointError, before any part is changed."""
-        trees = {key: f"{_TREE}.{self._name(key)}" for key in self._parts}
+        trees = {key: f"{TREES}{self._name(key)}" for key in self._parts}
         missing = [key for key, name in trees.items() if name not in state_dict]
         if missing:
-            there = sorted(name.removeprefix(f"{_TREE}.") for name in state_dict if name.startswith(f"{_TREE}."))
+            there = sorted(name.removeprefix(TREES) for name in state_dict if name.startswith(TREES))
             raise CheckpointError(f"{missing[0]!r} was not saved for rank {self._rank}; there are: {', '.join(there)}")
         nested = {key: unflatten(state_dict[name], state_dict.__getitem__) for key, name in trees.items()}
         for key, part in self._parts.items():

@@ -10,7 +10,7 @@ from checkpointing import SINGLE, Checkpointer
 from tests.flat_states import Flat, same
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(700)  # the first use compiles an op, for minutes on a busy machine
 ENV = {"DS_ACCELERATOR": "cpu"}
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -87,7 +87,7 @@ def rank_trains(info, root, via):
 @pytest.mark.parametrize("via", ["line", "config"])
 def test_deepspeed_trains_on_bit_by_bit_from_what_was_saved_beside_it(tmp_path, via):
     root = tmp_path / "ds"
-    results = run_ranks(rank_trains, 2, str(root), via, timeout_s=240, fresh=True, env=ENV)
+    results = run_ranks(rank_trains, 2, str(root), via, timeout_s=600, fresh=True, env=ENV)
     assert [equal for equal, _ in results] == [True, True]
     assert json.loads((root / "named" / "mp_rank_00_model_states.pt").read_text()) == {
         "longrail_checkpoint": {"step": 2, "file": "named/mp_rank_00_model_states.pt"}
@@ -100,13 +100,11 @@ def test_deepspeed_trains_on_bit_by_bit_from_what_was_saved_beside_it(tmp_path, 
 
 def rank_seam(info, root):
     """The calls DeepSpeed makes, without its engine."""
-    import deepspeed
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
 
     from checkpointing.adapters.deepspeed import LongrailCheckpointEngine
     from checkpointing.errors import CheckpointError
 
-    deepspeed.init_distributed("gloo")
     engine = LongrailCheckpointEngine()
     weight = torch.full((300, 100), float(info.rank))
     info_of = CheckpointCommitInfo("global_step5", root, True)

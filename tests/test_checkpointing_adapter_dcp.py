@@ -112,7 +112,8 @@ def test_what_dcp_saves_dcp_loads_on_any_number_of_ranks(tmp_path, mode, ranks):
             assert loaded[".extra.step"] == number
             assert same(loaded, expected[number])
         for name, tensor in found[1][1].items():  # and both train on
-            torch.testing.assert_close(found[2][1][name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+            if isinstance(tensor, torch.Tensor):
+                torch.testing.assert_close(found[2][1][name], tensor, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_a_checkpoint_of_ours_is_read_by_dcp_and_the_other_way(tmp_path):

@@ -66,6 +66,7 @@ def _of_config(deepspeed_config: Any, rank: int) -> LongrailCheckpointEngine:
     return LongrailCheckpointEngine(**({"staging_bytes": int(size * 2**30)} if size else {}))
 
 
+# Its base has no annotations, from which pyright infers that its methods return what they return there.
 class LongrailCheckpointEngine(CheckpointEngine):
     """DeepSpeed's seam, over one Checkpointer a folder. Every rank makes one.
 
@@ -101,7 +102,7 @@ class LongrailCheckpointEngine(CheckpointEngine):
         name = os.path.relpath(path, self._info.save_dir)
         self._files |= _providers(name, state_dict)
 
-    def is_decoupled(self) -> bool:
+    def is_decoupled(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """DeepSpeed's own word for "does not stop training".
 
         The one call it makes on every rank after the last `save` of a checkpoint: the save begins here.
@@ -110,11 +111,11 @@ class LongrailCheckpointEngine(CheckpointEngine):
             self._begin()
         return True
 
-    def get_commit_info(self) -> CheckpointCommitInfo | None:
+    def get_commit_info(self) -> CheckpointCommitInfo | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the checkpoint that `step` has to wait for."""
         return self._info
 
-    def commit(self, info: CheckpointCommitInfo | None) -> bool:
+    def commit(self, info: CheckpointCommitInfo | None) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Wait, before an optimizer step, until everything is copied."""
         self._info = None
         for run in self._runs.values():
@@ -149,7 +150,7 @@ class LongrailCheckpointEngine(CheckpointEngine):
             for run in runs:
                 run.close()
 
-    def preserves_storage_sharing(self) -> bool:
+    def preserves_storage_sharing(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Only what a tensor shows is written, so DeepSpeed need not clone it first."""
         return False
 

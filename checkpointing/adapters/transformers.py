@@ -37,10 +37,9 @@ _GROUPS = "optim_groups"
 
 
 class CheckpointCallback(TrainerCallback):
-    """Saves where the Trainer would, while training goes on. Every rank makes one; the arguments are those of
-    `Checkpointer`.
+    """Saves when the Trainer would, while training goes on. Every rank makes one.
 
-    For one process and for DDP. Saves are durable, or what went wrong is raised, when `train` returns.
+    The arguments are those of `Checkpointer`. For one process and for DDP. Saves are durable, or what went wrong is raised, when `train` returns.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class CheckpointCallback(TrainerCallback):
         if info is None:
             return None
         self._saved = info.step
-        place = Path(trainer.args.output_dir) / "resume" / f"checkpoint-{info.step}"
+        place = Path(str(trainer.args.output_dir)) / "resume" / f"checkpoint-{info.step}"
         if trainer.args.process_index == 0:
             _write_folder(place, found.state)
         trainer.accelerator.wait_for_everyone()
@@ -161,7 +160,7 @@ class _TrainerParts:
         rank = self._args.process_index
         out: dict[str, Any] = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
         names = {param: name for name, param in self._model.named_parameters()}
-        values: dict[str, Any] = {f"rng.{rank}": _random_numbers(self._args)}
+        values: dict[str, Any] = {f"rng.{rank}": _random_numbers()}
         for param, slots in self._optimizer.state.items():
             for slot, value in slots.items():
                 if isinstance(value, torch.Tensor):
@@ -200,12 +199,12 @@ def _note_callbacks(trainer: Trainer, state: TrainerState) -> None:
     for one in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(one, ExportableState):
             found.setdefault(type(one).__name__, []).append(one.state())
+    noted: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
     for name, states in found.items():
-        several = isinstance(state.stateful_callbacks.get(name), list)
-        state.stateful_callbacks[name] = states if several else states[-1]
+        noted[name] = states if isinstance(noted.get(name), list) else states[-1]
 
 
-def _random_numbers(args: TrainingArguments) -> dict[str, Any]:
+def _random_numbers() -> dict[str, Any]:
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

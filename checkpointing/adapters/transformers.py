@@ -39,7 +39,8 @@ _GROUPS = "optim_groups"
 class CheckpointCallback(TrainerCallback):
     """Saves when the Trainer would, while training goes on. Every rank makes one.
 
-    The arguments are those of `Checkpointer`. For one process and for DDP. Saves are durable, or what went wrong is raised, when `train` returns.
+    The arguments are those of `Checkpointer`. For one process and for DDP. When `train` returns, saves are durable, or
+    what went wrong was raised.
     """
 
     def __init__(

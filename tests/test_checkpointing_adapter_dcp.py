@@ -163,3 +163,28 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_left(tmp_path):
     with pytest.raises(CheckpointException, match="exists already, and a save never overwrites"):
         dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "step-1", storage_writer=writer, no_dist=True)
     writer.close()
+
+
+class Refuses(dcp.DefaultSavePlanner):
+    """A planner that fails before anything is written."""
+
+    def create_local_plan(self):
+        raise ValueError("no plan")
+
+
+def test_a_save_that_fails_before_it_begins_holds_nothing_up(tmp_path):
+    net, optimizer = made(sharded=False)
+    step(net, optimizer, 1)
+    writer = DcpWriter(tmp_path, group=SINGLE)
+    step(net, optimizer, 2)  # seen: from here on its tensors are left live
+    for place, planner in ((tmp_path / "step-1", Refuses()), (tmp_path / "nowhere", None)):
+        future = dcp.async_save(
+            {"net": net.state_dict()}, checkpoint_id=place, storage_writer=writer, planner=planner, no_dist=True
+        )
+        step(net, optimizer, 3)  # waits for nobody
+        with pytest.raises((CheckpointException, StateError)):
+            future.result(30)
+    dcp.async_save(
+        {"net": net.state_dict()}, checkpoint_id=tmp_path / "step-2", storage_writer=writer, no_dist=True
+    ).result(30)
+    writer.close()

@@ -16,6 +16,7 @@ import copy
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -40,6 +41,7 @@ from checkpointing.retention import Keep, KeepLast
 __all__ = ["DcpReader", "DcpWriter"]
 
 _EVERYTHING = KeepLast(2**31)
+_LOOK_S = 0.25
 _log = logging.getLogger("checkpointing")
 
 
@@ -74,7 +76,8 @@ class DcpWriter(StorageWriter, AsyncStager):
         self._staged, self._over = threading.Event(), threading.Event()
         self._staged.set()
         self._over.set()
-        self._torn = False
+        self._torn, self._begin = False, threading.Lock()
+        self._worker: threading.Thread | None = None
 
     @property
     def checkpointer(self) -> Checkpointer:
@@ -88,6 +91,7 @@ class DcpWriter(StorageWriter, AsyncStager):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Choose the step of the next save. Raises StateError."""
+        self._worker = threading.current_thread()
         root, step = split_step(Path(checkpoint_id or "").absolute())
         if checkpoint_id is not None and (step is None or root != self._root):
             raise StateError(f"checkpoint_id is {checkpoint_id}; this writer saves to {self._root}/step-<number>")
@@ -95,10 +99,10 @@ class DcpWriter(StorageWriter, AsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the state with copies of what may change before the next optimizer step; waits for the save before."""
-        if not self._over.wait(self._timeout_s):
+        if not self._await(self._over):
             raise SaveError(f"the save before has not ended within {self._timeout_s:g} s")
         staged = _staged(state_dict, self._owners.storages())
-        self._torn = False
+        self._torn, self._worker = False, None
         self._staged.clear()
         self._over.clear()
         return staged
@@ -110,13 +114,16 @@ class DcpWriter(StorageWriter, AsyncStager):
 
     def synchronize_staging(self) -> None:
         """Return when live memory may change. Optimizer steps call it by themselves."""
-        if not self._staged.wait(self._timeout_s):
-            self._torn = True
+        if not self._await(self._staged):
+            with self._begin:  # no save begins to read from here on
+                self._torn = True
             self._staged.set()
-            _log.error("DCP has not begun to write within %g s of async_save; that save is given up", self._timeout_s)
+            _log.error("DCP has not copied the state within %g s; that save is given up", self._timeout_s)
+            self._checkpoints.fence()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up: the save makes its folder."""
+        """Note who writes: the save itself makes its folder."""
+        self._worker = threading.current_thread()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """DCP's plan is the plan."""
@@ -128,12 +135,13 @@ class DcpWriter(StorageWriter, AsyncStager):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Save, and commit once every rank has."""
-        if self._step is None:
-            raise StateError(f"give checkpoint_id='{self._root}/step-<number>'")
         try:
-            if self._torn:
-                raise SaveError("given up: an optimizer step could not wait any longer for DCP to begin")
-            handle = self._checkpoints.save(self._step, _Planned(plan, planner))
+            if self._step is None:
+                raise StateError(f"give checkpoint_id='{self._root}/step-<number>'")
+            with self._begin:
+                if self._torn:
+                    raise SaveError("given up: an optimizer step could not wait any longer for DCP to begin")
+                handle = self._checkpoints.save(self._step, _Planned(plan, planner))
             handle.staged(self._timeout_s)
             self._staged.set()
             handle.wait()
@@ -151,6 +159,17 @@ class DcpWriter(StorageWriter, AsyncStager):
         """End; every rank must call, after its last save."""
         self._hook.remove()
         self._checkpoints.close()
+
+    def _await(self, event: threading.Event) -> bool:
+        """Return whether an event came; DCP may fail before it calls us, and then only its thread tells, by ending."""
+        give_up = time.monotonic() + self._timeout_s
+        while not event.wait(_LOOK_S):
+            if self._worker is not None and not self._worker.is_alive():
+                self._staged.set()
+                self._over.set()
+            elif time.monotonic() > give_up:
+                return False
+        return True
 
     def __reduce__(self) -> Any:
         raise StateError("this writer copies in the background by itself; use async_save with its default, THREAD")
@@ -205,6 +224,6 @@ def _staged(value: Any, owned: set[int]) -> Any:
         return value.detach() if local(value).untyped_storage().data_ptr() in owned else value.detach().clone()
     if isinstance(value, Mapping):
         return {key: _staged(item, owned) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_staged(item, owned) for item in value])
+    if type(value) in (list, tuple):
+        return type(value)(_staged(item, owned) for item in value)
     return copy.deepcopy(value)

@@ -10,7 +10,7 @@ from checkpointing import SINGLE, Checkpointer
 from tests.flat_states import Flat, same
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.timeout(700)  # the first use compiles an op, for minutes on a busy machine
+pytestmark = pytest.mark.timeout(300)
 ENV = {"DS_ACCELERATOR": "cpu"}
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -60,6 +60,7 @@ def step(engine, number):
 def rank_trains(info, root, via):
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: nothing to compile, for minutes
     deepspeed.init_distributed("gloo")
     engine = made(1, via)
     step(engine, 1)
@@ -87,7 +88,7 @@ def rank_trains(info, root, via):
 @pytest.mark.parametrize("via", ["line", "config"])
 def test_deepspeed_trains_on_bit_by_bit_from_what_was_saved_beside_it(tmp_path, via):
     root = tmp_path / "ds"
-    results = run_ranks(rank_trains, 2, str(root), via, timeout_s=600, fresh=True, env=ENV)
+    results = run_ranks(rank_trains, 2, str(root), via, timeout_s=240, fresh=True, env=ENV)
     assert [equal for equal, _ in results] == [True, True]
     assert json.loads((root / "named" / "mp_rank_00_model_states.pt").read_text()) == {
         "longrail_checkpoint": {"step": 2, "file": "named/mp_rank_00_model_states.pt"}

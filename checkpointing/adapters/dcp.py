@@ -92,6 +92,7 @@ class DcpWriter(StorageWriter, AsyncStager):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Choose the step of the next save. Raises StateError."""
         self._worker = threading.current_thread()
+        self._step = None
         root, step = split_step(Path(checkpoint_id or "").absolute())
         if checkpoint_id is not None and (step is None or root != self._root):
             raise StateError(f"checkpoint_id is {checkpoint_id}; this writer saves to {self._root}/step-<number>")
@@ -136,12 +137,13 @@ class DcpWriter(StorageWriter, AsyncStager):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Save, and commit once every rank has."""
         try:
-            if self._step is None:
+            step, self._step = self._step, None
+            if step is None:
                 raise StateError(f"give checkpoint_id='{self._root}/step-<number>'")
             with self._begin:
                 if self._torn:
                     raise SaveError("given up: an optimizer step could not wait any longer for DCP to begin")
-                handle = self._checkpoints.save(self._step, _Planned(plan, planner))
+                handle = self._checkpoints.save(step, _Planned(plan, planner))
             handle.staged(self._timeout_s)
             self._staged.set()
             handle.wait()

@@ -189,10 +189,16 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        timeout_s = self._config.timeout_s
+        if error is not None:
             # What ended the block may be a lost rank, with which no save in flight can be finished; and it is not seen
             # before this returns.
-            self._close(self._config.timeout_s if error is None else min(self._config.timeout_s, _AFTER_ERROR_S))
+            timeout_s = min(timeout_s, _AFTER_ERROR_S)
+            if not self._engine.idle(0):
+                told = str(error).partition("\n")[0]
+                _log.error("%s: %s; ending within %g s the save in flight", type(error).__name__, told, timeout_s)
+        try:
+            self._close(timeout_s)
         except CheckpointError as owed:
             if error is None:
                 raise

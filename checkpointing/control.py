@@ -96,6 +96,10 @@ class Control(Protocol):
         """Return rank 0's value. Every rank must call; unlike the other calls, from any one thread."""
         ...
 
+    def leave(self) -> None:
+        """Wait for no other rank any more, in calls under way too; from any thread."""
+        ...
+
     def close(self) -> None:
         """Let go of the store, once the others have read their answers."""
         ...
@@ -124,6 +128,9 @@ class Alone:
     def lead(self, value: bool) -> bool:
         """Return the value."""
         return value
+
+    def leave(self) -> None:
+        """Nobody is waited for."""
 
     def close(self) -> None:
         """Nothing to let go of."""

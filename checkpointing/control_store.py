@@ -20,6 +20,7 @@ from checkpointing.store_calls import StoreCalls, open_store
 
 _PART_BYTES = 4 * 2**20  # TCPStore drops the connection on values over 8 MiB
 _GOODBYE_S = 10.0
+_LEAVING_S = 1.0
 
 
 class StoreControl:
@@ -33,6 +34,7 @@ class StoreControl:
         self._beats, self._beat_at, self._leads = 0, 0.0, 0
         self._unread: dict[str, int] = {}
         self.pulse = time.monotonic()
+        self._leaving = False
         self._store("set", self._life(self.rank), "0")
 
     def begin(self, what: str) -> None:
@@ -53,7 +55,8 @@ class StoreControl:
             mine = {0: self._key(phase, "answer", self.rank)}
             found = self._collect(mine)
             if 0 not in found:
-                raise RankError(f"{self._what} failed: rank 0 gave no answer for {self._timeout_s:g} s")
+                why = "before this rank gave up" if self._leaving else f"for {self._timeout_s:g} s"
+                raise RankError(f"{self._what} failed: rank 0 gave no answer {why}")
             return found[0]
         wanted = {rank: self._key(phase, "report", rank) for rank in range(1, self.world_size)}
         found = {0: outcome, **self._collect(wanted)}
@@ -84,9 +87,14 @@ class StoreControl:
             time.sleep(0.0005)
         return self._calls("get", key) == b"1"
 
+    def leave(self) -> None:
+        """Give up on ranks that are silent: from now on nobody is waited for, in calls under way too."""
+        self._leaving = True
+        self._calls.hurry(_LEAVING_S)
+
     def close(self) -> None:
         """Let go of the store; its host waits a little until the others have read their answers, or left."""
-        give_up = time.monotonic() + min(self._timeout_s, _GOODBYE_S)
+        give_up = time.monotonic() + min(self._timeout_s, _LEAVING_S if self._leaving else _GOODBYE_S)
         with suppress(RankError):  # the store is gone already
             if self.rank:
                 self._store("set", f"left/{self.rank}", "")
@@ -121,6 +129,8 @@ class StoreControl:
             for rank in list(deadline):
                 if self._store("check", [keys[rank]]):
                     found[rank] = Outcome(**self._take(keys[rank]))
+                    del deadline[rank]
+                elif self._leaving:
                     del deadline[rank]
                 elif time.monotonic() > deadline[rank]:
                     life = self._life_of(rank)

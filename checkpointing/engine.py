@@ -110,7 +110,9 @@ class Engine:
         if flying and not self.idle(timeout_s):
             for job in flying:
                 job.give_up(SaveError(f"not durable {timeout_s:g} s after the close; given up"))
-            self.idle(_GOODBYE_S)
+            if not self.idle(_GOODBYE_S):  # it is another rank that is waited for
+                self._control.leave()
+                self.idle(_GOODBYE_S)
         for job in flying:
             if job.handle.progress.done:
                 _log.info("%s: finished on the way out", job.what)

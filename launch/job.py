@@ -63,6 +63,11 @@ class Job:
         """Optimizer steps of the whole run."""
         return min(self.loader.num_steps, self.config.run.steps or self.loader.num_steps)
 
+    @property
+    def patience_s(self) -> float:
+        """How long a rank waits for another within a step."""
+        return self.config.pipeline.timeout_s
+
     def train_step(self, batch: StepBatch) -> StepMetrics:
         """Train one step; return what there is to say of it, but for the time. Every rank calls.
 

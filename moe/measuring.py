@@ -64,12 +64,17 @@ def profile_world(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> P
         return make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
 
 
-def expert_jobs(shape: ExpertShape) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
-    """Return jobs that run the experts forward, and backward alone, on a number of rows."""
-    module = StackedExperts(
+def made_experts(shape: ExpertShape) -> StackedExperts:
+    """Return random experts of a shape, fp32."""
+    return StackedExperts(
         torch.randn(shape.count, 2 * shape.inner, shape.width) * 0.02,
         torch.randn(shape.count, shape.width, shape.inner) * 0.02,
     )
+
+
+def expert_jobs(shape: ExpertShape) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
+    """Return jobs that run the experts forward, and backward alone, on a number of rows."""
+    module = made_experts(shape)
 
     def inputs(rows: int) -> tuple[torch.Tensor, list[int]]:
         each = [rows // shape.count] * shape.count

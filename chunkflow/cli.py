@@ -4,6 +4,7 @@
     chunkflow plan DATA                    the plan of one epoch: chunks, fill, balance
     chunkflow audit DATA                   proof that every target is scored exactly once
     chunkflow check MODEL                  gradients in chunks against whole sequences
+    chunkflow families                     which causal LMs of transformers are exact, and which refused
     chunkflow tune MODEL                   the best (chunk_tokens, retain) under a memory cap
 
 DATA is a `.jsonl` or `.parquet` file, a folder, a name on the Hub, or, with --lengths, a `.npy` file of lengths. Exit
@@ -242,6 +243,34 @@ def check(
         text = json.dumps({**asdict(report), "exact": report.exact}) if as_json else str(report)
         typer.echo(text)
         raise typer.Exit(0 if report.exact else 1)
+
+
+@app.command()
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="model types, such as llama; none: all")] = None,
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the documentation")] = False,
+) -> None:
+    """Try causal LM families of the installed transformers, tiny and random: exact in chunks, or refused and why."""
+    with _errors():
+        from dataclasses import asdict
+
+        from chunkflow.families import WRONG, counts, family_names, markdown, table, try_families
+
+        wanted = names or family_names()
+        found = []
+        with _progress("families") as progress:
+            for verdict in try_families(wanted):
+                found.append(verdict)
+                progress(len(found), len(wanted))
+        if as_json:
+            typer.echo(json.dumps({"families": [asdict(verdict) for verdict in found], "counts": counts(found)}))
+        elif as_markdown:
+            typer.echo(markdown(found), nl=False)
+        else:
+            Console().print(table(found))
+            typer.echo(", ".join(f"{count} {state}" for state, count in counts(found).items()))
+        raise typer.Exit(1 if counts(found)[WRONG] else 0)
 
 
 @app.command()

@@ -149,9 +149,16 @@ def _rows(embedding: nn.Module) -> int:
 
 
 def _decoder_layers(model: PreTrainedModel, base: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of the text decoder by name; a model for images has other lists of layers beside it."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            prefix = f"{model.base_model_prefix}.{name}"
-            return {f"{prefix}.{i}": layer for i, layer in enumerate(module)}
+    inside = {id(module) for module in model.get_decoder().modules()} if hasattr(model, "get_decoder") else set()
+    lists = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    lists.sort(key=lambda found: id(found[1]) not in inside)
+    for name, module in lists:
+        prefix = f"{model.base_model_prefix}.{name}"
+        return {f"{prefix}.{i}": layer for i, layer in enumerate(module)}
     raise UnsupportedModelError(f"{type(model).__name__}: no list of {count} decoder layers was found")

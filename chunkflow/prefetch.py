@@ -50,8 +50,10 @@ class Prefetcher(Generic[T]):
         if kind == "item":
             return value
         self._done = True
-        if kind == "error":
+        if kind == "error" and isinstance(value, Exception):
             raise value
+        if kind == "error":  # SystemExit and its like, meant for the thread: here it would end the program as if well
+            raise ChunkflowError(f"the thread that prepares batches was ended by {value!r}") from value
         raise StopIteration
 
     def _take(self) -> tuple[str, Any]:

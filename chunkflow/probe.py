@@ -5,7 +5,7 @@ A layer that mixes tokens behind our back gives other hidden states, and is name
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,9 +44,12 @@ def probe(parts: CausalParts) -> None:
     model.eval()
     try:
         with replay(rng_state(device), device), _narrow_windows(model):
-            whole = _run_whole(parts, ids)
-            _check_finite(parts, whole)
-            _compare_head(parts, ids, whole[-1])
+            with _failing_is_refused(
+                f"{type(model).__name__} failed on a few tokens, whole and with its own attention"
+            ):
+                whole = _run_whole(parts, ids)
+                _check_finite(parts, whole)
+                _compare_head(parts, ids, whole[-1])
             state = GroupState(capacity=_BORDER)
             chunked = _run_chunks(parts, ids, state)
     finally:
@@ -76,15 +79,23 @@ def _run_chunks(parts: CausalParts, ids: Tensor, state: GroupState) -> list[Tens
 def _run_chunk(parts: CausalParts, tokens: Tensor, spans: tuple[Span, ...], state: GroupState) -> list[Tensor]:
     positions = torch.cat([torch.arange(s.length, device=tokens.device) + s.prefix for s in spans])
     with attention_of(parts.model), _outputs_of(parts) as outputs:
-        try:
+        names = [*parts.layers, f"{parts.model.base_model_prefix}, after the last layer,"]
+        with _failing_is_refused(lambda: f"{names[min(len(outputs), len(names) - 1)]} failed with our attention"):
             view = ChunkView(spans, state)
             hidden = parts.hidden(input_ids=tokens[None], position_ids=positions[None], chunk_view=view)
-        except ChunkflowError:
-            raise
-        except Exception as error:  # whatever a model's code raises, it is refused with it
-            name = list(parts.layers)[min(len(outputs), len(parts.layers) - 1)]
-            raise UnsupportedModelError(f"{name} failed with our attention: {type(error).__name__}: {error}") from error
     return [*outputs, hidden]
+
+
+@contextmanager
+def _failing_is_refused(what: str | Callable[[], str]) -> Iterator[None]:
+    """Whatever a model's code raises, the model is refused with it."""
+    try:
+        yield
+    except ChunkflowError:
+        raise
+    except Exception as error:
+        said = what() if callable(what) else what
+        raise UnsupportedModelError(f"{said}: {type(error).__name__}: {error}") from error
 
 
 def _check_called(parts: CausalParts, state: GroupState) -> None:

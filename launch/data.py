@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from chunkflow.errors import SourceError
 from chunkflow.sources import Source
 from chunkflow.sources_jsonl import JsonLines
+from chunkflow.sources_open import open_source
 from chunkflow.sources_text import TextFolder
-from launch.config import FinetuneConfig
+from launch.config import DataConfig, FinetuneConfig
 from launch.corpus import FolderChoice, choose_files, jsonl_texts
 from launch.errors import DataError
-from launch.tokenizer import pretrained_tokenizer, trained_tokenizer
+from launch.functions import write_functions
+from launch.pretrained import pretrained_tokenizer
+from launch.tokenizer import trained_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ def load_data(config: FinetuneConfig) -> Data:
     """
     data, notes = config.data, []
     try:
+        if data.kind == "functions":
+            return _open_functions(config)
         if data.kind == "text":
             choice = choose_files(data)
             notes += [choice.note] if choice.note else []
             tokenizer, source = _open_folder(config, choice)
         else:
-            tokenizer, source = _open_lines(config)
+            tokenizer, source = _open_lines(config) if data.kind == "jsonl" else _open_any(config)
     except SourceError as error:
         raise DataError(f"data.path {data.path}: {error}") from error
     except OSError as error:
@@ -54,11 +59,7 @@ def load_data(config: FinetuneConfig) -> Data:
 
 
 def _open_folder(config: FinetuneConfig, choice: FolderChoice) -> tuple[PreTrainedTokenizerBase | None, Source]:
-    if not choice.names:
-        raise DataError(
-            f"no file of {choice.root} matches data.pattern {config.data.pattern!r}, is not in data.exclude, and has "
-            f"at most data.max_file_bytes = {config.data.max_file_bytes}"
-        )
+    _require_files(config.data, choice)
     tokenizer = load_tokenizer(config, choice.texts)
     assert tokenizer is not None
     cache = Path(config.data.cache)
@@ -70,6 +71,48 @@ def _open_lines(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase | None,
     data = config.data
     tokenizer = load_tokenizer(config, lambda: jsonl_texts(Path(data.path), data.field))
     return tokenizer, JsonLines(data.path, tokenizer, field=data.field, cache_dir=Path(data.cache))
+
+
+def _open_any(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase | None, Source]:
+    data, path = config.data, config.model.path
+    if path is None and Path(data.path).suffix in (".jsonl", ".json"):
+        return _open_lines(config)
+    tokenizer = None if path is None else pretrained_tokenizer(path)
+    try:
+        source = open_source(data.path, tokenizer, cache_dir=Path(data.cache), split=data.split, field=data.field)
+    except SourceError as error:
+        if tokenizer is not None or "no tokenizer was given" not in str(error):
+            raise
+        raise DataError(
+            f"data.path {data.path}: {error}: model.path names it; a vocabulary is trained on text and jsonl only"
+        ) from error
+    return tokenizer, source
+
+
+def _open_functions(config: FinetuneConfig) -> Data:
+    data, cache = config.data, Path(config.data.cache)
+    if config.model.path is None:
+        raise DataError(
+            "data.kind functions asks for functions in chats, and a new model's tokenizer has no chat template; set "
+            "model.path to a model that has one, such as smollm2"
+        )
+    tokenizer = pretrained_tokenizer(config.model.path)
+    choice = choose_files(replace(data, max_file_bytes=None, long_files=()))
+    _require_files(data, choice)
+    limit, count, seed = data.max_file_bytes, data.held_out, config.run.seed
+    files = write_functions(choice, max_bytes=limit, held_out=count, seed=seed, cache=cache)
+    train = JsonLines(files.train, tokenizer, cache_dir=cache)
+    held_out = JsonLines(files.held_out, tokenizer, cache_dir=cache) if count else None
+    skipped = [str(skipped) for source in (train, held_out) if source is not None for skipped in source.skipped]
+    return Data(train, held_out, tokenizer, (*files.notes, *skipped))
+
+
+def _require_files(data: DataConfig, choice: FolderChoice) -> None:
+    if not choice.names:
+        limit = "" if data.kind == "functions" else f", and has at most data.max_file_bytes = {data.max_file_bytes}"
+        raise DataError(
+            f"no file of {choice.root} matches data.pattern {data.pattern!r}, is not in data.exclude{limit}"
+        )
 
 
 def load_tokenizer(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase | None:

@@ -48,6 +48,16 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def facts(self) -> Path:
+        """The data, the model and the machines, for the report."""
+        return self.path / "job.json"
+
+    @property
+    def report(self) -> Path:
+        """The run as a page for a browser."""
+        return self.path / "report.html"
+
+    @property
     def expert_plans(self) -> Path:
         """The last measured plans of expert-parallel layers, readable as `moe.plan`."""
         return self.path / "moe_plan.json"

@@ -21,16 +21,18 @@ from rich.console import Console
 from checkpointing import Checkpointer, KeepLast
 from launch.claim import claimed
 from launch.config import FinetuneConfig
+from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
+from launch.facts import job_facts
 from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
-from launch.report import Report, describe_job, make_console
+from launch.report import write_report
 from launch.saving import Saver
 from launch.stop import StopSignals
-from launch.summary import peak_resident_bytes, print_summary, summarize, summed_up
+from launch.summary import print_summary, summarize, summed_up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +75,10 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             )
             return
         if world.rank == 0:
+            write_json(folder.facts, job_facts(job))
             for change in record_config(folder.config, config):
                 console.print(f"Changed since this run last started: {change}")
-        with Report(
+        with Recorder(
             console, folder, job.total_steps, after_step=resumed_from, log_every=config.run.log_every
         ) as report:
             stopped = train(job, report, saver, stop)
@@ -100,7 +103,7 @@ def resume(saver: Saver, console: Console) -> int | None:
     return info.step
 
 
-def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
+def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
     """Train the steps that are left and save the last state; return whether it was asked to stop before the end."""
     run, stopped = job.config.run, False
     if job.state.step == 0:
@@ -127,7 +130,7 @@ def train(job: Job, report: Report, saver: Saver, stop: StopSignals) -> bool:
 
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
-    peak = max(job.world.board.gather("peak memory", peak_resident_bytes()))
+    peak = max(job.world.board.gather("peak memory", job.memory.resident_bytes()))
     if not job.write_model(folder.model):
         return
     summary = summarize(
@@ -140,6 +143,7 @@ def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resum
     )
     write_json(folder.summary, summary)
     print_summary(console, summary)
+    console.print(f"Report: {write_report(folder)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from launch.errors import TrainingError
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
 from launch.gradnorm import clip_
+from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
 from launch.optimizer import apply_settings, build_optimizer
@@ -51,6 +52,7 @@ class Job:
     state: TrainState
     held_out: tuple[StepBatch, ...]
     """The held-out samples as steps, loaded once."""
+    memory: PeakMemory
     pipeline: str | None = None
     """How the model is spread over ranks, in words."""
     experts: ExpertRunner | None = None
@@ -67,6 +69,7 @@ class Job:
         Raises TrainingError, changing no weight, when the loss or a gradient is not finite.
         """
         settings = self.config.optimizer
+        self.memory.begin()
         lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
         loss = float(self.runner.forward_backward(batch))
         norm = self.runner.grad_norm()
@@ -78,6 +81,7 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         metrics = measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
+        metrics = replace(metrics, peak_bytes=self.memory.of_step())
         experts = self.experts
         return metrics if experts is None else replace(metrics, more=experts.loads, notes=experts.notes)
 
@@ -172,7 +176,8 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTraine
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
-        optimizer=optimizer, state=state, held_out=held_out, pipeline=runner.description, experts=experts,
+        optimizer=optimizer, state=state, held_out=held_out, memory=PeakMemory(world.device),
+        pipeline=runner.description, experts=experts,
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ class StepMetrics:
     """Tokens of sequences longer than a chunk."""
     longest: int = 0
     """Tokens of the step's longest sequence."""
+    peak_bytes: int | None = None
+    """Largest memory of a rank during the step: its resident set, or what torch allocated on its accelerator."""
     eval_loss: float | None = None
     """Mean over the held-out targets after the step, when evaluated."""
     more: Mapping[str, float] = field(default_factory=dict)

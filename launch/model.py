@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.config import ModelConfig
-from launch.errors import ModelError
+from launch.pretrained import pretrained_model
 
 
 def build_model(
@@ -22,22 +19,6 @@ def build_model(
     model = LlamaForCausalLM(llama_config(config, tokenizer)) if path is None else pretrained_model(path)
     nn.Module.to(model, device)
     return model.train()
-
-
-def pretrained_model(path: str) -> PreTrainedModel:
-    """Return the model in a folder. Raises ModelError when it cannot be loaded, or a weight of it is not there."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.path {path!r} is no model that transformers can load: {error}") from error
-    model, found = loaded
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model.path {path!r} lacks {len(missing)} weights of {type(model).__name__}, as {', '.join(missing[:3])}; "
-            "they would be random: give the folder of the whole causal language model"
-        )
-    return model
 
 
 def llama_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> LlamaConfig:

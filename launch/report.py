@@ -1,120 +1,159 @@
-"""What a person sees of a run: lines and a progress bar on rank 0, metrics.jsonl and TensorBoard behind them."""
+"""A run as one self-contained HTML page: loss, throughput, fill, lengths, memory, settings.
+
+    python -m launch.report runs/smollm2                     writes runs/smollm2/report.html
+    python -m launch.report runs/smollm2 --output page.html
+
+Works at any time: of a run that is under way or was stopped, it shows what there is. Exit codes: 0 well, 2 bad input.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from launch.files import RunFolder
-from launch.metrics import MetricsLog, StepMetrics
-
-if TYPE_CHECKING:
-    from launch.job import Job
-
-
-def make_console(rank: int) -> Console:
-    """Return where a rank prints: only rank 0 is heard."""
-    return Console(quiet=rank != 0, soft_wrap=True, highlight=False, markup=False)
+from launch.errors import EXIT_WELL, KNOWN_ERRORS, FolderError, report_error
+from launch.files import RunFolder, write_lines
+from launch.metrics import read_metrics
+from launch.report_page import Page
+from launch.report_plots import plots
+from launch.summary import summarize
 
 
-class Report:
-    """The records of a running job on rank 0; on other ranks every call does nothing."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of a run folder; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the folder of a run, as in run.folder")
+    parser.add_argument("--output", type=Path, help="where to write; by default report.html in that folder")
+    args = parser.parse_args(argv)
+    try:
+        print(write_report(RunFolder(args.folder), args.output))
+    except KNOWN_ERRORS as error:
+        return report_error(0, error)
+    return EXIT_WELL
 
-    def __init__(
-        self, console: Console, folder: RunFolder, total_steps: int, *, after_step: int | None, log_every: int
-    ) -> None:
-        self._console, self._total, self._every = console, total_steps, log_every
-        self._open = ExitStack()
-        self._log: MetricsLog | None = None
-        if not console.quiet:
-            self._start(folder, after_step)
 
-    def _start(self, folder: RunFolder, after_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and one rank needs it
-
-        self._log = self._open.enter_context(MetricsLog(folder.metrics, after_step=after_step))
-        if self._log.missing > 0:
-            self._console.print(f"metrics.jsonl lacks {self._log.missing} earlier steps; the summary is without them")
-        purge = 0 if after_step is None else after_step + 1
-        self._board = self._open.enter_context(SummaryWriter(folder.tensorboard, purge_step=purge))
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
+def write_report(folder: RunFolder, output: Path | None = None) -> Path:
+    """Write the report of a run, at once; return where. Raises FolderError when there is no run, or no room."""
+    target = folder.report if output is None else output
+    page = make_page(
+        read_metrics(folder.metrics),
+        name=folder.path.name,
+        settings=_read(folder.config),
+        facts=_read(folder.facts),
+        summary=_read(folder.summary),
+    )
+    if page is None:
+        raise FolderError(
+            f"{folder.path} has no step in metrics.jsonl; give the folder of a run (run.folder) that has trained"
         )
-        self._open.enter_context(self._bar)
-        self._task = self._bar.add_task("training", total=self._total, completed=after_step or 0, now="")
-
-    def write(self, metrics: StepMetrics) -> None:
-        """Record one step everywhere."""
-        if self._log is None:
-            return
-        self._log.write(metrics)
-        for name, value in metrics.values().items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics.step)
-        self._bar.update(self._task, completed=metrics.step, now=describe_now(metrics))
-        plain = not self._console.is_terminal and (metrics.step % self._every == 0 or metrics.step in (1, self._total))
-        if plain or metrics.eval_loss is not None:
-            self._console.print(describe(metrics, self._total))
-        for note in metrics.notes:
-            self._console.print(note)
-
-    def sync(self) -> None:
-        """Make what was recorded durable."""
-        if self._log is not None:
-            self._log.sync()
-            self._board.flush()
-
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
+    try:
+        write_lines(target, [page.html()])
+    except OSError as error:
+        raise FolderError(f"the report cannot be written to {target}: {error}") from error
+    return target
 
 
-def describe_now(metrics: StepMetrics) -> str:
-    """Return the few words beside the progress bar."""
-    if metrics.loss is None or metrics.tokens_per_s is None:
-        return ""
-    return f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tokens/s"
+def make_page(
+    lines: Sequence[dict[str, Any]],
+    *,
+    name: str,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    summary: Mapping[str, Any],
+) -> Page | None:
+    """Return the report of a run, None without a step. Pure.
 
-
-def describe(metrics: StepMetrics, total_steps: int) -> str:
-    """Return a step as one line for people."""
-    parts = [f"step {metrics.step}/{total_steps}"]
-    if metrics.loss is not None:
-        parts += [f"loss {metrics.loss:.4f}", f"lr {metrics.lr:.2e}", f"gradient {metrics.grad_norm:.3f}"]
-        parts += [f"{metrics.tokens} tokens", f"{metrics.tokens_per_s:,.0f} tokens/s", f"fill {metrics.fill:.0%}"]
-    if metrics.eval_loss is not None:
-        parts.append(f"held out {metrics.eval_loss:.4f}")
-    return "  ".join(parts)
-
-
-def describe_job(job: Job, console: Console) -> None:
-    """Say what will be trained, and what was left out."""
-    for note in job.data.notes:
-        console.print(note)
-    lengths, held_out = job.data.train.lengths, job.data.held_out
-    console.print(
-        f"{len(lengths)} samples, {lengths.sum():,} tokens, the longest {lengths.max():,}; "
-        f"{0 if held_out is None else len(held_out)} more held out"
+    `settings`, `facts` and `summary` are the run's config.json, job.json and summary.json, {} where there is none: a
+    run that is not finished has no summary, and what its steps tell is computed.
+    """
+    if not lines:
+        return None
+    steps = max(line["step"] for line in lines)
+    if summary.get("steps") != steps:
+        summary = _so_far(lines, steps)
+    chunk_tokens = settings.get("chunks", {}).get("chunk_tokens")
+    return Page(
+        title=name,
+        lead=_lead(steps, settings, facts),
+        tiles=_tiles(lines, summary),
+        plots=plots(lines, facts, chunk_tokens=chunk_tokens),
+        tables={"Summary": summary, "Data and machine": _described(facts), "Settings": _dotted(settings)},
     )
-    console.print(
-        f"{job.whole.kind} of {job.whole.num_parameters:,} parameters on {job.world.world_size} x "
-        f"{job.world.device.type}; {job.total_steps} steps, "
-        f"chunks of {job.config.chunks.chunk_tokens} tokens, retain {job.config.chunks.retain}"
-    )
-    if job.pipeline is not None:
-        console.print(job.pipeline)
+
+
+def _so_far(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    peak = max((line.get("peak_bytes", 0) for line in lines), default=0)
+    found = summarize(lines, steps=steps, resumed_from=None, peak_memory_bytes=peak, checkpoint=Path(), model=Path())
+    return {key: value for key, value in found.items() if key not in ("resumed_from", "checkpoint", "model")}
+
+
+def _lead(steps: int, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    sentences, total = [], facts.get("total_steps")
+    if facts:
+        model = settings.get("model", {})
+        named = f", from {model['path']}" if model.get("path") else ""
+        sentences.append(
+            f"{facts['model']} of {facts['parameters']:,} parameters{named}, on {facts['world_size']} x "
+            f"{facts['device']}; {facts['lengths']['sequences']:,} samples of {facts['lengths']['tokens']:,} tokens, "
+            f"{facts['held_out']:,} more held out."
+        )
+    if total is not None and steps < total:
+        sentences.append(f"Not finished: {steps} of {total} steps.")
+    return sentences
+
+
+def _tiles(lines: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> dict[str, str]:
+    def change(first: float | None, last: float | None) -> str | None:
+        return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+
+    speed, fill, peak = (summary.get(key) for key in ("tokens_per_s", "fill", "peak_memory_bytes"))
+    values = {
+        "loss, first and last step": change(summary.get("loss_first"), summary.get("loss_last")),
+        "held-out loss": change(summary.get("eval_loss_first"), summary.get("eval_loss_last")),
+        "tokens trained": f"{summary.get('tokens', 0):,}",
+        "tokens/s": f"{speed:,.0f}" if speed else None,
+        "fill": f"{fill:.1%}" if fill else None,
+        "peak memory of a rank": f"{peak / 2**30:.2f} GiB" if peak else None,
+        "time in steps": _duration(sum(line.get("seconds", 0) for line in lines)),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _described(facts: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {key: value for key, value in facts.items() if key not in ("lengths", "versions", "notes")}
+    lengths = facts.get("lengths", {})
+    rows |= {f"sequence length, p{name}": value for name, value in lengths.get("percentiles", {}).items()}
+    rows |= {"sequence length, longest": lengths["longest"]} if lengths else {}
+    rows |= {"left out": "; ".join(facts["notes"])} if facts.get("notes") else {}
+    return rows | {f"version of {name}": value for name, value in facts.get("versions", {}).items()}
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key if inner is None else f"{key}.{inner}": value
+        for key, section in settings.items()
+        for inner, value in (section.items() if isinstance(section, dict) else [(None, section)])
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chunkflow import ChunkRunner, StepBatch
 from launch.config import FinetuneConfig
+from launch.errors import ConfigError
 from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
@@ -64,9 +68,20 @@ class WholeRunner:
         self.model = model
         self.whole = WholeModel.of(model)
         self.description = None
-        self._runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+        self._precision = partial(autocast, config.model.precision, model.device)
+        with self._precision():
+            self._runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
         self.num_positions = self._runner.num_positions
-        self.forward_backward, self.evaluate = self._runner.forward_backward, self._runner.evaluate
+
+    def forward_backward(self, batch: StepBatch) -> Tensor:
+        """See `Runner.forward_backward`."""
+        with self._precision():
+            return self._runner.forward_backward(batch)
+
+    def evaluate(self, batch: StepBatch) -> Tensor:
+        """See `Runner.evaluate`."""
+        with self._precision():
+            return self._runner.evaluate(batch)
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the gradient, which is whole here."""
@@ -77,10 +92,18 @@ class WholeRunner:
         return self.model if dist.get_rank() == 0 else None
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a model with fp32 weights computes in a precision."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
     """Return what runs a job's steps. Every rank calls. Raises, alike, what makes the model or the settings unfit."""
-    if config.moe.wanted:
-        return ExpertRunner(model, config, place)
-    if place.transport is None:
+    if place.transport is None and not config.moe.wanted:
         return WholeRunner(model, config, place.data_group)
-    return pipeline_runner(model, config, place)
+    if config.model.precision != "fp32":
+        raise ConfigError(
+            f"model.precision is {config.model.precision}, and pipelines and expert-parallel layers compute in fp32; "
+            "set it to fp32"
+        )
+    return ExpertRunner(model, config, place) if config.moe.wanted else pipeline_runner(model, config, place)

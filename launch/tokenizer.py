@@ -1,4 +1,4 @@
-"""The model's tokenizer, or a byte-pair one trained on the corpus in seconds, and cached."""
+"""A byte-pair tokenizer for a new model, trained on the corpus in seconds, and cached."""
 
 from __future__ import annotations
 
@@ -10,22 +10,10 @@ from pathlib import Path
 
 import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from launch.errors import ModelError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 _VERSION = 1
-
-
-def pretrained_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model's folder. Raises ModelError; nothing is looked for elsewhere."""
-    if not Path(path).is_dir():
-        raise ModelError(f"model.path {path!r} is no folder; download the model, and give the folder it is in")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path {path!r} has no tokenizer that transformers can load: {error}") from error
 
 
 def trained_tokenizer(

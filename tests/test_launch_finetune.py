@@ -17,13 +17,13 @@ KEYS = {
     "loss_first", "loss_last", "tokens_per_s", "fill", "split_token_share", "longest_sequence", "peak_memory_bytes",
     "steps", "resumed_from", "checkpoint", "model",
 }  # fmt: skip
-TIMES = ("seconds", "tokens_per_s")
+MEASURED = ("seconds", "tokens_per_s", "peak_bytes")
 
 
 def curve(run):
-    """Everything a run measured but the time it took, exact to the bit."""
+    """Everything a run measured but the time and memory it took, exact to the bit."""
     lines = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")

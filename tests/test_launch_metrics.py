@@ -5,11 +5,11 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.console import Recorder, describe
 from launch.errors import TrainingError
 from launch.files import RunFolder, replace_folder, write_lines
 from launch.job import require_finite
 from launch.metrics import MetricsLog, StepMetrics, read_metrics
-from launch.report import Report, describe
 from launch.summary import peak_resident_bytes, summarize, summed_up
 
 
@@ -135,11 +135,11 @@ def test_a_loss_that_is_no_number_ends_the_training(loss, norm):
 def test_a_report_prints_lines_where_there_is_no_terminal_and_feeds_tensorboard(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     settings = {"log_every": 2}
-    with Report(Console(soft_wrap=True), folder, 4, after_step=None, **settings) as report:
+    with Recorder(Console(soft_wrap=True), folder, 4, after_step=None, **settings) as report:
         for number in (1, 2, 3):
             report.write(step(number, eval_loss=7.0 if number == 3 else None))
         report.sync()
-    with Report(Console(soft_wrap=True), folder, 4, after_step=2, **settings) as report:
+    with Recorder(Console(soft_wrap=True), folder, 4, after_step=2, **settings) as report:
         report.write(step(3, loss=0.5))
         report.write(step(4))
     lines = capsys.readouterr().out.splitlines()
@@ -153,7 +153,7 @@ def test_a_report_prints_lines_where_there_is_no_terminal_and_feeds_tensorboard(
 
 def test_other_ranks_record_nothing(tmp_path):
     quiet = Console(quiet=True)
-    with Report(quiet, RunFolder(tmp_path / "run"), 4, after_step=None, log_every=1) as report:
+    with Recorder(quiet, RunFolder(tmp_path / "run"), 4, after_step=None, log_every=1) as report:
         report.write(step(1))
         report.sync()
     assert not (tmp_path / "run").exists()

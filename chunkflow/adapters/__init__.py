@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from chunkflow.engine import Engine, WholeParameters
+from chunkflow.errors import ChunkflowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class Wrapped:
 def unwrap(model: nn.Module, group: dist.ProcessGroup | str | None) -> Wrapped:
     """Look through DDP, FSDP2, DeepSpeed and PEFT. `group`, when given, is what the caller wants."""
     kind = type(model)
+    if hasattr(model, "_orig_mod"):
+        raise ChunkflowError(
+            "the model is wrapped by torch.compile; give the model itself and compile its layers in place, behind the "
+            "runner: for layer in model.model.layers: layer.compile()"
+        )
     if isinstance(model, DistributedDataParallel):
         return unwrap(model.module, model.process_group if group is None else group)
     if any(base.__module__.startswith("deepspeed.") for base in kind.__mro__):

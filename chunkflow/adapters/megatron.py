@@ -28,6 +28,7 @@ from chunkflow.attention.function import ChunkAttention, LayerCall
 from chunkflow.engine import Engine, WholeParameters
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.loss import LogitRule
+from chunkflow.recompute import LayerCheckpoints
 from chunkflow.runner import ChunkRunner
 from chunkflow.world import resolve_group
 
@@ -133,7 +134,8 @@ class MegatronRunner(ChunkRunner):
         _require_exact(model)
         ranks = resolve_group(group)
         engine = WholeParameters(ranks)
-        self._begin(MegatronParts(model, engine), engine, ranks, retain=retain, seed=seed, offload=False)
+        parts, checkpoints = MegatronParts(model, engine), LayerCheckpoints(())
+        self._begin(parts, engine, ranks, checkpoints, retain=retain, seed=seed, offload=False)
 
 
 def _core_attentions(model: nn.Module) -> list[ChunkCoreAttention]:

@@ -19,7 +19,8 @@ from chunkflow.sources import NO_TARGET, Sample, Selection, Skipped, manifest_of
 class CollatedRows:
     """`Source` over `rows[0 .. n]`, each a mapping of columns, made into `input_ids` and `labels` by `collate([row])`.
 
-    Lengths and numbers of targets are found by one pass over all rows. A collator must not draw labels at random.
+    Lengths and numbers of targets are found by one pass over all rows. A row that is another one when it is read again
+    (a data set that changes, a collator that draws labels at random) is an error that names it.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], collate: Callable[[list[Any]], Mapping[str, Any]]) -> None:
@@ -28,18 +29,20 @@ class CollatedRows:
         if len(rows) == 0:
             raise SourceError("the data set has no rows; a source needs at least one")
         self._rows, self._collate = rows, collate
-        digest = xxhash.xxh3_128()
+        digests = np.zeros(len(rows), dtype=np.uint64)
         lengths, weights, low, high = [], [], [], []
         for index in range(len(rows)):
-            sample = self.read(index)
-            digest.update(sample.input_ids.tobytes() + sample.shift_labels.tobytes())
+            sample = self._sample(index)
+            digests[index] = _digest(sample)
             lengths.append(len(sample.input_ids))
             weights.append(float(sample.loss_weights.sum()))
             low.append(int(sample.input_ids.min()))
             high.append(int(max(sample.input_ids.max(), sample.shift_labels.max())))
         self.lengths, self.weights = np.array(lengths, dtype=np.int64), np.array(weights)
         self.min_token_id, self.max_token_id = min(low), max(high)
-        self.description: Mapping[str, Any] = {"kind": "rows", "rows": len(rows), "digest": digest.hexdigest()}
+        self._digests = digests
+        digest = xxhash.xxh3_128_hexdigest(digests.tobytes())
+        self.description: Mapping[str, Any] = {"kind": "rows", "rows": len(rows), "digest": digest}
         self.manifest = manifest_of(self.description)
         self.skipped: tuple[Skipped, ...] = ()
 
@@ -47,6 +50,16 @@ class CollatedRows:
         return len(self._rows)
 
     def read(self, index: int) -> Sample:
+        """Return one row as a sample; raises SourceError, naming it, when it is not what it was."""
+        sample = self._sample(index)
+        if _digest(sample) != self._digests[index]:
+            raise SourceError(
+                f"row {index} has other tokens or labels than when it was first read; the data set changed, or its "
+                "collator draws at random: give one that does not, or fix the labels beforehand"
+            )
+        return sample
+
+    def _sample(self, index: int) -> Sample:
         """Return one row as a sample; raises SourceError, naming it, when the collator gives no labels."""
         row = self._collate([self._rows[index]])
         if "input_ids" not in row or "labels" not in row:
@@ -66,6 +79,10 @@ class CollatedRows:
     def select(self, indices: Iterable[int]) -> Selection:
         """Return these rows, in this order."""
         return Selection(self, indices)
+
+
+def _digest(sample: Sample) -> int:
+    return xxhash.xxh3_64_intdigest(sample.input_ids.tobytes() + sample.shift_labels.tobytes())
 
 
 def _flat(value: Any) -> np.ndarray:

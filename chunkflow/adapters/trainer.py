@@ -75,6 +75,9 @@ class ChunkMixin(Trainer):
     chunks: PlannerConfig
     """How sequences become chunks; set it in the class, or on the trainer before `train`."""
 
+    cross_entropy_of: tuple[type, ...] = (Trainer,)
+    """Whose `compute_loss` is known to be the mean cross entropy of the targets."""
+
     _accelerated: AcceleratedRunner | None = None
 
     def source(self, dataset: Any) -> Source:
@@ -91,6 +94,7 @@ class ChunkMixin(Trainer):
                 f"gradient_accumulation_steps is {args.gradient_accumulation_steps}; set it to 1 and multiply "
                 "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
             )
+        self._require_cross_entropy()
         return self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -101,17 +105,35 @@ class ChunkMixin(Trainer):
             dataset = self.eval_dataset[dataset]
         return self._steps(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)
 
+    def _require_cross_entropy(self) -> None:
+        """Raise ChunkflowError, naming it, where the trainer's loss is not the cross entropy of each target."""
+        owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind))
+        others = {
+            f"{owner.__name__}.compute_loss": owner not in self.cross_entropy_of,
+            "compute_loss_func": self.compute_loss_func is not None,
+            "label_smoothing_factor": self.args.label_smoothing_factor != 0,
+            "neftune_noise_alpha": self.args.neftune_noise_alpha is not None,
+        }
+        found = [name for name, is_set in others.items() if is_set]
+        if found:
+            raise ChunkflowError(
+                f"{', '.join(found)} makes the loss another one than the cross entropy of each target (losses over "
+                "whole sequences or pairs of them, such as DPO, are none): it cannot be trained exactly in chunks; "
+                "use a trainer without it"
+            )
+
     def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
+        # Several ranks: the loader takes its place from the default group, and so compares data and settings first.
+        place = {"rank": 0, "world_size": 1} if self.args.world_size == 1 else {}
         loader = ChunkLoader(
             self.source(dataset),
             chunk_tokens=self.chunks.chunk_tokens,
             retain=self.chunks.retain,
             pair_cost=self.chunks.pair_cost,
             global_batch=global_batch,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             epochs=epochs,
+            **place,
         )
         return StepLoader(Steps(loader))
 

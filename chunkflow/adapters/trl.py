@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from chunkflow.adapters.trainer import ChunkMixin
@@ -18,6 +19,8 @@ from chunkflow.sources import Source
 
 class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):
     """`SFTTrainer` over `ChunkMixin`. Set `chunks`. Raises ChunkflowError for what would cut samples or pack twice."""
+
+    cross_entropy_of = (Trainer, SFTTrainer)
 
     def source(self, dataset: Any) -> Source:
         """See `ChunkMixin.source`."""

@@ -21,6 +21,7 @@ NAME = "chunkflow"
 """Our name in transformers' `AttentionInterface`."""
 
 
+@torch.compiler.disable
 def chunk_attention(
     module: nn.Module,
     query: Tensor,
@@ -61,7 +62,8 @@ def chunk_attention(
     call = LayerCall(chunk_view, layer, scale, dropout, sliding_window, softcap, widths_differ)
     out = ChunkAttention.apply(query[0], key[0], value[0], s_aux, call)
     assert isinstance(out, Tensor)
-    return out.transpose(0, 1).unsqueeze(0), None
+    # Contiguous, as transformers' own give it: some models view what they get.
+    return out.transpose(0, 1).contiguous().unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, chunk_attention)

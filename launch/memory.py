@@ -1,0 +1,45 @@
+"""How much memory a step needs: the resident set on a CPU, what torch allocates on an accelerator."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from chunkflow.memory import reset_peak
+from launch.summary import peak_resident_bytes
+
+
+class PeakMemory:
+    """The largest memory of each step, over all ranks, and of the whole process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._resident = 0
+        self._counted = True
+
+    def begin(self) -> None:
+        """Begin to measure a step."""
+        self._resident = self.resident_bytes()
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            return
+        try:
+            reset_peak()
+        except OSError:  # only Linux can
+            self._counted = False
+
+    def of_step(self) -> int | None:
+        """Return the largest memory since `begin` of the rank that used most; None where that is not counted.
+
+        Every rank calls: a collective.
+        """
+        peak = peak_resident_bytes()
+        if self._device.type != "cpu":
+            peak = torch.accelerator.max_memory_allocated(self._device)
+        most = torch.tensor(peak if self._counted else 0, device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most) or None
+
+    def resident_bytes(self) -> int:
+        """Return the largest resident set this process has had, whatever was measured in between."""
+        return max(self._resident, peak_resident_bytes())

@@ -70,9 +70,9 @@ def spread_runner(info, model, ep, esp, folder, **changes):
 
 
 def whole_tensors(state):
-    flat = state.state_dict()
-    found = {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in flat.items() if isinstance(x, torch.Tensor)}
-    return {name: x.clone() for name, x in found.items() if not name.startswith("rng.")}
+    tensors = {name: x for name, x in state.state_dict().items() if isinstance(x, torch.Tensor)}
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in tensors.items()}
+    return {name: x.clone() for name, x in whole.items() if not name.startswith("rng.")}
 
 
 def rank_trains(info, folder, family, ep, esp, until, changes):
@@ -123,7 +123,7 @@ def assert_same(ours, theirs, tolerance=1e-9):
     ids=["mixtral", "qwen3", "two levels"],
 )
 def test_any_spread_trains_as_one_process_and_resumes_another(tmp_path, family, legs, changes):
-    """Two steps on each (ranks, ep, esp): losses, norms, scores, weights and moments are those of plain transformers."""
+    """Two steps on each (ranks, ep, esp): losses, norms, scores, weights, moments are those of plain transformers."""
     expected, final, _ = run_ranks(rank_trains, 1, str(tmp_path / "plain"), family, None, 1, 2 * len(legs), {})[0]
     told, states = [], []
     for leg, (ranks, ep, esp) in enumerate(legs, start=1):

@@ -148,7 +148,7 @@ class ChunkRunner:
 def _trained(parts: Runnable) -> str:
     """Return how many parameters are trained, and a digest of their names."""
     names = [name for name, parameter in parts.model.named_parameters() if parameter.requires_grad]
-    return f"{len(names)} ({xxhash.xxh3_64_hexdigest(' '.join(names))})"
+    return f"{len(names)} ({xxhash.xxh3_64_hexdigest(' '.join(names).encode())})"
 
 
 def _check_positions(chunk: Chunk, num_positions: int | None) -> None:

@@ -173,10 +173,11 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTraine
     for source in sources:
         check_lengths(source, runner.num_positions)
     optimizer = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
-    rank = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
     experts = runner if isinstance(runner, ExpertRunner) else None
-    rank |= {"seed": config.run.seed, "whole": runner.whole, "spread": experts}
-    state = TrainState(runner.model, optimizer, loader, **rank)
+    state = TrainState(
+        runner.model, optimizer, loader, rank=world.rank, world_size=world.world_size, device=world.device,
+        seed=config.run.seed, whole=runner.whole, spread=experts,
+    )  # fmt: skip
     held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(

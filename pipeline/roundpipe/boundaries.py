@@ -159,9 +159,7 @@ class Boundaries:
                     self._peers.wait(
                         plan.words.taken(phase, number, mb % self._per_step, again=again),
                         self._turn(before),
-                        lambda: (
-                            f"{self._what()}: waiting until what step {self._schedule.step(before)} left there is used"
-                        ),
+                        lambda: f"{self._what()}: waiting until what step {step} left there is used",
                     )
 
     def _put_word(self, item: Item) -> int:

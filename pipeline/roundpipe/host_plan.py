@@ -79,13 +79,9 @@ class WordMap:
         """First turn of the run, plus the optimizer steps that the layer's weights have had in it."""
         return 1 + 2 * self.ranks + layer
 
-    def kept(self, layer: int) -> int:
-        """1 while gradients are added to what is there, 0 where they begin anew."""
-        return 1 + 2 * self.ranks + self.layers + layer
-
     def gradients(self, layer: int) -> int:
         """Turn and rounds whose gradients of a layer are complete, see `rounds_done`."""
-        return 1 + 2 * self.ranks + 2 * self.layers + layer
+        return 1 + 2 * self.ranks + self.layers + layer
 
     def put(self, phase: Phase, boundary: int, microbatch: int) -> int:
         """Turn whose activation or gradient is there."""
@@ -96,7 +92,7 @@ class WordMap:
         return self._boundary(4 if phase is Phase.B else 2 + again, boundary, microbatch)
 
     def _boundary(self, kind: int, boundary: int, microbatch: int) -> int:
-        first = 1 + 2 * self.ranks + 3 * self.layers
+        first = 1 + 2 * (self.ranks + self.layers)
         return first + (kind * (self.layers + 1) + boundary) * self.microbatches + microbatch
 
     @property

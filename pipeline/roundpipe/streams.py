@@ -88,7 +88,7 @@ class Streams:
         def work() -> Iterator[None]:
             for (layer, name), grad in visit.gradients.items():
                 host = self._store.gradient(name, layer)
-                yield from pieces(grad, host, _add if self._adds(visit, layer, name) else _copy)
+                yield from pieces(grad, host, _add if visit.round > 0 else _copy)
             visit.drop_gradients()
             for layer in range(*visit.layers):
                 word, value = self._versions.gradients(layer, visit.step, visit.round + 1)
@@ -117,13 +117,9 @@ class Streams:
         if (layer, name) not in visit.tables:
             visit.tables.add((layer, name))
             self._wait_before(visit)
-            if not self._adds(visit, layer, name):
+            if visit.round == 0:
                 host.zero_()
         host.index_add_(0, rows.cpu(), grad.cpu())
-
-    def _adds(self, visit: Visit, layer: int, name: str) -> bool:
-        p = self._parameter(name)
-        return visit.round > 0 or (layer == p.layers[-1] and self._versions.gradients_kept(p.home))
 
     def _wait_before(self, visit: Visit) -> None:
         deadline = time.monotonic() + self._peers.timeout_s

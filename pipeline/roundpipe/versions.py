@@ -57,7 +57,3 @@ class Versions:
     def gradients(self, layer: int, step: int, rounds: int) -> tuple[int, int]:
         """Return the word that counts a layer's gradients, and its value after so many rounds of a step."""
         return self._map.gradients(layer), rounds_done(self.base + step + 1, rounds)
-
-    def gradients_kept(self, home: int) -> bool:
-        """Return whether this run adds to the gradients of before."""
-        return bool(self._words[self._map.kept(home)])

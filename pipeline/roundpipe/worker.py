@@ -9,7 +9,7 @@ business of the layer's owner (see `optimizer`), which waits for the gradients b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -65,13 +65,10 @@ class SlotWorker:
         self.link = Link()
         self.lane = Lane(peers, self.link, rank=peers.rank)
 
-    def run(
-        self, schedule: Schedule, *, seed: int = 0, scoring: bool = False, kept: Mapping[int, bool] | None = None
-    ) -> Tensor:
+    def run(self, schedule: Schedule, *, seed: int = 0, scoring: bool = False) -> Tensor:
         """Run all steps of a completed schedule; return the losses of all its micro-batches, fp64. Every rank calls.
 
-        With `scoring` there is no gradient. `seed` decides the dropout. `kept` says of layers that this rank owns
-        whether gradients are added to what the store has.
+        With `scoring` there is no gradient. `seed` decides the dropout. Gradients in the store are those of the last step.
 
         When it returns, every rank has ended: weights and gradients in the store are complete.
 
@@ -82,7 +79,7 @@ class SlotWorker:
         random = torch.get_rng_state()
         run = None
         try:
-            run = _Run(self, schedule, seed=seed, scoring=scoring, kept=kept or {})
+            run = _Run(self, schedule, seed=seed, scoring=scoring)
             return run.all()
         except BaseException as error:
             self.peers.abort(str(error) or type(error).__name__)
@@ -99,9 +96,7 @@ class SlotWorker:
 class _Run:
     """The loop of one run, and the tensors between its actions."""
 
-    def __init__(
-        self, worker: SlotWorker, schedule: Schedule, *, seed: int, scoring: bool, kept: Mapping[int, bool]
-    ) -> None:
+    def __init__(self, worker: SlotWorker, schedule: Schedule, *, seed: int, scoring: bool) -> None:
         self._worker, self._schedule, self._scoring = worker, schedule, scoring
         self._rank, self._arena, self._store = worker.peers.rank, worker.arena, worker.store
         self._stepped = require_optimizer(worker.optimizer, schedule)
@@ -130,7 +125,6 @@ class _Run:
         self._compute = worker.compute or LayerCompute(worker.layers, self._streams, worker.arena, worker.device)
         if isinstance(self._compute, LayerCompute):
             self._compute.seed = lambda visit, mb, layer: _mixed(seed + visit.step, mb, layer)
-        self._kept = kept
         self._now: Action | None = None
         self._visits: dict[tuple[int, int, int], Visit] = {}
         self._last: tuple[int, int, int] | None = None
@@ -151,7 +145,6 @@ class _Run:
         if unknown is not None:
             raise self._mistake(f"{unknown.label} is no action of RoundPipe's runtime")
         for home in plan.homes(self._rank):
-            self._store.words.publish(plan.words.kept(home), int(self._kept.get(home, False)))
             self._versions.publish(home, 0)
         if self._stepped:
             assert worker.optimizer is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
@@ -29,27 +30,30 @@ class Place:
     data_size: int
     data_group: dist.ProcessGroup
     transport: Transport | None
-    """Between the ranks of the pipeline; None without one."""
+    """Between the ranks of the pipeline; None without one, and where they share memory."""
+    device: torch.device
 
 
 def find_place(config: PipelineConfig, world: World) -> Place:
     """Make the mesh and, with a pipeline, the connections along it. A collective: every rank calls."""
     mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks)
-    group = mesh.get_group("pp")
+    group, bound = mesh.get_group("pp"), config.schedule != "roundpipe"
     return Place(
         pipeline_rank=mesh.get_local_rank("pp"),
         pipeline_group=group,
         data_rank=mesh.get_local_rank("dp"),
         data_size=world.world_size // config.ranks,
         data_group=mesh.get_group("dp"),
-        transport=GroupTransport(group, device=world.device) if config.ranks > 1 else None,
+        transport=GroupTransport(group, device=world.device) if bound and config.ranks > 1 else None,
+        device=world.device,
     )
 
 
 def check_whole_samples(config: FinetuneConfig, longest: int) -> None:
     """Raise ConfigError when a sample would be split into dependent chunks and the schedule knows none."""
     schedule = config.pipeline.schedule
-    if config.pipeline.ranks > 1 and schedule != "state_aware_1f1b" and longest > config.chunks.chunk_tokens:
+    spread = config.pipeline.ranks > 1 or schedule == "roundpipe"
+    if spread and schedule != "state_aware_1f1b" and longest > config.chunks.chunk_tokens:
         raise ConfigError(
             f"pipeline.schedule {schedule} needs every sample within one chunk, and the longest has {longest} tokens "
             f"where chunks.chunk_tokens is {config.chunks.chunk_tokens}; use state_aware_1f1b, larger chunks, or leave "

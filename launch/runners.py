@@ -14,6 +14,7 @@ from launch.config import FinetuneConfig
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
+from launch.roundpipe_runner import roundpipe_runner
 
 
 class Runner(Protocol):
@@ -77,7 +78,18 @@ class WholeRunner:
 
 
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
-    """Return what runs a job's steps. Raises what makes the model or the settings unfit; does not communicate."""
+    """Return what runs a job's steps. Raises what makes the model or the settings unfit. Every rank calls:
+    ranks of RoundPipe open their shared memory."""
+    if config.pipeline.schedule == "roundpipe":
+        data_group = place.data_group if place.data_size > 1 else None
+        return roundpipe_runner(
+            model,
+            config,
+            rank=place.pipeline_rank,
+            device=place.device,
+            group=place.pipeline_group,
+            data_group=data_group,
+        )
     if place.transport is None:
         return WholeRunner(model, config, place.data_group)
     return pipeline_runner(model, config, place)

@@ -68,9 +68,9 @@ class SlotWorker:
     def run(self, schedule: Schedule, *, seed: int = 0, scoring: bool = False) -> Tensor:
         """Run all steps of a completed schedule; return the losses of all its micro-batches, fp64. Every rank calls.
 
-        With `scoring` there is no gradient. `seed` decides the dropout. Gradients in the store are those of the last step.
+        With `scoring` there is no gradient. `seed` decides the dropout.
 
-        When it returns, every rank has ended: weights and gradients in the store are complete.
+        When it returns, every rank has ended: weights, and the gradients of the last step, are in the store.
 
         Raises WatchdogError naming rank, slot, micro-batch and who is waited for when another rank is gone, gave up or
         is later than the timeout; MemoryCapError; StalenessError; ScheduleError. The other ranks are told first.

@@ -11,6 +11,7 @@ from typing import Literal
 
 from chunkflow.config import PlannerConfig
 from launch.errors import ConfigError
+from launch.lora import LoraConfig
 from pipeline.config import PipelineConfig
 
 
@@ -209,6 +210,8 @@ class FinetuneConfig:
     """Where the run lives and how long it takes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What is trained."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters instead of full fine-tuning."""
     data: DataConfig = field(default_factory=DataConfig)
     """What it is trained on."""
     chunks: ChunksConfig = field(default_factory=ChunksConfig)

@@ -19,6 +19,7 @@ from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World
 from launch.errors import TrainingError
 from launch.gradnorm import clip_
+from launch.lora import merge_adapters, with_adapters
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
 from launch.optimizer import apply_settings, build_optimizer
@@ -86,12 +87,13 @@ class Job:
 
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
-        return self.runner.gather(lambda: build_model(self.config.model, self.data.tokenizer, self.world.device))
+        config, tokenizer, device = self.config, self.data.tokenizer, self.world.device
+        return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
 
     def export(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the model and its tokenizer as transformers saves them."""
         logging.disable_progress_bar()  # transformers' own, on our way out
-        model.save_pretrained(folder)
+        merge_adapters(model).save_pretrained(folder)
         if self.data.tokenizer is not None:
             self.data.tokenizer.save_pretrained(folder)
 
@@ -132,7 +134,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 
 def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
     seed_rngs(config.run.seed)  # the same weights on every rank
-    model = build_model(config.model, data.tokenizer, world.device)
+    model = with_adapters(build_model(config.model, data.tokenizer, world.device), config.lora)
     check_vocabulary(data.train, vocabulary_size(model))
     return model
 

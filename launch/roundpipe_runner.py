@@ -87,7 +87,7 @@ class RoundPipeRunner:
         return (
             f"pipeline roundpipe of {config.ranks} ranks, {config.rounds} rounds and {config.open_slots} open slots: "
             f"forward slots of {_sizes(slots.forward)} layers, {slots.fused} fused, backward slots of "
-            f"{_sizes(slots.backward)} (embedding, norm and head are layers too); {size:,.0f} MiB of host memory in {place}"
+            f"{_sizes(slots.backward)} (embedding, norm and head are layers too); {size:,.0f} MiB of memory in {place}"
         )
 
     def forward_backward(self, batch: StepBatch) -> Tensor:

@@ -7,7 +7,7 @@ Counted: weights, gradients, inputs and outputs of slots, and what the graph of 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +33,8 @@ class Arena:
 
     def __init__(self, *, device: int, cap_bytes: int | None = None) -> None:
         self.used_bytes = self.peak_bytes = 0
+        self.make_room: Callable[[int], None] = lambda nbytes: None
+        """Called when `lease` finds no room for so many bytes, to send away what is there ahead of its time."""
         self._device, self._cap_bytes = device, cap_bytes
         self._lock = threading.Lock()
 
@@ -40,18 +42,32 @@ class Arena:
         """Return whether so many bytes could be had now."""
         return self._cap_bytes is None or self.used_bytes + nbytes <= self._cap_bytes
 
-    def lease(self, nbytes: int, *, slot: int, what: str) -> Lease:
-        """Take some bytes. Raises MemoryCapError when they are over the cap."""
+    def try_lease(self, nbytes: int) -> Lease | None:
+        """Take some bytes, or None when there is no room."""
         with self._lock:
             if not self.fits(nbytes):
-                raise MemoryCapError(
-                    f"device {self._device}, slot {slot}: {nbytes:,} bytes for {what}, with {self.used_bytes:,} in use "
-                    f"already, are over the cap of {self._cap_bytes:,}; use smaller slots, shorter micro-batches, "
-                    "fewer open slots, or raise the cap"
-                )
+                return None
             self.used_bytes += nbytes
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return Lease(self, nbytes)
+
+    def lease(self, nbytes: int, *, slot: int, what: str) -> Lease:
+        """Take some bytes, making room for them. Raises MemoryCapError when they are over the cap all the same."""
+        lease = self.try_lease(nbytes)
+        if lease is None:
+            self.make_room(nbytes)
+            lease = self.try_lease(nbytes)
+        if lease is None:
+            raise self.refusal(nbytes, slot=slot, what=what)
+        return lease
+
+    def refusal(self, nbytes: int, *, slot: int, what: str) -> MemoryCapError:
+        """Return the error to raise when there is no room."""
+        return MemoryCapError(
+            f"device {self._device}, slot {slot}: {nbytes:,} bytes for {what}, with {self.used_bytes:,} in use "
+            f"already, are over the cap of {self._cap_bytes:,}; use smaller slots, shorter micro-batches, fewer open "
+            "slots, or raise the cap"
+        )
 
     @contextmanager
     def graph(self, slot: int, known: set[int], leases: list[Lease]) -> Iterator[None]:

@@ -38,11 +38,15 @@ def slot_schedule(
 
     Raises PlanError or ScheduleError for numbers that do not fit.
     """
+    order = None
+    if open_slots > 1:  # within a step: a device ends one before it begins the next
+        one = roundpipe(devices=devices, microbatches=microbatches, slots=slots, rounds=rounds)
+        one = ready_first(one, costs or Costs.uniform(slots.num_layers), open_slots=open_slots)
+        order = [[(a.stage, a.microbatch or 0) for a in row if a.op is not Op.R] for row in one.devices]
     schedule = roundpipe(
-        devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness
-    )
-    if open_slots > 1:
-        schedule = ready_first(schedule, costs or Costs.uniform(slots.num_layers), open_slots=open_slots)
+        devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness,
+        order=order,
+    )  # fmt: skip
     return completed(schedule)
 
 
@@ -94,14 +98,21 @@ def _runtime_edges(found: Listing) -> Iterator[tuple[int, int]]:
             downloads[schedule.step(mb)].append((schedule.round(mb), a.stage, i))
         elif a.op is Op.OPT:
             updates[(a.version or 0) - 1].append(i)
-        elif a.op is Op.GET:
-            takers[a.phase, boundary(schedule, a) if a.phase is Phase.F else 0, a.microbatch].append(i)
+        elif a.op is Op.GET:  # taken up by the action that needs it
+            at = boundary(schedule, a) if a.phase is Phase.F else 0
+            users = (Op.F, Op.FB, Op.R) if a.phase is Phase.F else (Op.B,)
+            device = found.where[i][0]
+            takers[a.phase, at, a.microbatch] += [
+                j for op in users for j in found.local.get((device, op, a.stage, a.microbatch), [])
+            ]
         elif a.op is Op.PUT:
             puts.append(i)
     back = (1 + schedule.staleness) * (schedule.num_microbatches // schedule.steps)
     for i in puts:
         a = found.actions[i]
         at = boundary(schedule, a) if a.phase is Phase.F else 0
+        if i + 1 < len(found.actions) and found.where[i + 1][0] == found.where[i][0]:
+            yield i + 1, i  # it blocks the device
         yield from ((i, j) for j in takers.get((a.phase, at, (a.microbatch or 0) - back), ()))
     for step, entries in downloads.items():
         by = {(rnd, slot): i for rnd, slot, i in entries}

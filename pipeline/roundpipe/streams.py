@@ -30,27 +30,50 @@ class Streams:
         peers: Peers,
         versions: Versions,
         *,
-        rounds: int,
         stepped: bool,
         device: torch.device,
     ) -> None:
         self._layers, self._store, self._arena, self._lane, self._peers = layers, store, arena, lane, peers
-        self._versions, self._rounds, self._stepped, self._device = versions, rounds, stepped, device
+        self._versions, self._stepped, self._device = versions, stepped, device
+        self._ahead: list[Visit] = []
+        """Visits whose weights are queued or here, and which have not begun."""
+        self._paused = False
+        """Weights that nobody waits for stay away, since the slot at work needs the room."""
+        arena.make_room = self._make_room
 
     def upload(self, visit: Visit) -> None:
         """Queue the weights of a visit. They come when their version is made, and when there is room for them."""
-        keys = self._keys(visit)
-        nbytes = sum(self._store.weights(name, visit.version).nbytes for _, name in keys)
+        self._ahead.append(visit)
+        self._queue_upload(visit)
+
+    def uploaded(self, visit: Visit, what: Callable[[], str]) -> None:
+        """Wait for the weights of a visit, which begins now."""
+        assert visit.upload is not None
+        self._paused = False
+        if visit in self._ahead:
+            self._ahead.remove(visit)
+        if not visit.upload.done.is_set():
+            nbytes = self._weight_bytes(visit)
+            if not visit.weight_leases and not self._arena.fits(nbytes):
+                self._make_room(nbytes)
+            self._wait(visit.upload, lambda: f"{what()}: waiting for {self._missing(visit)}")
+
+    def _queue_upload(self, visit: Visit) -> None:
+        nbytes = self._weight_bytes(visit)
 
         def ready(needed: bool) -> bool:
-            made = self._versions.missing(visit.homes, visit.version) is None
-            return made and (self._arena.fits(nbytes) or (needed and not self._downloads()))
+            if self._versions.missing(visit.homes, visit.version) is not None or (self._paused and not needed):
+                return False
+            lease = self._arena.try_lease(nbytes)
+            if lease is None and needed and not self._downloads():
+                raise self._arena.refusal(nbytes, slot=visit.slot, what="weights")
+            visit.weight_leases += [] if lease is None else [lease]
+            return lease is not None
 
         def work() -> Iterator[None]:
             self._versions.check(visit.homes, visit.version, slot=visit.slot, step=visit.step)
-            for layer, name in keys:
+            for layer, name in self._keys(visit):
                 host = self._store.weights(name, visit.version)
-                visit.weight_leases.append(self._arena.lease(host.nbytes, slot=visit.slot, what=f"the weights {name}"))
                 visit.weights[layer, name] = torch.empty(host.shape, dtype=host.dtype, device=self._device)
                 yield from pieces(host, visit.weights[layer, name], lambda into, part: into.copy_(part))
             # Once more: whoever overwrote them while they were read has said so before.
@@ -58,21 +81,29 @@ class Streams:
 
         visit.upload = self._lane.submit(Job(f"upload of {visit}", ready, work))
 
-    def uploaded(self, visit: Visit, what: Callable[[], str]) -> None:
-        """Wait for the weights of a visit."""
-        assert visit.upload is not None
-        self._wait(visit.upload, lambda: f"{what()}: waiting for {self._missing(visit)}")
+    def _make_room(self, nbytes: int) -> None:
+        """Wait for gradients on their way down; then send away weights that came ahead of their time."""
+        for job in self._downloads():
+            if not self._arena.fits(nbytes):
+                self._wait(job, lambda job=job: f"rank {self._peers.rank}: waiting for the {job.what}, to have room")
+        self._paused = True
+        for visit in reversed(self._ahead):
+            if self._arena.fits(nbytes):
+                break
+            assert visit.upload is not None
+            if visit.weight_leases:
+                self._wait(visit.upload, lambda: f"rank {self._peers.rank}: waiting for an upload, to have room")
+                visit.drop_weights()
+                self._queue_upload(visit)
 
-    def want_gradients(self, visit: Visit, what: Callable[[], str]) -> None:
-        """Take memory for the gradients of a visit, zero; what still goes down is waited for where there is no room."""
+    def _weight_bytes(self, visit: Visit) -> int:
+        return sum(self._parameter(name).nbytes for _, name in self._keys(visit))
+
+    def want_gradients(self, visit: Visit) -> None:
+        """Take memory for the gradients of a visit, zero."""
         if visit.gradients:
             return
         keys = [(layer, name) for layer, name in self._keys(visit) if self._parameter(name).trained]
-        nbytes = sum(self._parameter(name).nbytes for _, name in keys)
-        for job in self._downloads():
-            if self._arena.fits(nbytes):
-                break
-            self._wait(job, lambda: f"{what()}: waiting for gradients to leave the device")
         for layer, name in keys:
             host = self._store.gradient(name, layer)
             lease = self._arena.lease(host.nbytes, slot=visit.slot, what=f"the gradient of {name}")

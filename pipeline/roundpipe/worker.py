@@ -120,7 +120,7 @@ class _Run:
         )  # fmt: skip
         self._streams = Streams(
             worker.layers, worker.store, worker.arena, worker.lane, worker.peers, self._versions,
-            rounds=schedule.rounds, stepped=self._stepped, device=worker.device,
+            stepped=self._stepped, device=worker.device,
         )  # fmt: skip
         self._compute = worker.compute or LayerCompute(worker.layers, self._streams, worker.arena, worker.device)
         if isinstance(self._compute, LayerCompute):
@@ -207,7 +207,7 @@ class _Run:
         if self._scoring:
             loss = self._compute.forward(visit, x and x.tensor, mb % self._per_step, (end,))[end]
         else:
-            self._streams.want_gradients(visit, self._what)
+            self._streams.want_gradients(visit)
             loss = self._graph(visit, x, mb)
             self._pass_back(visit, mb, self._compute.backward(None))
         self._store.losses[mb] = loss.double().cpu()
@@ -215,7 +215,7 @@ class _Run:
 
     def _recompute(self, action: Action, mb: int) -> None:
         visit, self._input = self._begin(action, mb), self._boundaries.take(action, Phase.F)
-        self._streams.want_gradients(visit, self._what)
+        self._streams.want_gradients(visit)
         self._graph(visit, self._input, mb)
 
     def _backward(self, action: Action, mb: int) -> None:

@@ -22,18 +22,29 @@ _LEAST = 1e-3
 
 
 def plan_slots(
-    layers: Sequence[Layer], config: PipelineConfig, *, microbatches: int, first_trained: int
+    layers: Sequence[Layer],
+    config: PipelineConfig,
+    *,
+    microbatches: int,
+    first_trained: int,
+    activation_bytes: Sequence[float] = (),
 ) -> tuple[Slots, Costs]:
     """Return the slots of a model, and the costs that order them. Pure: the same on every rank and machine.
 
-    Layers before `first_trained` run no backward. Raises PlanError when no slots fit the device's memory.
+    Layers before `first_trained` run no backward. `activation_bytes` are what each layer keeps of a micro-batch.
+    Raises PlanError when no slots fit the device's memory.
     """
     weights = [layer_weight(layer) for layer in layers]
     least = _LEAST * max(weights)
     seconds = tuple(max(weight, least) / max(weights) for weight in weights)
     nbytes = tuple(sum(p.nbytes for p in layer.module.parameters()) for layer in layers)
     nbytes = (0, *nbytes[1:])  # of the embedding, rows are brought
-    costs = LayerCosts(forward_s=seconds, backward_s=tuple(2 * s for s in seconds), weight_bytes=nbytes)
+    costs = LayerCosts(
+        forward_s=seconds,
+        backward_s=tuple(2 * s for s in seconds),
+        weight_bytes=nbytes,
+        activation_bytes=tuple(map(int, activation_bytes)),
+    )
     found = plan(
         costs,
         num_devices=config.ranks,

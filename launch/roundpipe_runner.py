@@ -19,6 +19,7 @@ from chunkflow.records import StepBatch
 from chunkflow.reduce import sum_gradients
 from chunkflow.support import require_exact
 from launch.config import FinetuneConfig
+from launch.layer_costs import measure_costs
 from launch.partial import PartialModel, WholeModel
 from launch.roundpipe_plan import plan_slots, step_schedule
 from launch.slot_layers import SlotLayers
@@ -57,11 +58,17 @@ class RoundPipeRunner:
         self.num_positions = require_exact(model, WholeParameters(None)).num_positions
         self.whole, self._config, self._seed = WholeModel.of(model), config, seed
         self._group, self._data_group, self._rank = group, data_group, rank
+        capped = config.device_memory_bytes is not None
+        kept = measure_costs(model, tokens=tokens, repeats=1).activation_bytes[0] if capped else ()
         self._slot_layers = SlotLayers(model, device)
         layers = self._slot_layers.layers
         self._modules = [piece.module for piece in self._slot_layers.pieces]
         self.slots, self._costs = plan_slots(
-            self._slot_layers.pieces, config, microbatches=microbatches, first_trained=first_trained(layers)
+            self._slot_layers.pieces,
+            config,
+            microbatches=microbatches,
+            first_trained=first_trained(layers),
+            activation_bytes=kept,
         )
         room = tokens * model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
         plan = plan_host(layers, self.slots, ranks=config.ranks, microbatches=microbatches, boundary_bytes=room)

@@ -77,8 +77,8 @@ def test_the_trouble_of_one_rank_ends_the_others_in_bounded_time(tmp_path, troub
     expected = {
         "fails": "rank 2 gave up: no more",
         "dies": "rank 2 is gone: its process ended",
-        "stops": "micro-batch 1, from rank 2: nothing came within 4 s",
-        "is slow": "micro-batch 1, from rank 2: nothing came within 2 s",
+        "stops": "nothing came within 4 s",  # whichever of the two is first to say so
+        "is slow": "nothing came within 2 s",
     }
     assert expected[trouble] in everything
     if trouble == "fails":

@@ -13,6 +13,7 @@ from launch.config import FinetuneConfig, OptimizerConfig
 from launch.errors import ConfigError
 from launch.gradnorm import clip_
 from launch.lora import LoraConfig, merge_adapters, with_adapters
+from launch.mesh import make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
 from launch.pipeline_job import check_whole_samples
@@ -158,6 +159,36 @@ def test_gradients_accumulate_over_steps_and_the_model_comes_together():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-12, msg=name)
         assert torch.equal(results[0][1][name], p)
     assert results[1][1] is None
+
+
+def rank_shares_data(info):
+    """Two pipelines of two ranks each train half of every step's samples."""
+    mesh = make_mesh("cpu", 4, pp=2)
+    rank = mesh.get_local_rank("pp")
+    with float64_throughout():
+        runner = RoundPipeRunner(
+            job_model(), PipelineConfig(schedule="roundpipe", ranks=2), microbatches=BATCH, tokens=TOKENS,
+            group=mesh.get_group("pp"), data_group=mesh.get_group("dp"), rank=rank, device=torch.device("cpu"),
+        )  # fmt: skip
+        data_rank = mesh.get_local_rank("dp")
+        with ChunkLoader(SOURCE, chunk_tokens=TOKENS, global_batch=BATCH, rank=data_rank, world_size=2) as loader:
+            loss = float(runner.forward_backward(next(iter(loader))))
+        norm = float(runner.grad_norm())
+    runner.close()
+    return loss, norm, {name: p.grad.clone() for name, p in runner.model.named_parameters()}
+
+
+def test_several_pipelines_share_the_data():
+    results = run_ranks(rank_shares_data, 4)
+    model = job_model()
+    with float64_throughout(), ChunkLoader(SOURCE, chunk_tokens=TOKENS, global_batch=BATCH, rank=0, world_size=1) as ld:
+        loss = float(ChunkRunner(model, group=SINGLE).forward_backward(next(iter(ld))))
+    norm = float(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()])))
+    parameters = dict(model.named_parameters())
+    for found, found_norm, grads in results:
+        assert (found, found_norm) == (pytest.approx(loss, rel=1e-12), pytest.approx(norm, rel=1e-10))
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, parameters[name].grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_adapters_merge_into_a_plain_model():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.actions import Action, Op, Phase
 from pipeline.errors import ScheduleError
+from pipeline.random_state import RandomState
 from pipeline.roundpipe.arena import Arena
 from pipeline.roundpipe.boundaries import Boundaries, Held
 from pipeline.roundpipe.compute import Compute, LayerCompute
@@ -76,16 +77,14 @@ class SlotWorker:
         is later than the timeout; MemoryCapError; StalenessError; ScheduleError. The other ranks are told first.
         """
         check_losses(schedule.num_microbatches)
-        random = torch.get_rng_state()
-        run = None
+        random = RandomState.now(self.device)
         try:
-            run = _Run(self, schedule, seed=seed, scoring=scoring)
-            return run.all()
+            return _Run(self, schedule, seed=seed, scoring=scoring).all()
         except BaseException as error:
             self.peers.abort(str(error) or type(error).__name__)
             raise
         finally:
-            torch.set_rng_state(random)
+            random.set(self.device)
 
     def close(self) -> None:
         """End the threads. The store is of no use to this rank afterwards."""

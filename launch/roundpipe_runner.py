@@ -166,7 +166,7 @@ class RoundPipeRunner:
                 open_slots=config.open_slots,
             )
             schedule = scoring(schedule) if is_scoring else schedule
-            total = self.worker.run(schedule, seed=seed, scoring=is_scoring).sum()
+            total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step).sum()
         if self._data_group is not None:
             dist.all_reduce(total, group=self._data_group)
         return total

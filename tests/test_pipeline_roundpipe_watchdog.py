@@ -19,7 +19,7 @@ from tests.roundpipe_cases import open_worker, slot_layers
 from tests.spawn import SpawnError, run_ranks
 
 SLOTS = Slots(forward=(2, 2), fused=1, backward=(2, 2))
-TIMEOUT_S = {"fails": 60.0, "dies": 60.0, "stops": 4.0, "is slow": 2.0}
+TIMEOUT_S = {"fails": 60.0, "dies": 60.0, "stops": 4.0, "is slow": 1.5}
 PROMPT_S = 20.0
 
 
@@ -37,7 +37,7 @@ def rank_meets_trouble(info, folder, trouble):
         worker.layers = [*layers[:-1], type(layers[-1])("head", layers[-1].parameters, in_trouble(layers[-1], trouble))]
     begun = time.monotonic()
     try:
-        worker.run(schedule)
+        worker.run(schedule, first_step=6)
     except (WatchdogError, ValueError) as error:
         found = [type(error).__name__, str(error), time.monotonic() - begun]
         (Path(folder) / str(info.rank)).write_text(json.dumps(found))
@@ -53,7 +53,7 @@ def in_trouble(layer, trouble):
                 os._exit(7)
             if trouble == "stops":
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(6)
+            time.sleep(4)
         return layer.run(x, mb)
 
     return run
@@ -64,7 +64,7 @@ def test_the_trouble_of_one_rank_ends_the_others_in_bounded_time(tmp_path, troub
     """The fused slot is the third, so it runs on rank 2; others wait for its gradient."""
     match = {"dies": "exited with code 7", "stops": r"ranks \[2\] of 3 stuck"}.get(trouble)
     with pytest.raises(SpawnError, match=match) if match else nullcontext():
-        run_ranks(rank_meets_trouble, 3, str(tmp_path), trouble, fresh=True, timeout_s=25)
+        run_ranks(rank_meets_trouble, 3, str(tmp_path), trouble, fresh=match is not None, timeout_s=18)
     texts = []
     for rank in (0, 1):
         kind, text, seconds = json.loads((tmp_path / str(rank)).read_text())
@@ -73,12 +73,16 @@ def test_the_trouble_of_one_rank_ends_the_others_in_bounded_time(tmp_path, troub
         assert seconds < PROMPT_S
         texts.append(text)
     everything = " ".join(texts)
-    assert re.search(r"rank 0, step 0, slot 3, micro-batch 1 \(3B1\): waiting for the gradient of slot 2", everything)
+    if TIMEOUT_S[trouble] > PROMPT_S:  # else a busy machine may be late, and heard of, somewhere before
+        assert re.search(
+            r"rank 0, step 6, slot 3, micro-batch 1 \(3B1\): waiting for the gradient of slot 2", everything
+        )
+    assert re.search(r"waiting for the \w+ of slot \d, micro-batch \d, from rank \d: ", everything)
     expected = {
         "fails": "rank 2 gave up: no more",
         "dies": "rank 2 is gone: its process ended",
         "stops": "nothing came within 4 s",  # whichever of the two is first to say so
-        "is slow": "nothing came within 2 s",
+        "is slow": "nothing came within 1.5 s",
     }
     assert expected[trouble] in everything
     if trouble == "fails":

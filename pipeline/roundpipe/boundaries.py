@@ -80,15 +80,9 @@ class Boundaries:
             raise ScheduleError(
                 f"{self._what()}: there is no {kind} of what it needs; complete and validate the schedule"
             )
-        kind = "activation" if phase is Phase.F else "gradient"
-        item = self._item(get)
-        self._peers.wait(
-            self._put_word(item),
-            self._turn(mb),
-            lambda: (
-                f"{self._what()}: waiting for the {kind} of slot {maker.stage}, micro-batch {mb}, rank {maker.device}"
-            ),
-        )
+        item, kind = self._item(get), "activation" if phase is Phase.F else "gradient"
+        awaited = f"the {kind} of slot {maker.stage}, micro-batch {mb}, from rank {maker.device}"
+        self._peers.wait(self._put_word(item), self._turn(mb), lambda: f"{self._what()}: waiting for {awaited}")
         return self._fetch(item, action.stage)
 
     def hold(self, phase: Phase, at: int, mb: int, tensor: Tensor, slot: int) -> None:

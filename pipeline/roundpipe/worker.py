@@ -66,10 +66,11 @@ class SlotWorker:
         self.link = Link()
         self.lane = Lane(peers, self.link, rank=peers.rank)
 
-    def run(self, schedule: Schedule, *, seed: int = 0, scoring: bool = False) -> Tensor:
+    def run(self, schedule: Schedule, *, seed: int = 0, scoring: bool = False, first_step: int = 0) -> Tensor:
         """Run all steps of a completed schedule; return the losses of all its micro-batches, fp64. Every rank calls.
 
-        With `scoring` there is no gradient. `seed` decides the dropout.
+        With `scoring` there is no gradient. `seed` decides the dropout. `first_step` is what
+        errors and the trace call the first of the steps.
 
         When it returns, every rank has ended: weights, and the gradients of the last step, are in the store.
 
@@ -79,7 +80,7 @@ class SlotWorker:
         check_losses(schedule.num_microbatches)
         random = RandomState.now(self.device)
         try:
-            return _Run(self, schedule, seed=seed, scoring=scoring).all()
+            return _Run(self, schedule, seed=seed, scoring=scoring, first_step=first_step).all()
         except BaseException as error:
             self.peers.abort(str(error) or type(error).__name__)
             raise
@@ -95,8 +96,8 @@ class SlotWorker:
 class _Run:
     """The loop of one run, and the tensors between its actions."""
 
-    def __init__(self, worker: SlotWorker, schedule: Schedule, *, seed: int, scoring: bool) -> None:
-        self._worker, self._schedule, self._scoring = worker, schedule, scoring
+    def __init__(self, worker: SlotWorker, schedule: Schedule, *, seed: int, scoring: bool, first_step: int) -> None:
+        self._worker, self._schedule, self._scoring, self._first_step = worker, schedule, scoring, first_step
         self._rank, self._arena, self._store = worker.peers.rank, worker.arena, worker.store
         self._stepped = require_optimizer(worker.optimizer, schedule)
         if schedule.staleness > worker.store.plan.staleness:
@@ -151,7 +152,7 @@ class _Run:
             worker.norms += schedule.steps
         for action in row:
             self._now = action
-            step = schedule.step(action.microbatch or 0)
+            step = self._first_step + schedule.step(action.microbatch or 0)
             timed = nullcontext() if worker.trace is None else worker.trace.timed(action, step)
             with timed:
                 self._handlers[action.op](action, action.microbatch or 0)
@@ -263,7 +264,7 @@ class _Run:
             return f"rank {self._rank}, end of the run"
         if action.microbatch is None:
             return f"rank {self._rank}, slot {action.stage} ({action.label})"
-        step = self._schedule.step(action.microbatch)
+        step = self._first_step + self._schedule.step(action.microbatch)
         return f"rank {self._rank}, step {step}, slot {action.stage}, micro-batch {action.microbatch} ({action.label})"
 
     def _mistake(self, text: str) -> ScheduleError:

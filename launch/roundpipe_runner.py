@@ -57,12 +57,11 @@ class RoundPipeRunner:
     ) -> None:
         self.num_positions = require_exact(model, WholeParameters(None)).num_positions
         self.whole, self._config, self._seed = WholeModel.of(model), config, seed
-        self._group, self._data_group, self._rank = group, data_group, rank
+        self._group, self._data_group = group, data_group
         capped = config.device_memory_bytes is not None
         kept = measure_costs(model, tokens=tokens, repeats=1).activation_bytes[0] if capped else ()
         self._slot_layers = SlotLayers(model, device)
         layers = self._slot_layers.layers
-        self._modules = [piece.module for piece in self._slot_layers.pieces]
         self.slots, self._costs = plan_slots(
             self._slot_layers.pieces,
             config,
@@ -84,7 +83,7 @@ class RoundPipeRunner:
             p.name: nn.Parameter(self.store.weights(p.name), requires_grad=p.trained) for p in plan.owned(rank)
         }
         buffers = dict(model.named_buffers()) if rank == 0 else {}
-        self.model = PartialModel.of({**buffers, **self._owned}, self._modules, self.whole)
+        self.model = PartialModel.of({**buffers, **self._owned}, self._slot_layers.modules, self.whole)
 
     @property
     def description(self) -> str:
@@ -104,9 +103,8 @@ class RoundPipeRunner:
         loss added to it. Raises WatchdogError on every rank, in bounded time, when one of them is gone or stopped.
         """
         trained = {name: p for name, p in self._owned.items() if p.requires_grad}
-        before = {
-            name: p.grad.clone() for name, p in trained.items() if p.grad is not None
-        }  # the store is written anew
+        # Gradients lie in the store, which the run writes anew.
+        before = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
         for p in trained.values():
             p.grad = None
         loss = self._run(batch, is_scoring=False)

@@ -39,8 +39,8 @@ class SlotLayers:
         ]
         names[0] = {pieces[0].param_names[0]: _own_table(pieces[0].module)}
         self._padding: int | None = getattr(self.modules[0], "padding_idx", None)
-        if self._padding is not None:
-            self.modules[0].padding_idx = None  # of the whole table; the rows are numbered anew  # type: ignore[assignment]
+        if isinstance(embedding := self.modules[0], nn.Embedding):
+            embedding.padding_idx = None  # a number in the whole table; rows are numbered anew, see `_embed`
         self.layers = [self._layer(piece, names[i], i - 1) for i, piece in enumerate(pieces)]
 
     def begin(self, chunks: Sequence[Chunk], *, denominator: float, dropout_seed: int) -> None:
@@ -94,5 +94,6 @@ def _own_table(embedding: nn.Module) -> nn.Parameter:
     """Give an embedding a parameter that is not the head's, with the same values."""
     weight = embedding.weight
     assert isinstance(weight, nn.Parameter)
-    embedding.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    return embedding.weight
+    table = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    embedding.weight = table
+    return table

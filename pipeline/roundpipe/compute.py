@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.actions import Op
 from pipeline.errors import ScheduleError
@@ -203,7 +203,7 @@ class WaitCompute:
             time.sleep(left)
 
 
-def _parameters(layer: SlotLayer):
+def _parameters(layer: SlotLayer) -> Collection[nn.Parameter]:
     return layer.parameters.values()
 
 

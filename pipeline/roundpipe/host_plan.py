@@ -10,7 +10,7 @@ activations  between slots: at each boundary of the partition, for every micro-b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -207,7 +207,7 @@ def boundaries_of(slots: Slots) -> tuple[int, ...]:
     return tuple(sorted(cuts - {0, slots.num_layers}))
 
 
-def _owners(parameters, num_layers: int, ranks: int) -> tuple[int, ...]:
+def _owners(parameters: Iterable[HostParameter], num_layers: int, ranks: int) -> tuple[int, ...]:
     """Deal the layers, heaviest first, to the rank that has least; frozen parameters weigh little."""
     weight = [0.0] * num_layers
     for p in parameters:

@@ -123,7 +123,7 @@ class HostOptimizer:
             self._peers.abort(str(error) or type(error).__name__)
 
     def _step(self, schedule: Schedule, versions: Versions, step: int, count: int) -> None:
-        factor = None
+        factor, grads = None, {}
         if self._clip_norm is not None:
             grads = {name: g for home in self._homes for name, g in self._gradients(home, schedule, versions, step)}
             factor = clip_factor(global_norm(self._store, self._peers, grads, count=count), self._clip_norm)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import WatchdogError
 from pipeline.roundpipe.arena import Arena
+from pipeline.roundpipe.host_plan import HostParameter
 from pipeline.roundpipe.host_store import HostStore
 from pipeline.roundpipe.layers import SlotLayer
 from pipeline.roundpipe.peers import Peers
@@ -49,9 +50,9 @@ class Streams:
     def uploaded(self, visit: Visit, what: Callable[[], str]) -> None:
         """Wait for the weights of a visit, which begins now."""
         assert visit.upload is not None
-        self._paused = False
         if visit in self._ahead:
             self._ahead.remove(visit)
+            self._paused = False
         if not visit.upload.done.is_set():
             nbytes = self._weight_bytes(visit)
             if not visit.weight_leases and not self._arena.fits(nbytes):
@@ -192,7 +193,7 @@ class Streams:
         layers = range(*visit.layers)
         return [(i, name) for i in layers if self._layers[i].rows is None for name in self._layers[i].parameters]
 
-    def _parameter(self, name: str):
+    def _parameter(self, name: str) -> HostParameter:
         return self._store.plan.parameters[name]
 
 

@@ -100,7 +100,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = ("tied", "two rounds", "adapters behind")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_any_number_of_ranks_gives_the_same_bits_and_those_are_right(tmp_path, case):
     expected = run_ranks(rank_trains, 1, str(tmp_path / "plain"), 0, 3, case | {"rounds": 1})[0]
     first = None
@@ -202,7 +208,13 @@ def test_adapters_merge_into_a_plain_model():
     assert merged.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora.rank": 2, "optimizer.lr": 0.01}], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"lora.rank": 2, "optimizer.lr": 0.01}, id="adapters", marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_by_one_setting(tmp_path, flags):
     """Two ranks under torchrun train, save and export; what is exported is a plain model that has moved."""
     changes = {

@@ -59,7 +59,9 @@ def in_trouble(layer, trouble):
     return run
 
 
-@pytest.mark.parametrize("trouble", TIMEOUT_S)
+@pytest.mark.parametrize(
+    "trouble", [pytest.param(t, marks=pytest.mark.slow if t == "is slow" else ()) for t in TIMEOUT_S]
+)
 def test_the_trouble_of_one_rank_ends_the_others_in_bounded_time(tmp_path, trouble):
     """The fused slot is the third, so it runs on rank 2; others wait for its gradient."""
     match = {"dies": "exited with code 7", "stops": r"ranks \[2\] of 3 stuck"}.get(trouble)

@@ -21,6 +21,7 @@ from launch.errors import TrainingError
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
 from launch.gradnorm import clip_
+from launch.lora import merge_adapters, with_adapters
 from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
@@ -101,7 +102,8 @@ class Job:
 
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
-        return self.runner.gather(lambda: build_model(self.config.model, self.data.tokenizer, self.world.device))
+        config, tokenizer, device = self.config, self.data.tokenizer, self.world.device
+        return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
 
     def write_model(self, folder: Path) -> bool:
         """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""
@@ -116,7 +118,7 @@ class Job:
 
     def export(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the model and its tokenizer."""
-        model.save_pretrained(folder)
+        merge_adapters(model).save_pretrained(folder)
         self._write_tokenizer(folder)
 
     def _write_tokenizer(self, folder: Path) -> None:
@@ -160,7 +162,8 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 
 def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
     seed_rngs(config.run.seed)  # the same weights on every rank
-    model = with_experts(build_model(config.model, data.tokenizer, world.device), config.moe, seed=config.run.seed)
+    model = build_model(config.model, data.tokenizer, world.device)
+    model = with_adapters(with_experts(model, config.moe, seed=config.run.seed), config.lora)
     check_vocabulary(data.train, vocabulary_size(model))
     return model
 

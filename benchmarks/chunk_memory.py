@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from benchmarks.chunk_memory_case import Case, key_value_bytes
 from benchmarks.claims import Claim, print_claims, write_report
 
 RATIOS = (1, 4, 16, 64)
+SLOPE_RATIOS = (32, 64, 128, 256)
 MODES = {"chunks": "chunks", "full": "whole", "full_checkpointed": "whole, recomputed"}
 """Modes of a `Case`, and what tables call them."""
 TARGET = 1.15
@@ -71,6 +73,35 @@ def claims_of(rows: Sequence[dict[str, Any]], base: Case) -> list[Claim]:
             )
         )
     return claims
+
+
+def measure_slope(*, quick: bool) -> list[dict[str, Any]]:
+    """Measure sequences of 32 to 256 times `chunk_tokens`, in chunks; one layer, so that the longest takes minutes."""
+    base = Case(mode="chunks", num_tokens=0, chunk_tokens=64 if quick else 256, hidden=256, layers=1)
+    ratios = SLOPE_RATIOS[:2] if quick else SLOPE_RATIOS
+    return [run(replace(base, num_tokens=ratio * base.chunk_tokens)) for ratio in ratios]
+
+
+def slope_claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Return how the peak grows with each token of the longest sequence, beside its keys, values and gradients."""
+    fields = Case.__dataclass_fields__
+    case = Case(**{name: rows[0][name] for name in fields})
+    tokens, peaks = ([row[name] for row in rows] for name in ("num_tokens", "peak_bytes"))
+    slope = float(np.polyfit(tokens, peaks, 1)[0])
+    bound = key_value_bytes(case, 1)
+    from_to = f"{tokens[0] // case.chunk_tokens}x to {tokens[-1] // case.chunk_tokens}x chunk_tokens"
+    note = f"{bound} bytes of keys, values and gradients a token; peaks " + ", ".join(f"{p / 1e6:.1f}" for p in peaks)
+    return [
+        Claim(
+            name=f"growth of the peak from {from_to}",
+            value=slope / bound,
+            unit="of the bound",
+            target="0.9 to 1.1",
+            bound=1.0,
+            met=0.9 <= slope / bound <= 1.1,
+            note=f"{note} MB",
+        )
+    ]
 
 
 def print_table(rows: Sequence[dict[str, Any]], base: Case) -> None:

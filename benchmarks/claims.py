@@ -46,4 +46,6 @@ def print_claims(claims: Sequence[Claim]) -> None:
     """Print one line a claim."""
     for claim in claims:
         verdict = "met" if claim.met else "MISSED"
-        print(f"{claim.name}: {claim.value:.3f} {claim.unit} (target {claim.target}): {verdict}. {claim.note}")
+        bound = "" if claim.bound is None else f", bound {claim.bound:.3g}"
+        unit = f" {claim.unit}" if claim.unit else ""
+        print(f"{claim.name}: {claim.value:.3f}{unit} (target {claim.target}{bound}): {verdict}. {claim.note}")

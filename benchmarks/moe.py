@@ -1,6 +1,7 @@
 """Planned overlap of MoE layers, beside the best single r and no overlap, on two emulated hosts.
 
     python -m benchmarks.moe [--quick] [--only grid|models|real] [--json FILE] [--plot FILE]
+    python -m benchmarks.moe --only grid --share 0.5 --rows 0:9 --append     a few minutes of it, added to what is there
 
 `grid` and `models`: two network namespaces of two ranks each; the links between and within them are shaped, and the
 communication over them is real and runs through the layer's own autograd function. **The experts' computation is a
@@ -20,7 +21,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +31,8 @@ from rich.table import Table
 
 from benchmarks.claims import print_claims, write_report
 from benchmarks.moe_claims import claims_of
+from benchmarks.moe_layers import SHARES
+from benchmarks.ranks import wait_for
 from moe.netns import TwoHosts, two_hosts, why_not
 
 PARTS = ("grid", "models", "real")
@@ -38,10 +40,11 @@ PORT = 29611
 DEADLINE_S = 3600
 
 
-def run_emulated(parts: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
+def run_emulated(parts: Sequence[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Run parts on four ranks of two emulated hosts; return their rows."""
     net = TwoHosts(name=f"b{os.getpid() % 10**6}")
-    options = json.dumps({"quick": quick, "parts": list(parts), "net": net.name})
+    chosen = {"quick": arguments.quick, "shares": arguments.share or SHARES, "rows": arguments.rows}
+    options = json.dumps({**chosen, "parts": list(parts), "net": net.name})
     with two_hosts(net), tempfile.TemporaryDirectory(prefix="moe-bench-") as folder, ExitStack() as started:
         ranks = []
         for rank in range(4):
@@ -51,21 +54,22 @@ def run_emulated(parts: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
             started.callback(process.wait)
             started.callback(process.kill)
             ranks.append(process)
-        wait_for(ranks)
+        wait_for(ranks, deadline_s=DEADLINE_S)
         return json.loads((Path(folder) / "rows.json").read_text())
 
 
-def wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for all ranks; raise as soon as one fails."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        codes = [r.poll() for r in ranks]
-        failed = [i for i, code in enumerate(codes) if code]
-        if failed or time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {failed} failed" if failed else f"not done after {DEADLINE_S} s")
-        if None not in codes:
-            return
-        time.sleep(0.2)
+def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of an earlier report, those measured again replaced, and the new ones."""
+    known = ("part", "layer", "share_target", "work", "way")
+    keys = [tuple(row.get(name) for name in known) for row in rows]
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [*(row for row in before if tuple(row.get(name) for name in known) not in keys), *rows]
+
+
+def row_range(text: str) -> list[int]:
+    """Read A:B."""
+    first, last = text.split(":")
+    return [int(first), int(last)]
 
 
 def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:
@@ -138,6 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer, smaller layers and rounds")
     parser.add_argument("--only", choices=PARTS, help="run one part")
+    parser.add_argument("--share", type=float, action="append", choices=SHARES, help="only this share; repeatable")
+    parser.add_argument("--rows", type=row_range, default=[0, 999], metavar="A:B", help="only these layers of a part")
+    parser.add_argument("--append", action="store_true", help="add the rows to those in the JSON file")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/moe.json"), metavar="FILE")
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="default: beside the JSON, .png")
     arguments = parser.parse_args()
@@ -148,20 +155,23 @@ def main() -> None:
         sys.exit(2)
     # So that hosts and ranks are gone when someone ends this, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rows = run_emulated(emulated, quick=arguments.quick) if emulated else []
+    rows = run_emulated(emulated, arguments) if emulated else []
     if "real" in parts:
         from benchmarks.moe_peers import run_real
 
         rows += run_real(quick=arguments.quick)
-    for part in emulated:
-        print_rows(rows, part)
-    if "real" in parts:
+    if arguments.append:
+        rows = merged(arguments.json, rows)
+    for part in ("grid", "models"):
+        if any(row["part"] == part for row in rows):
+            print_rows(rows, part)
+    if any(row["part"] == "real" for row in rows):
         print_real(rows)
     claims = claims_of(rows, quick=arguments.quick)
     print_claims(claims)
     write_report(arguments.json, rows=rows, claims=claims)
     print(f"rows and claims: {arguments.json}")
-    if emulated:
+    if any(row["part"] != "real" for row in rows):
         picture = arguments.plot or arguments.json.with_suffix(".png")
         plot(rows, picture)
         print(f"plot: {picture}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+SHARES = (0.3, 0.5, 0.7)
+"""Of communication in the serial layer; the links' speeds are swept to get there, the experts stay as they are."""
 ROW_BYTES = 1024
 """One row of fp32 activations, 256 wide."""
 

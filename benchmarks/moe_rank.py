@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.moe_layers import BenchLayer, grid, models
 from benchmarks.moe_stack import Stack, World, make_world
+from moe.calibrate import CHUNKS, with_overheads
 from moe.cost import LayerLoad, Profile, gradient_time, lane_bound, serial_time, stage_times
 from moe.issue import Span
 from moe.metrics import covered
@@ -30,8 +31,6 @@ from moe.profiler import Links, ProfileConfig, agree_on_plans, make_profile
 from moe.simulate import predict
 from moe.spread import plan_model
 
-SHARES = (0.3, 0.5, 0.7)
-"""Of communication in the serial layer; the links' speeds are swept to get there, the experts stay as they are."""
 MIDDLE = (400.0, 2000.0)
 """Mbit/s between and within hosts, for a share of 0.5."""
 FIXED = (1, 2, 3, 4, 6, 8, 12)
@@ -44,6 +43,9 @@ class Bench:
     def __init__(self, rank: int, folder: Path, options: dict[str, Any]) -> None:
         self.rank, self.folder, self.options = rank, folder, options
         self.quick: bool = options["quick"]
+        self.shares: list[float] = options["shares"]
+        self.chosen = slice(*options["rows"])
+        """Of the layers, or stacks, of a part."""
         self.world: World = make_world()
         self.rows: list[dict[str, Any]] = []
 
@@ -79,13 +81,21 @@ class Bench:
             sizes=5 if self.quick else 7,
             tries=5 if self.quick else 9,
         )
-        return make_profile(
+        profile = make_profile(
             links,
             expert_forward=lambda us: lambda: time.sleep(us * 1e-6),
             expert_backward=lambda us: lambda: time.sleep(us * 2e-6),
             config=config,
             progress=lambda _: self.world.spans.clear(),
         )
+        return self.calibrated(profile, layers[len(layers) // 2])
+
+    def calibrated(self, profile: Profile, layer: BenchLayer) -> Profile:
+        """Add what the executor costs, from runs of one layer whose experts take as long as its communication."""
+        expert_s = communication_s(profile, layer) / 3
+        stack = Stack(self.world, [layer], [expert_s], [0, 0])
+        took = {r: median(stack.step([LayerPlan(r, r)]) for _ in range(self.rounds)) for r in CHUNKS}
+        return with_overheads(profile, load_of(layer, expert_s, gradients=False), took)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -112,11 +122,11 @@ def communication_s(profile: Profile, layer: BenchLayer) -> float:
 
 def run_grid(bench: Bench) -> None:
     """Measure every layer at every link speed: ours, the best single r, no overlap."""
-    layers = grid(quick=bench.quick)
+    layers = grid(quick=bench.quick)[bench.chosen]
     bench.set_speed(0.5)
     middle = bench.profile(layers)
     expert_s = [communication_s(middle, layer) / 3 for layer in layers]
-    for share in SHARES:
+    for share in bench.shares:
         bench.set_speed(share)
         profile = bench.profile(layers)
         bench.say(f"share {share}: {profile.to_json()}")
@@ -200,11 +210,11 @@ def planned_hidden(profile: Profile, load: LayerLoad, plan: LayerPlan) -> float:
 
 def run_models(bench: Bench) -> None:
     """Measure the three model-shaped stacks: a layer hides the gradients of the layer above; the top one has none."""
-    stacks = models(quick=bench.quick)
+    stacks = models(quick=bench.quick)[bench.chosen]
     bench.set_speed(0.5)
     every = [layer for layers in stacks for layer in layers]
     middle = bench.profile(every)
-    for share in SHARES:
+    for share in bench.shares:
         bench.set_speed(share)
         profile = bench.profile(every)
         for layers in stacks:

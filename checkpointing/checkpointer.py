@@ -86,7 +86,7 @@ class Checkpointer:
         self._config = config
         self._folder = Folder(Path(path).absolute(), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
-        self._exchange = _open_exchange(group, self._control)
+        self._exchange = _open_exchange(group, self._control, config.timeout_s)
         self._committer = Committer(self._folder, config.keep)
         if mirror is not None and self._control.rank == 0:
             self._committer.mirror = Mirror(self._folder, os.fspath(mirror))
@@ -189,10 +189,16 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        timeout_s = self._config.timeout_s
+        if error is not None:
             # What ended the block may be a lost rank, with which no save in flight can be finished; and it is not seen
             # before this returns.
-            self._close(self._config.timeout_s if error is None else min(self._config.timeout_s, _AFTER_ERROR_S))
+            timeout_s = min(timeout_s, _AFTER_ERROR_S)
+            if not self._engine.idle(0):
+                told = str(error).partition("\n")[0]
+                _log.error("%s: %s; ending within %g s the save in flight", type(error).__name__, told, timeout_s)
+        try:
+            self._close(timeout_s)
         except CheckpointError as owed:
             if error is None:
                 raise
@@ -226,12 +232,12 @@ def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Co
     return StoreControl(members, timeout_s) if dist.get_world_size(members) > 1 else Alone()
 
 
-def _open_exchange(group: dist.ProcessGroup | str | None, control: Control) -> Exchange:
+def _open_exchange(group: dist.ProcessGroup | str | None, control: Control, timeout_s: float) -> Exchange:
     if control.world_size == 1:
         return NoExchange()
     members = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
     assert members is not None
-    return GroupExchange(members)
+    return GroupExchange(members, timeout_s)
 
 
 def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:

@@ -29,11 +29,13 @@ class Chooser:
         self._skipped: list[tuple[int, str, bool]] = []
         self._healed: set[int] = set()
         self._trying = -1
+        self.found: Manifest | None = None
+        """The manifest of the step that is tried; on rank 0 only."""
 
     @told_as(CheckpointError, "rank 0: ")
     def first(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Answer with the checkpoint to try, or that there is none."""
-        candidates = sorted({*self._folder.candidates(), *(self._second.candidates() if self._second else ())})
+        candidates = sorted({*self._folder.candidates(), *self._second_candidates()})
         if self._step is not None and self._step not in candidates:
             there = candidates or "none"
             raise CheckpointError(f"there is no step {self._step} in {self._folder.root}; there are: {there}")
@@ -58,13 +60,27 @@ class Chooser:
         skipped = [(str(self._folder.at(step)), self._set_aside(*one)) for one in self._skipped for step in one[:1]]
         return [{"step": self._trying, "right": True, "skipped": skipped}] * len(bodies)
 
+    def _second_candidates(self) -> list[int]:
+        """Return the steps of the second tier; none when it cannot be reached and the first one has checkpoints."""
+        if self._second is None:
+            return []
+        try:
+            return self._second.candidates()
+        except OSError as error:
+            if not any(self._folder.has_manifest(step) for step in self._folder.candidates()):
+                raise
+            _log.warning("restoring without the second tier, %s: %s", self._second.root, error)
+            self._second = None
+            return []
+
     def _next(self) -> dict[str, Any]:
         while self._left:
             self._trying = self._left.pop()
             try:
                 if not self._folder.has_manifest(self._trying):
                     self._fetch(self._trying)
-                return {"step": self._trying, "identity": identity_of(self._folder.inspect(self._trying))}
+                self.found = self._folder.inspect(self._trying)
+                return {"step": self._trying, "identity": identity_of(self.found)}
             except VersionError:
                 raise
             except IntegrityError as error:

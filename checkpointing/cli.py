@@ -1,6 +1,12 @@
 """The `checkpoint` command: look at checkpoints, verify them, compare them, and turn formats into each other.
 
 Exits 0 when all is well, 1 when a check failed, 2 on bad input. `--json` prints one JSON document instead of text.
+
+\b
+    checkpoint ls runs/a/checkpoints
+    checkpoint verify runs/a/checkpoints@200
+    checkpoint diff runs/a/checkpoints@100 model.pt --only "model.*"
+    checkpoint restore runs/a/checkpoints@200 hf-model --format hf --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -22,7 +28,14 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Run = Annotated[str, typer.Argument(help="Folder of a run's checkpoints (or s3://bucket/prefix).")]
-One = Annotated[str, typer.Argument(help="A run's folder, RUN@STEP, RUN/step-N, or a checkpoint of another format.")]
+Ours = Annotated[str, typer.Argument(help="A run's folder, RUN@STEP or RUN/step-N.")]
+One = Annotated[
+    str,
+    typer.Argument(
+        help="A run's folder (its newest), RUN@STEP or RUN/step-N; or another tool's checkpoint: a Hugging Face "
+        "folder, .safetensors, .pt, DCP, DeepSpeed or torchsnapshot."
+    ),
+]
 
 
 @app.command()
@@ -42,15 +55,18 @@ def show(
     json: Json = False,
 ) -> None:
     """Show the tensors, shapes, sizes and shards of a checkpoint, and its values."""
-    from checkpointing.show import describe
+    from checkpointing.show import describe, describe_source
 
-    folder, step = _folder(source)
-    step = _newest(folder) if step is None else step
-    out.show_checkpoint(describe(folder.inspect(step), only), json)
+    if _is_ours(source):
+        folder, step = _folder(source)
+        step = _newest(folder) if step is None else step
+        out.show_checkpoint(describe(folder.inspect(step), only), json)
+    else:
+        out.show_checkpoint(describe_source(_source(source), only), json)
 
 
 @app.command()
-def verify(source: One, json: Json = False) -> None:
+def verify(source: Ours, json: Json = False) -> None:
     """Read every byte of a checkpoint (of all of a run's, without a step); name file, tensor and piece that differ."""
     from checkpointing.verify import damages
 
@@ -107,8 +123,9 @@ def save(
 
     opened = _source(source)
     with out.progress(json) as bar:
-        place = save_source(opened, dest, step, bar.bytes("reading", None))
-    out.show_done({"path": str(place), "tensors": len(opened.tensors)}, json)
+        place = save_source(opened, dest, step, bar.bytes("reading", opened.num_bytes))
+    done = {"path": str(place), "tensors": len(opened.tensors)}
+    out.show_done(done, json, f"committed {place}, with {len(opened.tensors)} tensors")
 
 
 @app.command()
@@ -125,12 +142,13 @@ def restore(
     from checkpointing.convert import restore_source
 
     notes: list[str] = []
+    opened = _source(source)
     with out.progress(json) as bar:
         restore_source(
-            _source(source), dest, format_, world_size=world_size, only=only, dtype=dtype, note=notes.append,
-            wrote=bar.bytes("writing", None),
+            opened, dest, format_, world_size=world_size, only=only, dtype=dtype, note=notes.append,
+            wrote=bar.bytes("writing", None if only else opened.num_bytes),
         )  # fmt: skip
-    out.show_done({"path": str(dest), "format": format_, "notes": notes}, json)
+    out.show_done({"path": str(dest), "format": format_, "notes": notes}, json, f"wrote {dest}", *notes)
 
 
 @app.command()
@@ -142,14 +160,15 @@ def request(run: Run, json: Json = False) -> None:
     asked = REQUEST in folder.storage.names(folder.root)
     if not asked:
         folder.storage.write_new(folder.root / REQUEST, b"")
-    out.show_done({"path": str(folder.root / REQUEST), "already": asked}, json)
+    said = "was asked already" if asked else "asked: the job saves at its next step"
+    out.show_done({"path": str(folder.root / REQUEST), "already": asked}, json, said)
 
 
 @app.command()
 def prune(
     run: Run,
     keep: Annotated[int, typer.Option(help="How many of the newest checkpoints stay.", min=1)],
-    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     json: Json = False,
 ) -> None:
     """Delete older checkpoints, and what crashed saves have left. The newest one that verifies always stays."""
@@ -157,7 +176,8 @@ def prune(
 
     with out.progress(json) as bar:
         gone = prune_run(_folder(run)[0], keep, dry_run=dry_run, read=bar.bytes("verifying", None))
-    out.show_done({"removed": gone, "dry_run": dry_run}, json)
+    said = [f"{'would remove' if dry_run else 'removed'} {one}" for one in gone] or ["nothing to remove"]
+    out.show_done({"removed": gone, "dry_run": dry_run}, json, *said)
 
 
 @app.command()
@@ -195,6 +215,14 @@ def _folder(text: str) -> tuple[Folder, int | None]:
     if not storage.names(root):
         raise CheckpointError(f"{path} does not exist or is empty; give the folder of a run")
     return Folder(root, storage), step if step is not None else named
+
+
+def _is_ours(text: str) -> bool:
+    """Return whether it is for the readers that need no torch: ours, or nothing that is there."""
+    path = Path(_split(text)[0])
+    if "://" in text or not path.exists():
+        return True
+    return path.is_dir() and any(one.name == "manifest.json" or one.name.startswith("step-") for one in path.iterdir())
 
 
 def _newest(folder: Folder) -> int:

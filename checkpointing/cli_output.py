@@ -71,12 +71,16 @@ def show_checkpoint(found: Mapping[str, Any], as_json: bool) -> None:
         table.add_row(one["name"], one["dtype"], str(one["shape"]), size_text(one["bytes"]), _shards(one["shards"]))
     for name, first in found["aliases"].items():
         table.add_row(name, "", "", "", f"is {first}")
-    total = sum(file["bytes"] for file in found["files"])
     _console.print(table)
-    _console.print(
-        f"step {found['step']} of run {found['run_id'][:8]}: {len(found['tensors'])} tensors, {size_text(total)} in "
-        f"{len(found['files'])} files of {found['world_size']} ranks"
-    )
+    if "format" in found:
+        total = sum(one["bytes"] for one in found["tensors"])
+        _console.print(f"a {found['format']} checkpoint: {len(found['tensors'])} tensors, {size_text(total)}")
+    else:
+        total = sum(file["bytes"] for file in found["files"])
+        _console.print(
+            f"step {found['step']} of run {found['run_id'][:8]}: {len(found['tensors'])} tensors, {size_text(total)} "
+            f"in {len(found['files'])} files of {found['world_size']} ranks"
+        )
     for name, value in found["values"].items():
         text = json.dumps(value, default=str)
         _console.print(f"{name} = {text if len(text) <= 100 else text[:97] + '...'}", markup=False)
@@ -124,14 +128,13 @@ def show_findings(findings: Sequence[Any], as_json: bool) -> None:
         print(f"{one.level:8} {one.what}")
 
 
-def show_done(what: Mapping[str, Any], as_json: bool) -> None:
-    """Print what was done."""
+def show_done(what: Mapping[str, Any], as_json: bool, *lines: str) -> None:
+    """Print what was done: a record for programs, lines for people."""
     if as_json:
         _json(what)
         return
-    for name, value in what.items():
-        for line in value if isinstance(value, list) else [value]:
-            print(f"{name}: {line}")
+    for line in lines:
+        print(line)
 
 
 def size_text(num_bytes: int) -> str:
@@ -144,6 +147,8 @@ def size_text(num_bytes: int) -> str:
 
 def _shards(shards: Sequence[Mapping[str, Any]]) -> str:
     files = [shard["file"].removesuffix(".safetensors") for shard in shards]
+    if not files:
+        return ""
     return files[0] if len(files) == 1 else f"{len(files)}: {', '.join(files[:4])}{', ...' * (len(files) > 4)}"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from checkpointing import manifest as manifests
 from checkpointing.control import told_as
 from checkpointing.datafile import file_name
-from checkpointing.errors import IntegrityError, SaveError, StateError
+from checkpointing.errors import IntegrityError, SaveError, StateError, VersionError
 from checkpointing.folder import REQUEST, Folder
 from checkpointing.manifest_fields import file_fields
 from checkpointing.pieces import PIECE_BYTES
@@ -106,6 +106,8 @@ class Committer:
             return False
         try:
             self._folder.inspect(step)
+        except VersionError:  # nothing is wrong with it
+            return True
         except IntegrityError:
             return False
         return True

@@ -73,6 +73,8 @@ class Control(Protocol):
 
     rank: int
     world_size: int
+    pulse: float
+    """When this rank last looked for the others' reports, in seconds of `time.monotonic`."""
 
     def begin(self, what: str) -> None:
         """Begin a call; every rank must begin the same ones in the same order."""
@@ -94,6 +96,10 @@ class Control(Protocol):
         """Return rank 0's value. Every rank must call; unlike the other calls, from any one thread."""
         ...
 
+    def leave(self) -> None:
+        """Wait for no other rank any more, in calls under way too; from any thread."""
+        ...
+
     def close(self) -> None:
         """Let go of the store, once the others have read their answers."""
         ...
@@ -104,6 +110,7 @@ class Alone:
 
     rank = 0
     world_size = 1
+    pulse = 0.0
 
     def begin(self, what: str) -> None:
         """Nobody to begin with."""
@@ -121,6 +128,9 @@ class Alone:
     def lead(self, value: bool) -> bool:
         """Return the value."""
         return value
+
+    def leave(self) -> None:
+        """Nobody is waited for."""
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -20,6 +20,7 @@ from checkpointing.store_calls import StoreCalls, open_store
 
 _PART_BYTES = 4 * 2**20  # TCPStore drops the connection on values over 8 MiB
 _GOODBYE_S = 10.0
+_LEAVING_S = 1.0
 
 
 class StoreControl:
@@ -32,6 +33,8 @@ class StoreControl:
         self._call, self._what = 0, "joining the others"
         self._beats, self._beat_at, self._leads = 0, 0.0, 0
         self._unread: dict[str, int] = {}
+        self.pulse = time.monotonic()
+        self._leaving = False
         self._store("set", self._life(self.rank), "0")
 
     def begin(self, what: str) -> None:
@@ -52,7 +55,8 @@ class StoreControl:
             mine = {0: self._key(phase, "answer", self.rank)}
             found = self._collect(mine)
             if 0 not in found:
-                raise RankError(f"{self._what} failed: rank 0 gave no answer for {self._timeout_s:g} s")
+                why = "before this rank gave up" if self._leaving else f"for {self._timeout_s:g} s"
+                raise RankError(f"{self._what} failed: rank 0 gave no answer {why}")
             return found[0]
         wanted = {rank: self._key(phase, "report", rank) for rank in range(1, self.world_size)}
         found = {0: outcome, **self._collect(wanted)}
@@ -62,7 +66,7 @@ class StoreControl:
 
     def alive(self) -> None:
         """Give a sign of life, a few times per deadline at most."""
-        now = time.monotonic()
+        self.pulse = now = time.monotonic()
         if now - self._beat_at >= min(1.0, self._timeout_s / 4):
             self._beats, self._beat_at = self._beats + 1, now
             # With the number of the call: a rank that has gone on to another call is no sign of life in this one.
@@ -83,9 +87,14 @@ class StoreControl:
             time.sleep(0.0005)
         return self._calls("get", key) == b"1"
 
+    def leave(self) -> None:
+        """Give up on ranks that are silent: from now on nobody is waited for, in calls under way too."""
+        self._leaving = True
+        self._calls.hurry(_LEAVING_S)
+
     def close(self) -> None:
         """Let go of the store; its host waits a little until the others have read their answers, or left."""
-        give_up = time.monotonic() + min(self._timeout_s, _GOODBYE_S)
+        give_up = time.monotonic() + min(self._timeout_s, _LEAVING_S if self._leaving else _GOODBYE_S)
         with suppress(RankError):  # the store is gone already
             if self.rank:
                 self._store("set", f"left/{self.rank}", "")
@@ -115,12 +124,13 @@ class StoreControl:
         start = time.monotonic()
         deadline = dict.fromkeys(keys, start + self._timeout_s)
         seen = {rank: self._life_of(rank) for rank in keys}
-        pause = 0.001
         while deadline:
             self.alive()
             for rank in list(deadline):
                 if self._store("check", [keys[rank]]):
                     found[rank] = Outcome(**self._take(keys[rank]))
+                    del deadline[rank]
+                elif self._leaving:
                     del deadline[rank]
                 elif time.monotonic() > deadline[rank]:
                     life = self._life_of(rank)
@@ -128,8 +138,8 @@ class StoreControl:
                         del deadline[rank]
                     else:
                         seen[rank], deadline[rank] = life, time.monotonic() + self._timeout_s
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
+            # A share of the wait so far: what is over soon is seen soon, and a long wait costs no CPU.
+            time.sleep(min(max(0.001, (time.monotonic() - start) / 100), 0.05))
         return found
 
     def _post(self, key: str, value: Mapping[str, Any]) -> None:

@@ -98,7 +98,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _header_entry(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
-    return f'{_json(name)}:{{"dtype":"{dtype}","shape":{_json(shape)},"data_offsets":[{begin},{end}]}}'
+    dims = ",".join(map(str, shape))  # the encoder takes several times as long, and there may be many tensors
+    return f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dims}],"data_offsets":[{begin},{end}]}}'
 
 
 _json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from pathlib import Path
 
 from checkpointing.commit import Committer
@@ -44,6 +45,7 @@ class Engine:
         self._open: list[SaveJob] = []  # not over, chores behind them included; the oldest first
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._beat_at = 0.0
         self._hook = StepHook(owners, self.fence)
 
     def save(self, what: str, step: int, state: State) -> SaveHandle:
@@ -52,7 +54,7 @@ class Engine:
         Raises StateError, the same on every rank, when this rank's state or step cannot be saved.
         """
         self.fence()  # live memory is read by one save at a time
-        job = SaveJob(what, step, SaveHandle(what, self.pool.hurry))
+        job = SaveJob(what, step, SaveHandle(what, self.pool.hurry, self._stalled))
         try:
             self._apply_policy(job)
             check_step(step)
@@ -71,13 +73,21 @@ class Engine:
         """Give a job to the thread, and wait for what is urgent in it."""
         returned = threading.Event()
         job.urgent_done = returned.set
+        job.beat = self._beat
         with self._changed:
+            if not self._open:
+                self._beat()
             self._open.append(job)
-        self._start()
+        if not self._start():
+            self._serve_one(job)
+            return
         self._jobs.put(job)
         if job.snapshot is not None and job.snapshot.structure.urgent - job.snapshot.made.keys():
             with self.pool.hurried():
-                returned.wait()  # the job's own deadlines end it
+                while not returned.wait(1.0):  # the deadlines of the jobs end it, but for calls that do not return
+                    if (reason := self._stalled()) is not None:
+                        job.give_up(SaveError(f"{job.what} failed: {reason}"))
+                        return
 
     def fence(self) -> None:
         """Return when live memory may change. Never raises: what goes wrong is told by the save's handle."""
@@ -100,7 +110,9 @@ class Engine:
         if flying and not self.idle(timeout_s):
             for job in flying:
                 job.give_up(SaveError(f"not durable {timeout_s:g} s after the close; given up"))
-            self.idle(_GOODBYE_S)
+            if not self.idle(_GOODBYE_S):  # it is another rank that is waited for
+                self._control.leave()
+                self.idle(_GOODBYE_S)
         for job in flying:
             if job.handle.progress.done:
                 _log.info("%s: finished on the way out", job.what)
@@ -127,16 +139,39 @@ class Engine:
         for one in flying:
             one.give_up(PassedOverError(f"{job.what} replaces it"))
 
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="checkpoint-engine", daemon=True)
-            self._thread.start()
+    def _beat(self) -> None:
+        self._beat_at = time.monotonic()
+
+    def _stalled(self) -> str | None:
+        """Return why the save in hand will not end by itself: a call of the operating system does not return."""
+        silent_s = time.monotonic() - max(self._beat_at, self._control.pulse)
+        if silent_s < 2 * self._config.timeout_s:
+            return None
+        return f"no sign of life for {silent_s:.0f} s, as of a disk that has stopped; the checkpoints before are intact"
+
+    def _start(self) -> bool:
+        """Return whether there is a thread; where there can be none, a save runs inside of its call."""
+        if self._thread is not None and self._thread.is_alive():
+            return True
+        thread = threading.Thread(target=self._serve, name="checkpoint-engine", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _log.warning("saving without a thread, as there can be no more: %s", error)
+            return False
+        self._thread = thread
+        return True
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._serve_one(job)
+
+    def _serve_one(self, job: SaveJob) -> None:
+        try:
             path = self._run(job)
             if path is not None and self._control.rank == 0:
                 self._tidy(job)
+        finally:
             with self._changed:
                 self._open.remove(job)
                 self._changed.notify_all()
@@ -144,6 +179,7 @@ class Engine:
     def _run(self, job: SaveJob) -> Path | None:
         path, job.staged = None, lambda: self._staged(job)
         try:
+            job.beat()
             self._control.begin(job.what)
             path = self._saver.run(job)
             job.handle.finish(path)

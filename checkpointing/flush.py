@@ -76,11 +76,14 @@ class FlushPool:
         self._threads: list[threading.Thread] = []
 
     def submit(self, file: FlushFile, slab: Slab, length: int, offset: int) -> None:
-        """Write the first `length` bytes of a slab at `offset`; it goes back to the ring afterwards."""
-        file.began()
+        """Write the first `length` bytes of a slab at `offset`; it goes back to the ring afterwards.
+
+        Raises RuntimeError, and nothing was begun, when there can be no thread.
+        """
         with self._changed:
             if not self._threads:
                 self._start()
+            file.began()
             self._queue.append(_Write(file, slab, length, offset))
             self._changed.notify_all()
 
@@ -111,7 +114,12 @@ class FlushPool:
             name = f"checkpoint-flush-{index}"
             # Daemons: a write that hangs must not keep the process from ending.
             thread = threading.Thread(target=self._serve, args=(index,), name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that are there do the work
+                if not self._threads:
+                    raise
+                return
             self._threads.append(thread)
 
     def _next(self, index: int) -> _Write | None:

@@ -33,8 +33,10 @@ class Meter:
 class SaveHandle:
     """A save under way."""
 
-    def __init__(self, what: str, hurry: Callable[[bool], None]) -> None:
-        self._what, self._hurry, self._meter = what, hurry, Meter()
+    def __init__(
+        self, what: str, hurry: Callable[[bool], None], stalled: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self._what, self._hurry, self._stalled, self._meter = what, hurry, stalled, Meter()
         self._staged, self._over = threading.Event(), threading.Event()
         self._path: Path | None = None
         self._error: CheckpointError | None = None
@@ -65,7 +67,7 @@ class SaveHandle:
         """Return the folder once a power cut cannot lose it. Raises CheckpointError if the save failed.
 
         `timeout_s` bounds the wait in seconds, and raises SaveError when it is over, while the save goes on; without it
-        the checkpointer's own deadlines bound it.
+        the checkpointer's own deadlines bound it: SaveError when the disk or the ranks give no sign of life for long.
         """
         self._await(self._over, timeout_s, "durable")
         self._owed = False
@@ -80,6 +82,9 @@ class SaveHandle:
         self._hurry(True)
         begun = time.monotonic()
         try:
+            while timeout_s is None and not event.wait(1.0):
+                if (reason := self._stalled()) is not None:
+                    raise SaveError(f"{self._what} is not {goal}: {reason}")
             if not event.wait(timeout_s):
                 done = self.progress
                 raise SaveError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -11,13 +12,14 @@ import torch.distributed as dist
 from checkpointing.datafile import bytes_of
 from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
+from checkpointing.memory import fresh
 from checkpointing.reading import RUN_BYTES, Fill, read_fills
 from checkpointing.records import Manifest, TensorEntry
 from checkpointing.reshard import Box, LoadPlan, Wants, box_of, entries_by_name, plan_load, whole
 from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
 
-_ALIGN = 64
+_ALIGN = 4096
 _GENERATOR_BYTES = 64 * 2**10
 
 
@@ -55,52 +57,73 @@ class NoExchange:
 
 
 class GroupExchange:
-    """Over a process group; through its device where the group cannot move host memory."""
+    """Over a process group; through its device where the group cannot move host memory.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.rank, self._group = dist.get_rank(group), group
+    Raises RuntimeError when another rank does not take part within `timeout_s`; the group is of no use then.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.rank, self._group, self._timeout = dist.get_rank(group), group, timedelta(seconds=timeout_s)
         on_host = "cpu" in str(dist.get_backend_config(group)) or dist.get_backend(group) == "gloo"
         self._device = None if on_host else torch.accelerator.current_accelerator()
 
     def broadcast(self, data: torch.Tensor, reader: int) -> None:
         """Give all ranks what `reader` has; a collective."""
         moved = self._there(data)
-        dist.broadcast(moved, group=self._group, group_src=reader)
+        self._await(dist.broadcast(moved, group=self._group, group_src=reader, async_op=True))
         if moved is not data:
             data.copy_(moved)
 
     def send(self, data: torch.Tensor, rank: int) -> None:
         """Give bytes to one rank."""
-        dist.send(self._there(data), group=self._group, group_dst=rank)
+        self._await(dist.isend(self._there(data), group=self._group, group_dst=rank))
 
     def receive(self, data: torch.Tensor, rank: int) -> None:
         """Take bytes from one rank."""
         moved = self._there(data)
-        dist.recv(moved, group=self._group, group_src=rank)
+        self._await(dist.irecv(moved, group=self._group, group_src=rank))
         if moved is not data:
             data.copy_(moved)
+
+    def _await(self, work: dist.Work | None) -> None:
+        if work is not None:
+            work.wait(self._timeout)
 
     def _there(self, data: torch.Tensor) -> torch.Tensor:
         return data if self._device is None else data.to(self._device)
 
 
+_Owner = tuple[int, bool]
+"""Which rank reads, and whether all get it."""
+
+
 class Buffers:
     """Fresh memory for the entries a rank touches; neighbours on disk share a block and are read and sent together."""
 
-    def __init__(self, entries: Sequence[TensorEntry], owners: Sequence[object]) -> None:
-        self.blocks: list[tuple[torch.Tensor, list[TensorEntry], object]] = []
-        self.of: dict[TensorEntry, torch.Tensor] = {}
-        """The bytes of each entry, uint8."""
+    def __init__(self, entries: Sequence[TensorEntry], owners: Sequence[_Owner]) -> None:
+        self.blocks: list[tuple[torch.Tensor, list[TensorEntry], _Owner]] = []
+        self._block_of: dict[TensorEntry, int] = {}
+        self._tensors: dict[TensorEntry, torch.Tensor] = {}
         for run, owner in _blocks(entries, owners):
-            begin = run[0].begin - run[0].begin % _ALIGN  # a view needs the alignment its place in the file has
-            block = torch.empty(run[-1].end - begin, dtype=torch.uint8)
-            self.blocks.append((block, run, owner))
-            for entry in run:
-                self.of[entry] = block[entry.begin - begin : entry.end - begin]
+            begin = run[0].begin - run[0].begin % _ALIGN  # memory is aligned as its place in the file is
+            self._block_of.update(dict.fromkeys(run, len(self.blocks)))
+            self.blocks.append((fresh(run[-1].end - begin), run, owner))
+
+    def memory(self, rank: int) -> Iterator[tuple[TensorEntry, memoryview]]:
+        """Yield where the bytes of each entry go that a rank reads."""
+        for block, run, (reader, _) in self.blocks:
+            if reader == rank:
+                view, begin = block.numpy().data, run[-1].end - block.numel()
+                for entry in run:
+                    yield entry, view[entry.begin - begin : entry.end - begin]
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """Return an entry as the tensor it is."""
-        return typed(self.of[entry], entry)
+        if entry not in self._tensors:
+            block, run, _ = self.blocks[self._block_of[entry]]
+            data = block[block.numel() - (run[-1].end - run[0].begin) :]
+            self._tensors.update(zip(run, _typed_run(data, run), strict=True))
+        return self._tensors[entry]
 
 
 def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
@@ -113,8 +136,19 @@ def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     return data.view(dtype).reshape(entry.shape)
 
 
-def _blocks(entries: Sequence[TensorEntry], owners: Sequence[object]) -> list[tuple[list[TensorEntry], object]]:
-    runs: list[tuple[list[TensorEntry], object]] = []
+def _typed_run(data: torch.Tensor, run: Sequence[TensorEntry]) -> Sequence[torch.Tensor]:
+    """Return the bytes of neighbours as the tensors they are; many of one dtype are cut by one call."""
+    dtype = DTYPES[run[0].dtype]
+    alike = len(run) > 1 and dtype != torch.uint8 and all(entry.dtype == run[0].dtype for entry in run)
+    if not alike or data.storage_offset() % dtype.itemsize:
+        at = run[0].begin
+        return [typed(data[entry.begin - at : entry.end - at], entry) for entry in run]
+    parts = data.view(dtype).split([(entry.end - entry.begin) // dtype.itemsize for entry in run])
+    return [part if len(entry.shape) == 1 else part.view(entry.shape) for part, entry in zip(parts, run, strict=True)]
+
+
+def _blocks(entries: Sequence[TensorEntry], owners: Sequence[_Owner]) -> list[tuple[list[TensorEntry], _Owner]]:
+    runs: list[tuple[list[TensorEntry], _Owner]] = []
     for entry, owner in zip(entries, owners, strict=True):
         last = runs[-1][0] if runs else []
         joins = last and (last[-1].file, last[-1].end, runs[-1][1]) == (entry.file, entry.begin, owner)
@@ -132,10 +166,9 @@ def read_part(folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, ali
     """
     needed = [task for task in plan.tasks if task.reader == rank or rank in task.takers]
     buffers = Buffers([task.entry for task in needed], [(task.reader, task.shared) for task in needed])
-    mine = [task.entry for task in needed if task.reader == rank]
     heads = {file for file, reader in first_readers(plan).items() if reader == rank}
     place = folder.at(manifest.step)
-    fills = [Fill(entry, buffers.of[entry].numpy().data) for entry in mine]
+    fills = [Fill(entry, memory) for entry, memory in buffers.memory(rank)]
     read_fills(folder.storage, place, manifest.piece_bytes, fills, alive)
     # Last: format 1 has one hash for header and tensors together, and then a tensor is the better name.
     _check_heads(folder, manifest, heads)
@@ -154,7 +187,7 @@ def hand_over(exchange: Exchange, plan: LoadPlan, buffers: Buffers, wants: Seque
     """Give every rank what it needs of what others read. Every rank must call, in this order of tasks."""
     rank = exchange.rank
     for block, _, owner in buffers.blocks:
-        reader, shared = owner  # pyright: ignore[reportGeneralTypeIssues]
+        reader, shared = owner
         if shared and block.numel():
             exchange.broadcast(block, reader)
     for task in plan.tasks:

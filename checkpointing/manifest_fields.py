@@ -108,14 +108,15 @@ def read_values(body: Mapping[str, Any], taken: Collection[str]) -> dict[str, An
 
 def read_record(record: object, kind: str, expected: Sequence[str]) -> dict[str, Any]:
     """Return an object with exactly the expected fields."""
-    if not isinstance(record, dict) or record.keys() != set(expected):
+    if not isinstance(record, dict) or len(record) != len(expected) or not all(map(record.__contains__, expected)):
         raise IntegrityError(f"manifest: an entry of {kind} has not the fields {', '.join(expected)}")
     return record
 
 
-def read_number(value: object, what: str, low: int) -> int:
-    """Return an int between `low` and 2**63 - 1."""
+def read_number(value: object, what: str, low: int, tensor: str | None = None) -> int:
+    """Return an int between `low` and 2**63 - 1; `tensor` is whose it is."""
     if type(value) is not int or not low <= value <= _MAX:
+        what = what if tensor is None else f"{what} of tensor {tensor!r}"
         raise IntegrityError(f"manifest: {what} is {str(value)[:40]}; an integer from {low} to 2**63 - 1 was expected")
     return value
 

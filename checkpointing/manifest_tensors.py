@@ -6,9 +6,11 @@ the pieces stand with the files: one string a file, its tensors in the order of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 from checkpointing.dtypes import ITEMSIZES, itemsize
@@ -18,21 +20,30 @@ from checkpointing.pieces import num_pieces
 from checkpointing.records import FileEntry, TensorEntry
 
 FIELDS = ("name", "dtype", "global_shape", "offset", "shape", "file", "begin", "end")
+_MAX_COMPARISONS = 2 * 10**6
+_TEXT = "{{" + ",".join(f'"{name}":{{}}' for name in FIELDS) + "}}"
+_quoted = json.JSONEncoder().encode
 _FIELDS_1 = (*FIELDS, "xxh3_64")
+_INTS = {int}
+_place = attrgetter("file", "begin", "end", "name")
+_Dims = dict[tuple[int, ...], tuple[int, ...]]
+"""Shapes and offsets that were found right: most tensors have one that another has, too."""
 
 
-def tensor_fields(entry: TensorEntry) -> dict[str, Any]:
-    """Return an entry as JSON, without its hashes."""
-    return {name: getattr(entry, name) for name in FIELDS}
+def tensor_text(entry: TensorEntry) -> str:
+    """Return an entry as JSON, without its hashes. By hand: the encoder takes several times as long."""
+    shapes = (f"[{','.join(map(str, dims))}]" for dims in (entry.global_shape, entry.offset, entry.shape))
+    values = (_quoted(entry.name), f'"{entry.dtype}"', *shapes, f'"{entry.file}"', entry.begin, entry.end)
+    return _TEXT.format(*values)
 
 
 def read_tensors_1(body: Mapping[str, Any], files: Sequence[FileEntry]) -> tuple[TensorEntry, ...]:
     """Return the tensors of a format-1 manifest."""
-    lengths = {file.path: file.length for file in files}
+    lengths, dims = {file.path: file.length for file in files}, _Dims()
     tensors = []
     for record in read_list(body, "tensors"):
         found = read_record(record, "TensorEntry", _FIELDS_1)
-        tensor = _tensor(found, lengths)
+        tensor = _tensor(found, lengths, dims)
         hash_ = read_hash(found["xxh3_64"], tensor.name)
         if (tensor.global_shape, tensor.offset) != (tensor.shape, (0,) * len(tensor.shape)):
             raise IntegrityError(f"manifest: tensor {tensor.name!r} is a slice; format 1 holds whole tensors")
@@ -45,12 +56,11 @@ def read_tensors(
     body: Mapping[str, Any], files: Sequence[FileEntry], pieces: Mapping[str, str], piece_bytes: int
 ) -> tuple[TensorEntry, ...]:
     """Return the tensors of a manifest; `pieces` are the hashes of each file, one behind the other."""
-    lengths = {file.path: file.length for file in files}
-    tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths) for one in read_list(body, "tensors")]
-    check_table(tensors)
+    lengths, dims = {file.path: file.length for file in files}, _Dims()
+    tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths, dims) for one in read_list(body, "tensors")]
     at = dict.fromkeys(pieces, 0)
     hashed = {}
-    for tensor in sorted(tensors, key=_place):
+    for tensor in check_table(tensors):
         begin = at[tensor.file]
         at[tensor.file] = end = begin + 16 * num_pieces(tensor.begin, tensor.end, piece_bytes)
         text = pieces[tensor.file]
@@ -71,14 +81,11 @@ def hashes_of_files(tensors: Iterable[TensorEntry], paths: Iterable[str]) -> dic
     return {path: "".join(hashes) for path, hashes in found.items()}
 
 
-def _place(tensor: TensorEntry) -> tuple[Any, ...]:
-    return (tensor.file, tensor.begin, tensor.end, tensor.name)
-
-
-def _tensor(found: Mapping[str, Any], lengths: Mapping[str, int]) -> TensorEntry:
+def _tensor(found: Mapping[str, Any], lengths: Mapping[str, int], dims: _Dims) -> TensorEntry:
     name, dtype, file = read_text(found, "name"), read_text(found, "dtype"), read_text(found, "file")
-    global_shape, offset, shape = (read_dims(found[field], name) for field in ("global_shape", "offset", "shape"))
-    begin, end = (read_number(found[field], f"{field} of tensor {name!r}", 8) for field in ("begin", "end"))
+    global_shape = _dims(found["global_shape"], name, dims)
+    offset, shape = _dims(found["offset"], name, dims), _dims(found["shape"], name, dims)
+    begin, end = read_number(found["begin"], "begin", 8, name), read_number(found["end"], "end", 8, name)
     if dtype not in ITEMSIZES:
         raise IntegrityError(f"manifest: tensor {name!r} has the dtype {dtype!r}; upgrade longrail, or it is damaged")
     if file not in lengths or end > lengths[file]:
@@ -95,13 +102,32 @@ def _with_hashes(tensor: TensorEntry, hashes: tuple[str, ...]) -> TensorEntry:
     )  # fmt: skip
 
 
-def check_table(tensors: Sequence[TensorEntry]) -> None:
-    """Raise IntegrityError where slices do not tile their whole, or two entries share bytes or a name."""
-    for name, slices in groupby(sorted(tensors, key=lambda one: (one.name, one.offset)), key=lambda one: one.name):
-        _check_slices(name, list(slices))
-    for before, after in pairwise(sorted(tensors, key=_place)):
+def _dims(value: Any, name: str, known: _Dims) -> tuple[int, ...]:
+    # By type, as 1.0 and True are keys equal to 1.
+    if type(value) is list and {*map(type, value)} <= _INTS and (found := known.get(tuple(value))) is not None:
+        return found
+    made = read_dims(value, name)
+    return known.setdefault(made, made)
+
+
+def check_table(tensors: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """Raise IntegrityError where slices do not tile their whole, or two entries share bytes or a name.
+
+    Returns the entries in the order of their bytes.
+    """
+    by_name: dict[str, list[TensorEntry]] = {}
+    for tensor in tensors:
+        by_name.setdefault(tensor.name, []).append(tensor)
+    for name, slices in by_name.items():
+        one = slices[0]
+        is_whole = one.shape == one.global_shape and len(one.offset) == len(one.shape) and not any(one.offset)
+        if len(slices) > 1 or not is_whole:
+            _check_slices(name, sorted(slices, key=attrgetter("offset")))
+    placed = sorted(tensors, key=_place)
+    for before, after in pairwise(placed):
         if before.file == after.file and before.end > after.begin:
             raise IntegrityError(f"manifest: tensors {before.name!r} and {after.name!r} overlap in {after.file}")
+    return placed
 
 
 def _check_slices(name: str, slices: Sequence[TensorEntry]) -> None:
@@ -126,11 +152,22 @@ def _check_slices(name: str, slices: Sequence[TensorEntry]) -> None:
 
 
 def _any_overlap(slices: Sequence[TensorEntry]) -> bool:
-    # Slices are sorted by offset; only those behind `one` that begin before its end in the first dim can meet it.
-    for index, one in enumerate(slices):
-        for other in slices[index + 1 :]:
-            if not one.shape or other.offset[0] >= one.offset[0] + one.shape[0]:
+    # Along the dim in which they begin at the most places, only those behind `one` that begin before its end can meet
+    # it. Ranks cut a tensor into a grid; what takes longer than that is not one of ours, and must not take for ever.
+    num_dims = len(slices[0].shape)
+    if not num_dims or len(slices) == 1:
+        return False
+    dim = max(range(num_dims), key=lambda dim: len({one.offset[dim] for one in slices}))
+    ordered = sorted(slices, key=lambda one: one.offset[dim])
+    left = _MAX_COMPARISONS
+    for index, one in enumerate(ordered):
+        end = one.offset[dim] + one.shape[dim]
+        for at in range(index + 1, len(ordered)):
+            other, left = ordered[at], left - 1
+            if other.offset[dim] >= end:
                 break
+            if left < 0:
+                raise IntegrityError(f"manifest: tensor {one.name!r} has {len(slices)} slices, too many to check")
             spans = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
             if all(a < c + d and c < a + b for a, b, c, d in spans):
                 return True

@@ -55,7 +55,13 @@ def plan_tensors(ranks: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[tuple[Ten
     loads = [0] * len(ranks)
     writes: list[list[TensorSpec]] = [[] for _ in ranks]
     # Slices with one holder leave no choice and come first; then the largest first, as in any greedy balancing.
-    for key in sorted(specs, key=lambda key: (len(holders[key]) > 1, -specs[key].num_bytes, key)):
+    shared = [key for key in specs if len(holders[key]) > 1]
+    for key, spec in specs.items():
+        if len(holders[key]) == 1:
+            (writer,) = holders[key]
+            loads[writer] += spec.num_bytes
+            writes[writer].append(spec)
+    for key in sorted(shared, key=lambda key: (-specs[key].num_bytes, key)):
         writer = min(holders[key], key=lambda rank: (loads[rank], rank))
         loads[writer] += specs[key].num_bytes
         writes[writer].append(specs[key])

@@ -10,6 +10,7 @@ from checkpointing import manifest as manifests
 from checkpointing.datafile import file_name
 from checkpointing.errors import SaveError
 from checkpointing.manifest_tensors import check_table
+from checkpointing.memory import no_collection
 from checkpointing.plan import plan_tensors
 from checkpointing.records import TensorEntry, TensorSpec
 from checkpointing.snapshot import described
@@ -33,6 +34,7 @@ class Planner:
         """Names of objects, and their encoding."""
         return {spec.name: spec.encoding for specs in self._writes for spec in specs if spec.encoding}
 
+    @no_collection()
     def plan(self, bodies: Sequence[Mapping[str, Any]]) -> None:
         """Take the ranks' reports. Raises StateError where they disagree."""
         known = self._specs or [()] * len(bodies)
@@ -53,6 +55,7 @@ class Planner:
         names = None if body["plan"] == self._plan_id else [spec.name for spec in self._writes[rank]]
         return {"plan": self._plan_id, "names": names}
 
+    @no_collection()
     def table(self, key: str, bodies: Sequence[Mapping[str, Any]]) -> bytes:
         """Return the table of tensors of a manifest; made again only when one of them moved.
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from checkpointing.errors import IntegrityError
@@ -20,6 +21,9 @@ from checkpointing.storage.local import LocalStorage
 THREADS = 8
 RUN_BYTES = 8 * 2**20
 _MAX_VECTORS = 1000  # IOV_MAX is 1024
+_PAGE = 4096
+_DIRECT_BYTES = 256 * 2**10
+"""From here on a read past the page cache is worth a call of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +53,62 @@ def read_fills(
     by_file: dict[str, list[Fill]] = {}
     for fill in fills:
         by_file.setdefault(fill.entry.file, []).append(fill)
-    opened: list[int] = []
+    opened: list[_Files] = []
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read")
     try:
         jobs = []
         for file, own in by_file.items():
-            opened.append(_open(storage, folder, file))
+            opened.append(_Files(storage, *_open(storage, folder, file)))
             own.sort(key=lambda fill: (fill.entry.begin, fill.entry.end))
             for run in _runs(_pieces(own, piece_bytes)):
-                jobs.append(pool.submit(_read_run, storage, opened[-1], f"{folder.name}/{file}", run))
+                jobs.append(pool.submit(_read_run, opened[-1], f"{folder.name}/{file}", run))
         for job in as_completed(jobs):
             job.result()
             alive()
     finally:
         pool.shutdown(cancel_futures=True)
-        for fd in opened:
-            storage.close(fd)
+        for files in opened:
+            files.close()
 
 
-def _open(storage: LocalStorage, folder: Path, file: str) -> int:
+class _Files:
+    """A file, opened to be read through the page cache, and past it where that can be."""
+
+    def __init__(self, storage: LocalStorage, plain: int, direct: int | None) -> None:
+        self._storage, self._plain, self._direct = storage, plain, direct
+
+    def read(self, memory: memoryview, at: int) -> int:
+        """Fill memory. What is cold is read past the cache: there is no use in another copy of a checkpoint."""
+        begin, end = at + -at % _PAGE, (at + len(memory)) // _PAGE * _PAGE
+        if self._direct is None or end - begin < _DIRECT_BYTES or (_address(memory) - at) % _PAGE:
+            return self._storage.read_into(self._plain, memory, at)
+        # In the middle: reading what lies before it may have brought its beginning along.
+        if self._storage.is_cached(self._plain, (begin + end) // 2):
+            return self._storage.read_into(self._plain, memory, at)
+        middle = self._storage.read_aligned(self._direct, memory[begin - at : end - at], begin)
+        if middle < end - begin:
+            return self._storage.read_into(self._plain, memory, at)
+        edges = self._storage.read_into(self._plain, memory[: begin - at], at)
+        return middle + edges + self._storage.read_into(self._plain, memory[end - at :], end)
+
+    def read_vectors(self, parts: Sequence[memoryview], at: int) -> int:
+        """Fill neighbouring parts."""
+        return self._storage.read_vectors(self._plain, parts, at)
+
+    def close(self) -> None:
+        """Close."""
+        self._storage.close(self._plain)
+        if self._direct is not None:
+            self._storage.close(self._direct)
+
+
+def _address(memory: memoryview) -> int:
+    return np.frombuffer(memory, dtype=np.uint8).ctypes.data
+
+
+def _open(storage: LocalStorage, folder: Path, file: str) -> tuple[int, int | None]:
     try:
-        return storage.open(folder / file)
+        return storage.open(folder / file), storage.open_direct(folder / file)
     except OSError as error:
         raise IntegrityError(f"{folder.name}/{file}: {error.strerror}") from error
 
@@ -85,7 +124,8 @@ def _runs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Yield neighbours that lie without gaps and are of the size of one read together."""
     run: list[_Piece] = []
     for piece in pieces:
-        joins = run and run[-1].end == piece.begin and len(run) < _MAX_VECTORS
+        # A large one alone: it can go past the page cache.
+        joins = run and run[-1].end == piece.begin and len(run) < _MAX_VECTORS and _is_small(piece, run[0])
         if run and not (joins and piece.end - run[0].begin <= RUN_BYTES):
             yield run
             run = []
@@ -94,13 +134,17 @@ def _runs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield run
 
 
-def _read_run(storage: LocalStorage, fd: int, where: str, run: Sequence[_Piece]) -> None:
+def _is_small(*pieces: _Piece) -> bool:
+    return all(piece.end - piece.begin < _DIRECT_BYTES for piece in pieces)
+
+
+def _read_run(files: _Files, where: str, run: Sequence[_Piece]) -> None:
     try:
         if len(run) > 1:
-            filled = storage.read_vectors(fd, [piece.memory for piece in run], run[0].begin)
+            filled = files.read_vectors([piece.memory for piece in run], run[0].begin)
             hashes = [xxhash.xxh3_64_hexdigest(piece.memory) for piece in run]
         else:
-            filled, hashes = _read_one(storage, fd, run[0])
+            filled, hashes = _read_one(files, run[0])
     except OSError as error:
         raise IntegrityError(f"{where}: {error.strerror}") from error
     if filled != run[-1].end - run[0].begin:
@@ -113,10 +157,10 @@ def _read_run(storage: LocalStorage, fd: int, where: str, run: Sequence[_Piece])
             )
 
 
-def _read_one(storage: LocalStorage, fd: int, piece: _Piece) -> tuple[int, list[str]]:
+def _read_one(files: _Files, piece: _Piece) -> tuple[int, list[str]]:
     own, filled = xxhash.xxh3_64(), 0  # a piece of format 1 may be as large as its file
     for at in range(0, len(piece.memory), RUN_BYTES):
         part = piece.memory[at : at + RUN_BYTES]
-        filled += storage.read_into(fd, part, piece.begin + at)
+        filled += files.read(part, piece.begin + at)
         own.update(part)
     return filled, [own.hexdigest()]

@@ -92,6 +92,9 @@ class TensorEntry:
     hashes: tuple[str, ...]
     """xxh3-64 of each piece of the bytes begin .. end, 16 hex digits each; `piece_ranges` tells where they lie."""
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.begin))  # all fields would make a load of many tensors slow
+
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 
 from checkpointing.errors import IntegrityError
 from checkpointing.records import Manifest, TensorEntry
@@ -61,6 +62,7 @@ def whole(shape: Sequence[int]) -> Box:
 
 Wants = Mapping[str, Box]
 """Names to the box a rank needs of each."""
+_PLACE = attrgetter("entry.file", "entry.begin", "entry.end", "entry.name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +104,38 @@ def plan_load(manifest: Manifest, wants: Sequence[Wants]) -> LoadPlan:
     for want in wants:
         for name, box in want.items():
             check_cover(name, by_name.get(name, ()), box)
-    takers = _takers(by_name, wants)
+    needed = _needed(by_name, wants)
     loads = [0] * len(wants)
-    readers: dict[TensorEntry, int] = {}
-    for entry in sorted(takers, key=lambda entry: (len(takers[entry]) > 1, entry.begin - entry.end, entry.name)):
-        reader = min(takers[entry], key=lambda rank: (loads[rank], rank))
-        loads[reader] += entry.end - entry.begin
-        readers[entry] = reader
-    every = tuple(range(len(wants)))
     tasks = []
-    for entry in sorted(takers, key=lambda entry: (entry.file, entry.begin, entry.end, entry.name)):
-        need = tuple(takers[entry])
-        shared = need == every and all(box_of(entry).overlap(want[entry.name]) == box_of(entry) for want in wants)
-        tasks.append(Task(entry, readers[entry], need, shared and len(wants) > 1))
+    for entry, takers, by_all in sorted(
+        needed, key=lambda one: (len(one[1]) > 1, one[0].begin - one[0].end, one[0].name)
+    ):
+        reader = min(takers, key=lambda rank: (loads[rank], rank))
+        loads[reader] += entry.end - entry.begin
+        tasks.append(Task(entry, reader, takers, by_all and len(wants) > 1))
+    tasks.sort(key=_PLACE)
     return LoadPlan(tuple(tasks))
 
 
 def entries_by_name(manifest: Manifest) -> dict[str, list[TensorEntry]]:
     """Return the entries of each tensor; of the same box saved twice only the first."""
-    found: dict[str, dict[Box, TensorEntry]] = defaultdict(dict)
+    found: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in manifest.tensors:
-        found[entry.name].setdefault(box_of(entry), entry)
-    return {name: list(boxes.values()) for name, boxes in found.items()}
+        found[entry.name].append(entry)
+    for name, entries in found.items():
+        if len(entries) > 1:
+            first: dict[Box, TensorEntry] = {}
+            for entry in entries:
+                first.setdefault(box_of(entry), entry)
+            found[name] = list(first.values())
+    return dict(found)
 
 
 def check_cover(name: str, entries: Iterable[TensorEntry], box: Box) -> None:
     """Raise IntegrityError unless the entries, which do not overlap, hold all of the box."""
-    there = 0
+    there, entries = 0, list(entries)
+    if len(entries) == 1 and _is_box(entries[0], box):
+        return
     for entry in entries:
         if entry.shape and len(entry.shape) != len(box.shape):
             raise IntegrityError(f"tensor {name!r} was saved as {list(entry.global_shape)}; {box} is no part of it")
@@ -141,12 +148,31 @@ def check_cover(name: str, entries: Iterable[TensorEntry], box: Box) -> None:
         )
 
 
-def _takers(by_name: Mapping[str, Sequence[TensorEntry]], wants: Sequence[Wants]) -> dict[TensorEntry, list[int]]:
-    takers: dict[TensorEntry, list[int]] = {}
-    for rank, want in enumerate(wants):
-        for name, box in want.items():
-            for entry in by_name[name]:
-                # One without elements has nothing to share, and is read by who wants it all the same.
-                if box_of(entry).overlap(box) or not (box.size or entry.begin - entry.end):
-                    takers.setdefault(entry, []).append(rank)
-    return takers
+def _needed(
+    by_name: Mapping[str, Sequence[TensorEntry]], wants: Sequence[Wants]
+) -> list[tuple[TensorEntry, tuple[int, ...], bool]]:
+    """Return each entry that is needed, by which ranks, and whether every rank needs all of it."""
+    found, every = [], tuple(range(len(wants)))
+    for name, entries in by_name.items():
+        boxes = [want.get(name) for want in wants]
+        for entry in entries:
+            takers = tuple(rank for rank, box in enumerate(boxes) if box is not None and _touches(entry, box))
+            if takers:
+                by_all = takers == every and all(box is not None and _is_inside(entry, box) for box in boxes)
+                found.append((entry, takers, by_all))
+    return found
+
+
+def _is_box(entry: TensorEntry, box: Box) -> bool:
+    return entry.shape == box.shape and entry.offset == box.offset
+
+
+def _touches(entry: TensorEntry, box: Box) -> bool:
+    # One without elements has nothing to share, and is read by who wants it all the same.
+    return _is_box(entry, box) or box_of(entry).overlap(box) is not None or not (box.size or entry.begin - entry.end)
+
+
+def _is_inside(entry: TensorEntry, box: Box) -> bool:
+    if _is_box(entry, box):
+        return bool(box.size)
+    return box_of(entry).overlap(box) == box_of(entry)

@@ -17,12 +17,14 @@ from checkpointing.control import Control, run_round, told_as
 from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.folder import Folder, check_step
 from checkpointing.load import Buffers, Exchange, assemble, hand_over, read_part
+from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.state import State, parts_of, under
 from checkpointing.wants import Live, given, live_of, live_shards, need_of
 
 
+@no_collection()
 def restore(
     control: Control,
     exchange: Exchange,
@@ -47,9 +49,12 @@ def restore(
     answer = run_round(control, what, "choose", ready, chooser.first)
     if answer["step"] is None:
         return None
-    lives = [Live.from_json(one) for one in answer["lives"]]
+    lives: list[Live] = []
+    for body in answer["lives"]:
+        live = Live.from_json(body)
+        lives.append(next((one for one in lives if one == live), live))  # mostly the same: then planned once
     while True:
-        attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank)
+        attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.found)
         answer = run_round(control, what, f"read {answer['step']}", partial(attempt.read, control), chooser.judge)
         if answer["right"]:
             break
@@ -70,19 +75,24 @@ def restore(
 class _Attempt:
     """One checkpoint, tried on one rank."""
 
-    def __init__(self, folder: Folder, step: int, identity: str, lives: Sequence[Live], rank: int) -> None:
+    def __init__(
+        self, folder: Folder, step: int, identity: str, lives: Sequence[Live], rank: int, found: Manifest | None
+    ) -> None:
         self._folder, self._step, self._identity, self._lives, self._rank = folder, step, identity, lives, rank
-        self._found: Manifest | None = None
+        self._found = found
+        """The manifest, where rank 0 has just read it."""
         self._plan, self._buffers, self._needs = LoadPlan(()), Buffers((), ()), ()
 
     def read(self, control: Control) -> dict[str, Any]:
         """Read and verify this rank's part. Returns {} or what is wrong with the bytes."""
-        self._found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
+        if self._found is None:
+            self._found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
         if identity_of(self._found) != self._identity:
             place = self._folder.at(self._step)
             raise IntegrityError(f"{place} is another checkpoint on rank 0; is this a shared folder?")
         try:
-            self._needs = tuple(need_of(self._found, live) for live in self._lives)
+            needs = {id(live): need_of(self._found, live) for live in self._lives}
+            self._needs = tuple(needs[id(live)] for live in self._lives)
             self._plan = plan_load(self._found, [need.boxes for need in self._needs])
             self._buffers = read_part(self._folder, self._found, self._plan, self._rank, control.alive)
         except IntegrityError as error:

@@ -21,6 +21,7 @@ from checkpointing.folder import Folder
 from checkpointing.handle import SaveHandle
 from checkpointing.incremental import Kept, LastSave, after_save, link_name, references, unchanged
 from checkpointing.manifest import FORMAT_VERSION
+from checkpointing.memory import no_collection
 from checkpointing.pieces import PIECE_BYTES, num_pieces
 from checkpointing.records import FileEntry, TensorSpec
 from checkpointing.slabs import SlabRing
@@ -42,6 +43,8 @@ class SaveJob:
     """Called once `save` may return."""
     staged: Callable[[], None] = lambda: None
     """Called once live memory is not read any more."""
+    beat: Callable[[], None] = lambda: None
+    """Called as a sign of life."""
     _given_up: CheckpointError | None = None
 
     def give_up(self, error: CheckpointError) -> None:
@@ -49,7 +52,8 @@ class SaveJob:
         self._given_up = error
 
     def check(self) -> None:
-        """Raise why it is to end early."""
+        """Give a sign of life, and raise why it is to end early."""
+        self.beat()
         if self._given_up is not None:
             raise self._given_up
 
@@ -99,6 +103,7 @@ class Saver:
             self._last = written.remember(self._last, place, link_name(self.control.rank, job.step))
         return place
 
+    @no_collection()
     def _report(self, job: SaveJob) -> dict[str, Any]:
         job.check()
         if job.error is not None:
@@ -198,6 +203,7 @@ class Saver:
             return {}
         return kept
 
+    @no_collection()
     def _filling(self, job: SaveJob, specs: list[TensorSpec], run_id: str) -> Filling:
         """Return how the file is filled; kept while the plan, the snapshot's structure and the links stay."""
         assert job.snapshot is not None

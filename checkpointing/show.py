@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from checkpointing.errors import IntegrityError
@@ -41,6 +42,28 @@ def describe(manifest: Manifest, pattern: str = "*") -> dict[str, Any]:
         "tensors": [_tensor(name, entries, manifest) for name, entries in sorted(by_name.items())],
         "aliases": {name: first for name, first in manifest.aliases.items() if fnmatchcase(name, pattern)},
         "values": {name: value for name, value in manifest.values.items() if fnmatchcase(name, pattern)},
+    }
+
+
+def describe_source(source: Any, pattern: str = "*") -> dict[str, Any]:
+    """Return an opened checkpoint of another format (`formats.Source`) as the same record; it has no files of ranks."""
+    tensors = [
+        {
+            "name": name,
+            "dtype": str(lazy.dtype).removeprefix("torch."),
+            "shape": list(lazy.shape),
+            "bytes": prod(lazy.shape) * lazy.dtype.itemsize,
+            "shards": [],
+        }
+        for name, lazy in sorted(source.tensors.items())
+        if fnmatchcase(name, pattern)
+    ]
+    return {
+        "format": source.kind,
+        "step": source.step,
+        "tensors": tensors,
+        "aliases": {name: first for name, first in source.aliases.items() if fnmatchcase(name, pattern)},
+        "values": {name: value for name, value in source.values.items() if fnmatchcase(name, pattern)},
     }
 
 

@@ -7,10 +7,8 @@ lazy      changes behind the fence only, as its provider says or as an optimizer
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -21,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpointing.errors import StateError
 from checkpointing.fence import Owners, local
+from checkpointing.memory import no_collection
 from checkpointing.plan import SMALL_BYTES, file_order
 from checkpointing.providers.base import Cost, Mutability, Provider
 from checkpointing.providers.composite import CompositeProvider
@@ -106,7 +105,7 @@ class Snapshotter:
         named = gather(state)
         key = (_key(named), self._owners.epoch())
         if self._structure is None or self._structure.key != key:
-            with _no_collection():
+            with no_collection():
                 self._structure = _structure(key, named, self._owners.storages(), self._arena_limit)
         structure = self._structure
         snapshot = Snapshot(
@@ -244,18 +243,6 @@ def _may_change(provider: Provider, owned: set[int]) -> bool:
     if provider.mutability is not Mutability.ANYTIME:
         return False
     return not isinstance(provider, TensorProvider) or provider.local.untyped_storage().data_ptr() not in owned
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from looking at every object of the process again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _provider(value: Any) -> Provider:

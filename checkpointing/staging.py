@@ -37,10 +37,10 @@ class Stager:
                 for one in block.segments:
                     sources[one.source].copy(one.source_at, slab, one.block_at, one.length)
                 self.hashes[block.begin] = _hashed(slab, block)
+                self.pool.submit(self.file, slab, block.length, block.begin)
             except BaseException:
                 self.ring.release(slab)
                 raise
-            self.pool.submit(self.file, slab, block.length, block.begin)
 
     def pieces(self) -> str:
         """Return the hashes of all pieces, in the order of the file."""

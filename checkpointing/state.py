@@ -161,6 +161,7 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
 def _check_provider(name: str, provider: Provider) -> Provider:
     if isinstance(provider, TensorProvider):
         _check_tensor(name, provider.tensor)
+        _check_slice(name, provider)
     elif provider.encoding is not None and provider.encoding not in ENCODINGS:
         raise StateError(f"{name!r} has the encoding {provider.encoding!r}; there are: {', '.join(ENCODINGS)}")
     elif provider.dtype not in ITEMSIZES:
@@ -168,6 +169,19 @@ def _check_provider(name: str, provider: Provider) -> Provider:
     elif provider.encoding is None and provider.shape is None:
         raise StateError(f"{name!r} is a provider without a shape; only objects may leave it open")
     return provider
+
+
+def _check_slice(name: str, one: TensorProvider) -> None:
+    if one.whole is None and one.at is None:
+        return
+    if isinstance(one.tensor, DTensor):
+        raise StateError(f"{name!r} is a DTensor, which knows its slice; leave out whole and at")
+    begin, shape, whole = one.at or (), one.shape, one.whole or ()
+    fits = len(begin) == len(shape) == len(whole) and all(
+        at >= 0 and at + dim <= size for at, dim, size in zip(begin, shape, whole, strict=True)
+    )
+    if not fits:
+        raise StateError(f"{name!r} is {list(shape)} at {list(begin)} of {list(whole)}, which is no slice of that")
 
 
 def _specs(providers: Mapping[str, Provider]) -> tuple[TensorSpec, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+import time
 import uuid
 from contextlib import suppress
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed has 
 from checkpointing.errors import RankError
 
 _CONNECT_S = 30.0
+_LOOK_S = 0.25
 
 
 class StoreCalls:
@@ -34,14 +36,25 @@ class StoreCalls:
             raise RankError(self._lost)
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._jobs.put((method, args, done))
-        try:
-            ok, value = done.get(timeout=self._timeout_s)
-        except queue.Empty:
-            ok, value = False, f"no answer for {self._timeout_s:g} s"
+        ok, value = self._answer(done)
         if not ok:
             self._lost = f"rank 0, which hosts the control store, is gone or stopped: {value}"
             raise RankError(self._lost)
         return value
+
+    def _answer(self, done: queue.SimpleQueue[Any]) -> tuple[bool, Any]:
+        begun = time.monotonic()
+        while True:
+            limit = self._timeout_s  # which may become less while we wait
+            try:
+                return done.get(timeout=max(0.0, min(_LOOK_S, begun + limit - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() - begun >= limit:
+                    return False, f"no answer for {limit:g} s"
+
+    def hurry(self, timeout_s: float) -> None:
+        """Wait no longer than this from now on, in calls under way too."""
+        self._timeout_s = min(self._timeout_s, timeout_s)
 
     def stop(self) -> None:
         """End the thread; calls after this one fail."""

@@ -96,7 +96,8 @@ def _double(model: PreTrainedModel) -> PreTrainedModel:
 def _compare(
     ours: PreTrainedModel, whole: PreTrainedModel, num_chunks: int, retain: int, chunk_tokens: int
 ) -> Comparison:
-    source = _random_source(num_chunks, chunk_tokens, vocabulary=parts_of(ours, WholeParameters(None)).vocabulary)
+    parts = parts_of(ours, WholeParameters(None))
+    source = _random_source(num_chunks, chunk_tokens, vocabulary=min(parts.vocabulary, parts.num_targets))
     config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain)
     numbers, denominator = list(range(len(source))), float(source.weights.sum())
     plan = plan_step(0, numbers, source.lengths.tolist(), config=config, world_size=1, denominator=denominator)

@@ -268,8 +268,7 @@ def families(
         elif as_markdown:
             typer.echo(markdown(found), nl=False)
         else:
-            Console().print(table(found))
-            typer.echo(", ".join(f"{count} {state}" for state, count in counts(found).items()))
+            Console().print(table(found), ", ".join(f"{count} {state}" for state, count in counts(found).items()))
         raise typer.Exit(1 if counts(found)[WRONG] else 0)
 
 

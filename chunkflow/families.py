@@ -53,9 +53,12 @@ _SIZES: dict[str, Any] = {
 
 _SHARED = ["sliding_attention", "full_attention"] * 2  # the last two layers use keys and values of the first two
 _FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
-        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARED, "activation_sparsity_pattern": 0.0,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARED,
+        "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARED},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -64,6 +67,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
@@ -71,7 +75,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-"""What single families need besides."""
+"""What single families need besides, by the model type of a configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +157,13 @@ def tiny_model(name: str) -> PreTrainedModel:
 
     Raises ChunkflowError when it does not get small enough, and whatever the family's own code raises.
     """
-    kind, changes = CONFIG_MAPPING[name], _FAMILIES.get(name, {})
+    kind = CONFIG_MAPPING[name]
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).parameters())
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config(kind)).parameters())
     if size > MOST_PARAMETERS:
         raise ChunkflowError(f"its tiny configuration still has {size} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
+    model = AutoModelForCausalLM.from_config(tiny_config(kind))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=_WEIGHT_STD)
@@ -172,7 +176,7 @@ def _run_whole(model: PreTrainedModel) -> None:
     model.eval()(input_ids=torch.arange(3, 8)[None], use_cache=False)
 
 
-def tiny_config(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Return a small configuration of a class: sizes of `_SIZES` where it has the field, each kind of layer once."""
     default = kind()
     sizes = {name: value for name, value in _SIZES.items() if isinstance(_field(default, name), int)}
@@ -186,7 +190,7 @@ def tiny_config(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfi
         part = _field(default, name)
         if isinstance(part, PreTrainedConfig):
             sizes[name] = tiny_config(type(part))
-    return kind(**{**sizes, **changes})
+    return kind(**{**sizes, **_FAMILIES.get(kind.model_type, {})})
 
 
 def _field(config: PreTrainedConfig, name: str) -> Any:

@@ -77,10 +77,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        # One tile for all rows: a fresh one each time would cost more in page faults than its softmax does.
+        tile = hidden.new_empty(min(TILE_ROWS, hidden.shape[0]), weight.shape[0], dtype=wide)
         for start in range(0, hidden.shape[0], TILE_ROWS):
             rows = slice(start, start + TILE_ROWS)
-            project = (hidden[rows], weight, bias, rule)
-            tile_loss, d_logits = _tile(*project, labels[rows], loss_weights[rows], any(wanted))
+            logits, slope = rule.apply_(_projected(hidden[rows], weight, bias, tile))
+            tile_loss, d_logits = _tile(logits, slope, labels[rows], loss_weights[rows], any(wanted))
             loss += tile_loss
             if d_hidden is not None:
                 d_hidden[rows] = d_logits.to(weight.dtype) @ weight
@@ -110,22 +112,34 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _projected(hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Tensor:
+    """Return the projection [rows, V] of hidden [rows, D], written to the first rows of `tile`."""
+    logits = tile[: hidden.shape[0]]
+    same = hidden.dtype == weight.dtype == tile.dtype and not torch.is_autocast_enabled(hidden.device.type)
+    if not same:
+        return logits.copy_(torch.nn.functional.linear(hidden, weight, bias))
+    torch.mm(hidden, weight.t(), out=logits)
+    return logits if bias is None else logits.add_(bias)
+
+
 def _tile(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, labels: Tensor, loss_weights: Tensor,
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the loss of one tile and d(loss)/d(projection) [rows, V], which reuses the logits' memory."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits, slope = rule.apply_(torch.nn.functional.linear(hidden, weight, bias).to(wide))
-    loss_weights = loss_weights.to(wide)
-    lse = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    loss = ((lse - picked) * loss_weights).sum()
+    logits: Tensor, slope: Tensor | None, labels: Tensor, loss_weights: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of one tile and d(loss)/d(projection) [rows, V], which reuses the logits' memory.
+
+    Everything happens in place and every exponential is taken once: these passes are what a loss costs beside its
+    products.
+    """
+    loss_weights = loss_weights.to(logits.dtype)
+    labels = labels.unsqueeze(1)
+    picked = logits.gather(1, labels)
+    top = logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    loss = ((total.log() + top - picked).squeeze(1) * loss_weights).sum()
     if not want_gradient:
         return loss, logits
-    logits.sub_(lse.unsqueeze(1)).exp_()
-    logits.scatter_add_(1, labels.unsqueeze(1), torch.full_like(logits[:, :1], -1.0))
-    logits.mul_(loss_weights.unsqueeze(1))
+    logits.scatter_add_(1, labels, -total)
+    logits.mul_(loss_weights.unsqueeze(1) / total)
     return loss, logits if slope is None else logits.mul_(slope)
 
 

@@ -129,6 +129,8 @@ def parts_of(model: nn.Module, engine: Engine) -> CausalParts:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{kind} is not a transformers model; pass a causal LM, plain or wrapped in DDP")
     head, base = model.get_output_embeddings(), model.base_model
+    if base is model:  # where the class has the name of another model's base
+        base = getattr(model, "model", model)
     if not isinstance(head, nn.Linear) or base is model:
         raise UnsupportedModelError(f"{kind} has no linear output projection over a base model; it must be a causal LM")
     return CausalParts(model, base, head, _decoder_layers(model, base), LogitRule.of(model.config), engine)

@@ -51,12 +51,14 @@ def probe(parts: CausalParts) -> None:
                 _check_finite(parts, whole)
                 _compare_head(parts, ids, whole[-1])
             state = GroupState(capacity=_BORDER)
-            chunked = _run_chunks(parts, ids, state)
+            pieces = _run_chunks(parts, ids, state)
     finally:
         for module, mode in modes.items():
             module.training = mode
     _check_called(parts, state)
-    _compare_layers(parts, whole, chunked)
+    with _failing_is_refused(f"{type(model).__name__}'s layers do not give hidden states [..., tokens, width]"):
+        chunked = [torch.cat([a, b[..., : _TOKENS - _BORDER, :]], dim=-2) for a, b in zip(*pieces, strict=True)]
+        _compare_layers(parts, whole, chunked)
 
 
 def _run_whole(parts: CausalParts, ids: Tensor) -> list[Tensor]:
@@ -67,13 +69,15 @@ def _run_whole(parts: CausalParts, ids: Tensor) -> list[Tensor]:
     return [*outputs, hidden]
 
 
-def _run_chunks(parts: CausalParts, ids: Tensor, state: GroupState) -> list[Tensor]:
-    """Run the tokens as two dependent chunks, with a stranger packed behind the second; outputs as in `_run_whole`."""
+def _run_chunks(parts: CausalParts, ids: Tensor, state: GroupState) -> tuple[list[Tensor], list[Tensor]]:
+    """Run the tokens as two dependent chunks, with a stranger packed behind the second; outputs of each, as in
+    `_run_whole`.
+    """
     tail = len(ids) - _BORDER
     first = _run_chunk(parts, ids[:_BORDER], (Span(0, _BORDER, 0, 0),), state)
     tokens = torch.cat([ids[_BORDER:], ids.flip(0)[:_STRANGER]])
     second = _run_chunk(parts, tokens, (Span(0, tail, _BORDER, 0), Span(tail, _STRANGER, 0, 1)), state)
-    return [torch.cat([a, b[:, :tail]], dim=1) for a, b in zip(first, second, strict=True)]
+    return first, second
 
 
 def _run_chunk(parts: CausalParts, tokens: Tensor, spans: tuple[Span, ...], state: GroupState) -> list[Tensor]:
@@ -142,8 +146,8 @@ def _compare_layers(parts: CausalParts, whole: list[Tensor], chunked: list[Tenso
         precision = _precision(parts.device, a.dtype)
         if (error := _error(b, a, precision)) > _tolerance(precision, depth):
             raise UnsupportedModelError(
-                f"{name}: hidden states of {a.shape[1]} tokens in two chunks differ from the whole run by {error:.1e}; "
-                "something in it depends on tokens or positions outside the chunk"
+                f"{name}: hidden states of {a.shape[-2]} tokens in two chunks differ from the whole run by "
+                f"{error:.1e}; something in it depends on tokens or positions outside the chunk"
             )
 
 
@@ -157,11 +161,12 @@ def _tolerance(dtype: torch.dtype, depth: int) -> float:
 
 
 def _error(a: Tensor, b: Tensor, precision: torch.dtype) -> float:
-    """Return how far the values of the worst token are from those in b, relative to their norm; [1, tokens, ...]."""
+    """Return how far the values of the worst token are from those in b, relative to their norm; [..., tokens, D]."""
     narrow = torch.finfo(precision).bits == 16
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     errors = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=torch.finfo(b.dtype).tiny)
-    worst = errors[0].nan_to_num(nan=torch.inf).sort(descending=True).values
+    of_tokens = errors.nan_to_num(nan=torch.inf).flatten(0, -2).amax(0)
+    worst = of_tokens.sort(descending=True).values
     return float(worst[_REROUTED if narrow else 0])
 
 

@@ -2,7 +2,8 @@
 
 Memory of one rank, above weights and gradients, is fitted as `m0 + m1 * C + m2 * C * K + m3 * S`: C chunk_tokens, K
 chunks that keep their activations, S tokens before the last chunk, whose keys and values stay. Time is the cost model
-of `chunkflow.fit`, summed over the ops of the longest sequence.
+of `chunkflow.fit`, summed over the ops of the longest sequence. The fit is coarse far from what was measured, so a
+proposal is measured on a short sequence before its peak is predicted: from there on only m3 counts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ ADAMW_BYTES = 8
 _LARGEST_STEP = 8
 """Chunks are proposed up to so many times the largest measured."""
 _MOST_RETAINED = 8
+_MOST_PROPOSALS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,8 @@ def tune(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuning:
-    """Measure, fit, propose, check; two processes are started, one for the grid and one for the check.
+    """Measure, fit, propose, check; processes are started one after another: for the grid, for each proposal on a short
+    sequence, for the check.
 
     Raises ChunkflowError when a measurement fails, or when nothing fits under the cap.
     """
@@ -122,7 +125,23 @@ def tune(
     cost = CostFit().solve(np.array(answer["sums"]))
     memory, residual = fit_memory(rows)
     fixed = answer["base_bytes"] + ADAMW_BYTES * answer["trained_parameters"]
-    size, kept = propose(cost, memory, fixed, cap_bytes=cap_bytes, longest=longest, sizes=chunk_tokens)
+    over: set[tuple[int, int]] = set()
+    for _ in range(_MOST_PROPOSALS):
+        size, kept = propose(
+            cost, memory, fixed, cap_bytes=cap_bytes, longest=longest, sizes=chunk_tokens, refused=over
+        )
+        short = Measured(**_measured(model, dtype, [(size, kept, min(longest, size * (kept + 2)))])["rows"][0])
+        rows = (*rows, short)
+        predicted = fixed + anchored_peak(memory, short, longest)
+        if predicted <= cap_bytes:
+            break
+        over.add((size, kept))
+        memory, residual = fit_memory(rows)
+    else:
+        raise ChunkflowError(
+            f"of (chunk_tokens, retain) {sorted(over)} none stays under {cap_bytes / 2**20:.0f} MiB when measured; "
+            "raise the cap, or lower longest or chunk_tokens"
+        )
     check = _measured(model, dtype, [(size, kept, longest)])
     report(2, 2)
     found = Measured(**check["rows"][0])
@@ -136,7 +155,7 @@ def tune(
         longest=longest,
         chunk_tokens=size,
         retain=kept,
-        predicted_peak_bytes=round(fixed + peak(memory, size, kept, longest)),
+        predicted_peak_bytes=round(predicted),
         predicted_seconds=seconds(cost, size, kept, longest),
         measured_peak_bytes=found.peak_bytes + check["base_bytes"] + ADAMW_BYTES * check["trained_parameters"],
         measured_seconds=found.seconds,
@@ -178,6 +197,12 @@ def peak(memory: Sequence[float], chunk_tokens: int, retain: int, tokens: int) -
     return float(np.dot(memory, _columns(chunk_tokens, retain, tokens)))
 
 
+def anchored_peak(memory: Sequence[float], short: Measured, tokens: int) -> float:
+    """Predict the peak of a sequence from a shorter one that was measured: what is added are keys and values."""
+    before, after = (_columns(short.chunk_tokens, short.retain, n)[-1] for n in (short.tokens, tokens))
+    return short.peak_bytes + memory[-1] * (after - before)
+
+
 def seconds(cost: CostModel, chunk_tokens: int, retain: int, tokens: int) -> float:
     """Predict the time of one sequence: each chunk forward and backward, the first ones forward twice."""
     total, count = 0.0, -(-tokens // chunk_tokens)
@@ -190,14 +215,24 @@ def seconds(cost: CostModel, chunk_tokens: int, retain: int, tokens: int) -> flo
 
 
 def propose(
-    cost: CostModel, memory: Sequence[float], fixed_bytes: int, *, cap_bytes: int, longest: int, sizes: Sequence[int]
+    cost: CostModel,
+    memory: Sequence[float],
+    fixed_bytes: int,
+    *,
+    cap_bytes: int,
+    longest: int,
+    sizes: Sequence[int],
+    refused: Collection[tuple[int, int]] = (),
 ) -> tuple[int, int]:
-    """Return the fastest (chunk_tokens, retain) whose predicted peak is under the cap; of equals, the smaller peak."""
+    """Return the fastest (chunk_tokens, retain) whose predicted peak is under the cap; of equals, the smaller peak.
+
+    Those `refused` are left out.
+    """
     tried = sorted({size * times for size in sizes for times in (1, 2, 4, _LARGEST_STEP)})
     rows = [(size, kept) for size in tried if size <= max(longest, min(tried)) for kept in range(1, _MOST_RETAINED + 1)]
     found = [(size, kept, fixed_bytes + peak(memory, size, kept, longest)) for size, kept in rows]
     fitting = [(seconds(cost, size, kept, longest), total, size, kept) for size, kept, total in found]
-    fitting = [row for row in fitting if row[1] <= cap_bytes]
+    fitting = [row for row in fitting if row[1] <= cap_bytes and row[2:] not in refused]
     if not fitting:
         least = min(found, key=lambda row: row[2])
         raise ChunkflowError(

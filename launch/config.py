@@ -11,6 +11,7 @@ from typing import Literal
 
 from chunkflow.config import PlannerConfig
 from launch.errors import ConfigError
+from launch.lora import LoraConfig
 from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
 
@@ -219,6 +220,8 @@ class FinetuneConfig:
     """Where the run lives and how long it takes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What is trained."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters instead of full fine-tuning."""
     data: DataConfig = field(default_factory=DataConfig)
     """What it is trained on."""
     chunks: ChunksConfig = field(default_factory=ChunksConfig)
@@ -233,3 +236,10 @@ class FinetuneConfig:
     """The learning rate over the steps of the run."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save, and what to keep."""
+
+    def __post_init__(self) -> None:
+        if self.lora.rank is not None and self.moe.wanted:
+            raise ConfigError(
+                f"lora.rank is {self.lora.rank}, and moe asks for expert-parallel layers, which adapters cannot stand "
+                "beside; leave one of them out"
+            )

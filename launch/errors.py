@@ -14,6 +14,8 @@ LaunchError
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from checkpointing.errors import CheckpointError
 from chunkflow.errors import ChunkflowError
@@ -63,10 +65,24 @@ KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError, MoeError, Pipeline
 _WENT_WRONG = (TrainingError, WatchdogError, ContractError, ExchangeError)
 """What happens to a job whose input was well."""
 
+_TOLD = "This error was reported when it was raised."
+
 EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
+@contextmanager
+def told_at_once(rank: int) -> Iterator[None]:
+    """Report a known error raised inside before it leaves: what is around may take a while to end without its peers."""
+    try:
+        yield
+    except KNOWN_ERRORS as error:
+        report_error(rank, error)
+        raise
+
+
 def report_error(rank: int, error: Exception) -> int:
-    """Print an error as a rank's one line and return the exit code that belongs to it."""
-    print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+    """Print an error as a rank's one line, once, and return the exit code that belongs to it."""
+    if _TOLD not in getattr(error, "__notes__", ()):
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        error.add_note(_TOLD)
     return EXIT_CHECK_FAILED if isinstance(error, _WENT_WRONG) else EXIT_BAD_INPUT

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from launch.errors import ConfigError
 from launch.files import write_json
+from moe.calibrate import layer_seconds, with_overheads
 from moe.config import ExpertsConfig
 from moe.cost import LayerLoad, Profile
 from moe.gradients import GradientReducer
 from moe.issue import IssueQueue, own_group
-from moe.measuring import ExpertShape, expert_jobs
+from moe.measuring import ExpertShape, expert_jobs, made_experts
 from moe.parallel import ParallelExperts, expert_layers
 from moe.plan import LayerPlan
 from moe.planner import plan_layer, replan_reason
@@ -75,11 +76,11 @@ class ExpertPlanner:
             )
         self._rows = tokens * top_k
         first = self._layers[self._names[0]]
-        self._profile = _profile(first, self._rows, self._rows * first.down_proj.shape[1] * first.down_proj.itemsize)
         self._mean_LE: Tensor | None = None
         self._ready: list[int] | None = None
         even = torch.ones(len(self._layers), first.placement.num_experts)
         self._planned = self._loads(even)
+        self._profile = _profile(first, self._planned[self._names[0]], self._rows)
         self._plan()
 
     def describe(self) -> list[str]:
@@ -133,13 +134,14 @@ class ExpertPlanner:
         )
 
 
-def _profile(layer: ParallelExperts, rows: int, nbytes: int) -> Profile:
-    """Measure links and experts of this layer's sizes. Every rank calls."""
+def _profile(layer: ParallelExperts, load: LayerLoad, rows: int) -> Profile:
+    """Measure links, experts of this layer's sizes, and the executor. Every rank calls."""
     lanes = layer.runner.lanes
     assert isinstance(lanes.inter, IssueQueue), "the settings refuse to measure where nothing moves between ranks"
     assert lanes.ep is not None
     count, width, inner = layer.down_proj.shape
-    forward, backward = expert_jobs(ExpertShape(width=width, inner=inner, count=count))
+    shape = ExpertShape(width=width, inner=inner, count=count)
+    forward, backward = expert_jobs(shape)
     links = Links(
         inter=lanes.inter,
         ep=lanes.ep,
@@ -147,11 +149,13 @@ def _profile(layer: ParallelExperts, rows: int, nbytes: int) -> Profile:
         esp=lanes.esp,
         gradients=own_group(None, timeout_s=lanes.timeout_s),
     )
-    most_bytes, most_rows = max(2 * nbytes, 1 << 17), max(2 * rows * lanes.num_members, 256)
+    most_bytes, most_rows = max(2 * int(load.exchange_bytes), 1 << 17), max(2 * int(load.expert_rows), 256)
     config = ProfileConfig(
         least_bytes=min(MIN_BYTES, most_bytes // 4), most_bytes=most_bytes, least_rows=16, most_rows=most_rows
     )
-    return make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
+    profile = make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
+    stand_in = made_experts(shape)
+    return with_overheads(profile, load, layer_seconds(stand_in, lanes, rows=rows, width=width))
 
 
 def _least(amounts: Sequence[int]) -> list[int]:

@@ -23,7 +23,7 @@ from launch.claim import claimed
 from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
-from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error
+from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error, told_at_once
 from launch.facts import job_facts
 from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
@@ -64,6 +64,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
     with (
         claimed(folder, world, fresh=fresh) as aside,
         Checkpointer(folder.checkpoints, keep=keep, timeout_s=timeout_s) as checkpoints,
+        told_at_once(world.rank),
     ):
         if aside is not None:
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
@@ -118,7 +119,8 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
                 metrics = replace(metrics, eval_loss=job.evaluate())
             report.write(metrics)
             asked = job.world.rank == 0 and saver.requested()
-            stopped, save = stop.agreed(job.world.device, save=asked)
+            what = f"rank {job.world.rank}, step {job.state.step}, agreeing to go on"
+            stopped, save = stop.agreed(job.world.device, save=asked, timeout_s=job.patience_s, what=what)
             stopped = stopped and not last
             if last or stopped or save or job.state.step % job.config.checkpoint.every == 0:
                 report.sync()

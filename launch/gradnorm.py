@@ -8,13 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from launch.bounded import all_reduce
 
-def global_grad_norm(params: Iterable[nn.Parameter], *, group: dist.ProcessGroup | None = None) -> Tensor:
+
+def global_grad_norm(
+    params: Iterable[nn.Parameter],
+    *,
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float = 600.0,
+    what: str = "adding up the gradient's norm",
+) -> Tensor:
     """Return the 2-norm of all gradients together, fp32 or wider, 0-d; 0 where there are none.
 
     Without a group, gradients are whole on every rank, so the norm is too, and no rank asks another. With one, its
     ranks hold different parameters (a pipeline's): every rank of it calls, with those that it answers for, a tied one
-    on one rank only; the same norm returns on each.
+    on one rank only; the same norm returns on each. Raises WatchdogError, `what` first, when a rank does not come in
+    time.
     """
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -26,7 +35,7 @@ def global_grad_norm(params: Iterable[nn.Parameter], *, group: dist.ProcessGroup
     if group is None:
         return total
     square = total.double().square().reshape(1)
-    dist.all_reduce(square, group=group)
+    all_reduce(square, group=group, timeout_s=timeout_s, what=what)
     return square[0].sqrt()
 
 

@@ -21,6 +21,7 @@ from launch.errors import TrainingError
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
 from launch.gradnorm import clip_
+from launch.lora import merge_adapters, with_adapters
 from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
@@ -63,6 +64,11 @@ class Job:
         """Optimizer steps of the whole run."""
         return min(self.loader.num_steps, self.config.run.steps or self.loader.num_steps)
 
+    @property
+    def patience_s(self) -> float:
+        """How long a rank waits for another within a step."""
+        return self.config.pipeline.timeout_s
+
     def train_step(self, batch: StepBatch) -> StepMetrics:
         """Train one step; return what there is to say of it, but for the time. Every rank calls.
 
@@ -96,7 +102,8 @@ class Job:
 
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
-        return self.runner.gather(lambda: build_model(self.config.model, self.data.tokenizer, self.world.device))
+        config, tokenizer, device = self.config, self.data.tokenizer, self.world.device
+        return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
 
     def write_model(self, folder: Path) -> bool:
         """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""
@@ -111,7 +118,7 @@ class Job:
 
     def export(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the model and its tokenizer."""
-        model.save_pretrained(folder)
+        merge_adapters(model).save_pretrained(folder)
         self._write_tokenizer(folder)
 
     def _write_tokenizer(self, folder: Path) -> None:
@@ -155,7 +162,8 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 
 def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
     seed_rngs(config.run.seed)  # the same weights on every rank
-    model = with_experts(build_model(config.model, data.tokenizer, world.device), config.moe, seed=config.run.seed)
+    model = build_model(config.model, data.tokenizer, world.device)
+    model = with_adapters(with_experts(model, config.moe, seed=config.run.seed), config.lora)
     check_vocabulary(data.train, vocabulary_size(model))
     return model
 
@@ -168,10 +176,11 @@ def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTraine
     for source in sources:
         check_lengths(source, runner.num_positions)
     optimizer = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
-    rank = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
     experts = runner if isinstance(runner, ExpertRunner) else None
-    rank |= {"seed": config.run.seed, "whole": runner.whole, "spread": experts}
-    state = TrainState(runner.model, optimizer, loader, **rank)
+    state = TrainState(
+        runner.model, optimizer, loader, rank=world.rank, world_size=world.world_size, device=world.device,
+        seed=config.run.seed, whole=runner.whole, spread=experts,
+    )  # fmt: skip
     held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(

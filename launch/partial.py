@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -54,13 +54,23 @@ class PartialModel(nn.Module):
     """
 
     def __init__(self, layers: Sequence[Layer], whole: WholeModel) -> None:
-        super().__init__()
-        self._modules_held = [layer.module for layer in layers]  # a list: not submodules, which would name them twice
         held: dict[str, Tensor] = {}
         for layer in layers:
             held.update(zip(layer.param_names, dict.fromkeys(layer.module.parameters()), strict=True))
             buffers = dict(layer.module.named_buffers(prefix=layer.name))
             held.update({name: tensor for name, tensor in buffers.items() if name in whole.shapes})
+        self._init(held, [layer.module for layer in layers], whole)
+
+    @classmethod
+    def of(cls, held: Mapping[str, Tensor], modules: Sequence[nn.Module], whole: WholeModel) -> PartialModel:
+        """Hold parameters and buffers by their names; `modules` are what `train` and `eval` switch."""
+        model = cls.__new__(cls)
+        model._init(held, modules, whole)
+        return model
+
+    def _init(self, held: Mapping[str, Tensor], modules: Sequence[nn.Module], whole: WholeModel) -> None:
+        super().__init__()
+        self._modules_held = list(modules)  # a list: not submodules, which would name them twice
         for name in whole.shapes:
             if name in held:
                 self._hold(name, held[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
@@ -32,7 +33,8 @@ class Place:
     data_group: dist.ProcessGroup
     mesh: DeviceMesh
     transport: Transport | None
-    """Between the ranks of the pipeline; None without one."""
+    """Between the ranks of the pipeline; None without one, and where they share memory."""
+    device: torch.device
 
 
 def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> Place:
@@ -40,10 +42,12 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
 
     Raises ConfigError when the processes do not divide over the axes.
     """
-    if config.ranks > 1 and experts.wanted:
+    bound = config.schedule != "roundpipe"
+    if experts.wanted and (config.ranks > 1 or not bound):
         raise ConfigError(
-            f"moe.ep and moe.num_experts spread experts over ranks that share the data, and pipeline.ranks is "
-            f"{config.ranks}; set pipeline.ranks to 1, or leave moe out and keep every stage's experts whole"
+            f"moe.ep and moe.num_experts spread experts over ranks that share the data; pipeline.ranks is "
+            f"{config.ranks} ({config.schedule}); set pipeline.ranks to 1 without a schedule, or leave moe out "
+            "and keep every stage's experts whole"
         )
     esp = experts.esp
     mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks, ep=experts.ep or 1, esp=esp)
@@ -56,14 +60,16 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
         data_size=data_size,
         data_group=mesh.get_group("dp") if experts.ranks == 1 else dist.group.WORLD,
         mesh=mesh,
-        transport=GroupTransport(group, device=world.device) if config.ranks > 1 else None,
+        transport=GroupTransport(group, device=world.device) if bound and config.ranks > 1 else None,
+        device=world.device,
     )
 
 
 def check_whole_samples(config: FinetuneConfig, longest: int) -> None:
     """Raise ConfigError when a sample would be split into dependent chunks and the schedule knows none."""
     schedule = config.pipeline.schedule
-    if config.pipeline.ranks > 1 and schedule != "state_aware_1f1b" and longest > config.chunks.chunk_tokens:
+    spread = config.pipeline.ranks > 1 or schedule == "roundpipe"
+    if spread and schedule != "state_aware_1f1b" and longest > config.chunks.chunk_tokens:
         raise ConfigError(
             f"pipeline.schedule {schedule} needs every sample within one chunk, and the longest has {longest} tokens "
             f"where chunks.chunk_tokens is {config.chunks.chunk_tokens}; use state_aware_1f1b, larger chunks, or leave "

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from chunkflow.records import Chunk, StepBatch
 from chunkflow.reduce import sum_gradients
+from launch.bounded import all_reduce
 from launch.gather import gather_weights
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
@@ -55,6 +56,7 @@ class PipelineRunner:
             parts.stages, transport, rank=parts.rank, timeout_s=config.timeout_s, trace=trace
         )
         self._parameters = dict(parts.model.named_parameters())
+        self._step = 0
 
     @property
     def model(self) -> nn.Module:
@@ -100,7 +102,9 @@ class PipelineRunner:
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the whole model's gradient, each parameter counted once. Every rank calls."""
-        return global_grad_norm([self._parameters[name] for name in self._parts.counted()], group=self._group)
+        mine = [self._parameters[name] for name in self._parts.counted()]
+        what = self._where("adding up the gradient's norm")
+        return global_grad_norm(mine, group=self._group, timeout_s=self._config.timeout_s, what=what)
 
     def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
         """Return the whole model on rank 0, filled into the one that `build` makes there. Every rank calls."""
@@ -112,6 +116,7 @@ class PipelineRunner:
 
     def _run(self, batch: StepBatch, *, scoring: bool) -> Tensor:
         """Return this rank's share of the loss, fp64."""
+        self._step = batch.step
         total = torch.zeros((), dtype=torch.float64)
         if not batch.chunks:
             return total
@@ -171,5 +176,9 @@ class PipelineRunner:
         loss = loss.to(device)
         for group in (self._group, self._data_group):
             if group is not None:
-                dist.all_reduce(loss, group=group)
+                what = self._where("adding up the loss")
+                all_reduce(loss, group=group, timeout_s=self._config.timeout_s, what=what)
         return loss.cpu()
+
+    def _where(self, what: str) -> str:
+        return f"rank {self._parts.rank}, step {self._step}, {what}"

@@ -19,6 +19,7 @@ from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
+from launch.roundpipe_runner import roundpipe_runner
 
 
 class Runner(Protocol):
@@ -98,12 +99,23 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
-    """Return what runs a job's steps. Every rank calls. Raises, alike, what makes the model or the settings unfit."""
-    if place.transport is None and not config.moe.wanted:
+    """Return what runs a job's steps. Raises, alike, what makes the model or the settings unfit. Every rank calls:
+    ranks of RoundPipe open their shared memory."""
+    round_robin = config.pipeline.schedule == "roundpipe"
+    if place.transport is None and not config.moe.wanted and not round_robin:
         return WholeRunner(model, config, place.data_group)
     if config.model.precision != "fp32":
         raise ConfigError(
             f"model.precision is {config.model.precision}, and pipelines and expert-parallel layers compute in fp32; "
             "set it to fp32"
+        )
+    if round_robin:
+        return roundpipe_runner(
+            model,
+            config,
+            rank=place.pipeline_rank,
+            device=place.device,
+            group=place.pipeline_group,
+            data_group=place.data_group if place.data_size > 1 else None,
         )
     return ExpertRunner(model, config, place) if config.moe.wanted else pipeline_runner(model, config, place)

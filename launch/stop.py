@@ -8,6 +8,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from launch.bounded import all_reduce
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -31,11 +33,14 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def agreed(self, device: torch.device, *, save: bool = False) -> tuple[bool, bool]:
+    def agreed(
+        self, device: torch.device, *, save: bool = False, timeout_s: float = 600.0, what: str = "agreeing to go on"
+    ) -> tuple[bool, bool]:
         """Return whether any rank was asked to stop, and whether any was asked to save now.
 
-        Every rank calls, once a step: a collective.
+        Every rank calls, once a step: a collective. Raises WatchdogError, `what` first, when a rank does not come in
+        time.
         """
         asked = torch.tensor([float(self.received is not None), float(save)], device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        all_reduce(asked, op=dist.ReduceOp.MAX, timeout_s=timeout_s, what=what)
         return bool(asked[0].item()), bool(asked[1].item())

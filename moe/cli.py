@@ -223,5 +223,6 @@ def _print_profile(found: Profile) -> None:
         residual = found.residuals.get(name)
         table.add_row(name, *cells, "-" if residual is None else f"{residual:.1%}")
     Console().print(table)
+    print(f"the executor itself: {found.chunk_s * 1e3:.3f} ms a chunk, {found.layer_s * 1e3:.3f} ms a direction")
     for pair, factor in found.slowdowns.items():
         print(f"{pair} together: {factor:.2f}x")

@@ -68,12 +68,18 @@ class Profile:
     expert_forward: Cost
     expert_backward: Cost
     """Includes the recomputation, if there is any."""
+    chunk_s: float = 0.0
+    """What the executor itself adds to the experts of every chunk: taking rows, keeping a graph, putting them back."""
+    layer_s: float = 0.0
+    """What it adds to a layer in each direction, whatever the chunks. Both from `moe.calibrate`."""
     slowdowns: Mapping[str, float] = field(default_factory=dict)
     """`inter+intra` and so on: how much longer each of the two takes while both run; 1 when absent."""
     residuals: Mapping[str, float] = field(default_factory=dict)
     """Largest relative residual of each fit; an operation with a table shows what its line would have had."""
 
     def __post_init__(self) -> None:
+        if not (self.chunk_s >= 0 and self.layer_s >= 0):
+            raise PlanError(f"chunk_s is {self.chunk_s!r} and layer_s {self.layer_s!r}; give seconds of at least 0")
         known = {"+".join(pair) for pair in PAIRS}
         for name, value in self.slowdowns.items():
             if name not in known or not value >= 1.0:
@@ -149,7 +155,7 @@ def stage_times(profile: Profile, load: LayerLoad, chunks: int, *, backward: boo
     return StageTimes(
         all_to_all=profile.all_to_all(load.exchange_bytes / chunks),
         gather=profile.all_gather(load.gather_bytes / chunks),
-        expert=expert(load.expert_rows / chunks),
+        expert=expert(load.expert_rows / chunks) + profile.chunk_s,
         scatter=profile.reduce_scatter(load.gather_bytes / chunks),
         gradient=gradient_time(profile, load) if backward else 0.0,
     )
@@ -174,7 +180,7 @@ def lane_bound(profile: Profile, load: LayerLoad, *, backward: bool) -> float:
 def serial_time(profile: Profile, load: LayerLoad, *, backward: bool) -> float:
     """Return the time of one chunk with nothing overlapped, gradients afterwards."""
     t = stage_times(profile, load, 1, backward=backward)
-    return 2 * t.all_to_all + t.gather + t.expert + t.scatter + t.gradient
+    return profile.layer_s + 2 * t.all_to_all + t.gather + t.expert + t.scatter + t.gradient
 
 
 def busiest_bytes(bytes_SR: Sequence[Sequence[float]]) -> float:

@@ -65,9 +65,11 @@ def run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bo
     infos = [ChunkInfo(run.layer, c, r, backward) for c in range(r)]
     flow = _Flow(run, chunks, infos, rows_RD)
     try:
-        for c, chunk in enumerate(chunks):
+        # All of it now, while the first rows are on their way: between computations every lane would wait for it.
+        pieces = [_pieces(chunk, every, Fraction(c, r), Fraction(c + 1, r)) for c, chunk in enumerate(chunks)]
+        for c in range(r):
             rows_ND = run.hooks.after_dispatch(flow.gathered.pop(c).result(), infos[c])
-            output_ND = _compute_chunk(rows_ND, chunk, every, Fraction(c, r), Fraction(c + 1, r), compute)
+            output_ND = _compute_chunk(rows_ND, pieces[c], compute)
             flow.computed[c].set_result(run.hooks.before_combine(output_ND, infos[c]))
     except BaseException as error:
         flow.give_up(error)
@@ -81,16 +83,19 @@ def run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bo
     return output_RD.clone() if output_RD.data_ptr() == rows_RD.data_ptr() else output_RD
 
 
-def _compute_chunk(
-    rows_ND: Tensor, chunk: ChunkTraffic, every: list[Fraction], start: Fraction, end: Fraction, compute: Compute
-) -> Tensor:
+_Pieces = list[tuple[Fraction, Ints, list[int]]]
+
+
+def _pieces(chunk: ChunkTraffic, every: list[Fraction], start: Fraction, end: Fraction) -> _Pieces:
+    """Return where the pieces of a chunk begin that have rows, which rows these are, and how many each expert has."""
     inside = [cut for cut in every if start <= cut <= end]
+    return [(first, *found) for first, last in pairwise(inside) if len((found := chunk.piece_index(first, last))[0])]
+
+
+def _compute_chunk(rows_ND: Tensor, pieces: _Pieces, compute: Compute) -> Tensor:
     output_ND = None
-    for first, last in pairwise(inside):
-        index, counts = chunk.piece_index(first, last)
-        if len(index):
-            part = compute(rows_ND, index, counts, first)
-            output_ND = _put(rows_ND, output_ND, index, part)
+    for first, index, counts in pieces:
+        output_ND = _put(rows_ND, output_ND, index, compute(rows_ND, index, counts, first))
     return rows_ND if output_ND is None else output_ND
 
 
@@ -144,14 +149,14 @@ class _Flow:
 def _submitter(run: LayerRun, way: str) -> Callable[[str, int, Callable[[], Tensor]], Result]:
     def submit(op: str, chunk: int, fn: Callable[[], Tensor]) -> Result:
         lane = run.lanes.intra if op in ("gather", "scatter") else run.lanes.inter
-        return lane.submit(torch.no_grad()(fn), layer=run.layer, op=f"{way}{op} {chunk}")
+        return lane.submit(fn, layer=run.layer, op=f"{way}{op} {chunk}")
 
     return submit
 
 
 def take(rows: Tensor, index: Ints) -> Tensor:
     """Return `rows[index]`; without a copy where that is all of them in order, as with one chunk."""
-    return rows if _is_all(rows, index) else rows[_on(index, rows)]
+    return rows if _is_all(rows, index) else rows.index_select(0, _on(index, rows))
 
 
 def _put(like: Tensor, whole: Tensor | None, index: Ints, part: Tensor) -> Tensor:
@@ -160,8 +165,7 @@ def _put(like: Tensor, whole: Tensor | None, index: Ints, part: Tensor) -> Tenso
         return part
     if whole is None:
         whole = torch.empty_like(like, memory_format=torch.contiguous_format)
-    whole[_on(index, whole)] = part
-    return whole
+    return whole.index_copy_(0, _on(index, whole), part)
 
 
 def _is_all(rows: Tensor, index: Ints) -> bool:

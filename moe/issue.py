@@ -16,6 +16,7 @@ from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from moe.errors import ExchangeError
@@ -111,6 +112,7 @@ class IssueQueue:
                 self._closed = True
                 self._waiting.put(None)
 
+    @torch.no_grad()
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
             self._run_one(*item)

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe.cost import Profile
+from moe.calibrate import layer_seconds, with_overheads
+from moe.cost import LayerLoad, Profile
+from moe.dispatch import DirectExchange
 from moe.errors import MoeConfigError
 from moe.experts import StackedExperts
 from moe.issue import IssueQueue, own_group
+from moe.lanes import Lanes, NoLink
 from moe.profiler import Links, ProfileConfig, make_profile
 
 
@@ -61,15 +64,36 @@ def profile_world(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> P
             gradients=own_group(across),
         )
         forward, backward = expert_jobs(experts)
-        return make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
+        profile = make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
+        members = 1 if intra_group is None else esp
+        lanes = Lanes(
+            inter=inter,
+            intra=intra if intra_group else NoLink(),
+            ep=inter_group,
+            esp=intra_group,
+            exchange=DirectExchange(inter_group),
+            timeout_s=inter.timeout_s,
+            rank=rank,
+        )
+        rows = max(experts.count * size // esp, config.most_rows // (2 * members))
+        nbytes = 4.0 * rows * experts.width
+        gathered = members * nbytes if members > 1 else 0.0
+        load = LayerLoad(exchange_bytes=nbytes, gather_bytes=gathered, expert_rows=rows * members)
+        took = layer_seconds(made_experts(experts), lanes, rows=rows, width=experts.width)
+        return with_overheads(profile, load, took)
+
+
+def made_experts(shape: ExpertShape) -> StackedExperts:
+    """Return random experts of a shape, fp32."""
+    return StackedExperts(
+        torch.randn(shape.count, 2 * shape.inner, shape.width) * 0.02,
+        torch.randn(shape.count, shape.width, shape.inner) * 0.02,
+    )
 
 
 def expert_jobs(shape: ExpertShape) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
     """Return jobs that run the experts forward, and backward alone, on a number of rows."""
-    module = StackedExperts(
-        torch.randn(shape.count, 2 * shape.inner, shape.width) * 0.02,
-        torch.randn(shape.count, shape.width, shape.inner) * 0.02,
-    )
+    module = made_experts(shape)
 
     def inputs(rows: int) -> tuple[torch.Tensor, list[int]]:
         each = [rows // shape.count] * shape.count

@@ -154,10 +154,12 @@ def refit_reason(predicted_s: float, measured_s: Sequence[float]) -> str | None:
 
 def _time(profile: Profile, t: StageTimes, chunks: int, order: Order, lag: int) -> float:
     if profile.slowdowns and any(profile.slowdown(*pair) > 1 for pair in PAIRS):
-        return max((e.t1_s for e in predict(profile, t, chunks, order=order, lag=lag)), default=0.0)
-    if order == "fifo":
-        return float(layer_time(t, chunks))
-    return float(makespan(t, intra_order(chunks, order, lag)))
+        busy = max((e.t1_s for e in predict(profile, t, chunks, order=order, lag=lag)), default=0.0)
+    elif order == "fifo":
+        busy = float(layer_time(t, chunks))
+    else:
+        busy = float(makespan(t, intra_order(chunks, order, lag)))
+    return profile.layer_s + busy
 
 
 def _least(t: StageTimes, chunks: int) -> float:

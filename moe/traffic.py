@@ -65,8 +65,15 @@ class Traffic:
 
     def borders(self, cut: Fraction) -> Ints:
         """Return the row of every bucket at which `cut` falls: 0 for 0, the size for 1, ascending in between."""
-        share = self.rows_SPE * cut.numerator * _PHASES + self._phases * cut.denominator
-        return share // (cut.denominator * _PHASES)
+        if (known := self._borders.get(cut)) is None:
+            share = self.rows_SPE * cut.numerator * _PHASES + self._phases * cut.denominator
+            known = self._borders[cut] = share // (cut.denominator * _PHASES)
+        return known
+
+    @cached_property
+    def _borders(self) -> dict[Fraction, Ints]:
+        """Both directions of a layer ask for the same ones, chunks and pieces too."""
+        return {}
 
     def chunk(self, start: Fraction, end: Fraction) -> ChunkTraffic:
         """Return what moves in the chunk between two cuts."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.errors import PlanError
 
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zbv", "state_aware_1f1b"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zbv", "state_aware_1f1b", "roundpipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,19 @@ class PipelineConfig:
     """Stages of the model, a multiple of ranks; null is one a rank, and two a rank for interleaved, looped_bfs and
     zbv."""
     recompute: bool = False
-    """Keep only the input of a stage, and run it forward again before its backward: less memory, a third more work."""
+    """Keep only the input of a stage, and run it forward again before its backward: less memory, a third more work.
+    roundpipe always does."""
+    rounds: int = 1
+    """roundpipe: the micro-batches of a step pass in so many rounds. More keep devices busy where the head weighs more
+    than its share of the layers."""
+    open_slots: int = 2
+    """roundpipe: slots that a device may have begun; of them it takes what is ready. 1 is strict order, and least
+    memory."""
+    microbatches: int | None = None
+    """roundpipe: the most micro-batches (chunks) of one step, for which host memory is taken; null is
+    chunks.global_batch, which always suffices."""
+    device_memory_bytes: int | None = None
+    """roundpipe: the most that weights, gradients and activations may take on a device; null only counts."""
     timeout_s: float = 600.0
     """Seconds after which a rank that waits for another gives up, naming it."""
 
@@ -35,6 +47,14 @@ class PipelineConfig:
             raise PlanError(
                 f"pipeline.stages is {self.stages}, and {self.schedule} on {self.ranks} ranks has {self.num_stages}; "
                 "leave it out, or use interleaved or looped_bfs for several stages a rank"
+            )
+        for name in ("rounds", "open_slots", "microbatches", "device_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"pipeline.{name} is {value}; it must be at least 1")
+        if self.schedule == "roundpipe" and self.stages is not None:
+            raise PlanError(
+                f"pipeline.stages is {self.stages}, and roundpipe plans its slots from the layers; leave it out"
             )
         if not self.timeout_s > 0:
             raise PlanError(f"pipeline.timeout_s is {self.timeout_s}; it must be more than 0")

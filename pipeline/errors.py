@@ -4,6 +4,7 @@ PipelineError
     ScheduleError      a schedule that is incomplete, cyclic, over its memory cap or breaks an order; shows the table
     PlanError          a model, cap and set of devices for which there is no plan
     MemoryCapError     an allocation over the device-memory cap; names device, slot and bytes
+    StalenessError     weights of another version than the schedule promised; names slot, layer and versions
     WatchdogError      a wait passed its deadline or a peer is gone; names rank, action and peer
 """
 
@@ -22,6 +23,10 @@ class PlanError(PipelineError, ValueError):
 
 class MemoryCapError(PipelineError, RuntimeError):
     """An allocation over the device-memory cap."""
+
+
+class StalenessError(PipelineError, RuntimeError):
+    """Weights of another version than the schedule promised."""
 
 
 class WatchdogError(PipelineError, RuntimeError):

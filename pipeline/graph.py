@@ -58,8 +58,7 @@ def build(schedule: Schedule) -> Graph:
         if action.op is Op.W:
             edges[i].append((_required(found, i, found.own(i, Op.I), "its I"), Why.DATA))
         if action.op in COMPUTE and found.where[i][0] in found.streamed:
-            uploads = found.uploads.get((found.where[i][0], action.stage), [])
-            edges[i].append((_required(found, i, found.before(uploads, i), "an UPLOAD of its stage"), Why.DATA))
+            edges[i].append((_required(found, i, _upload_of(found, i), "an UPLOAD of its stage"), Why.DATA))
         if action.op in (Op.SEND, Op.PUT):
             _need_made(found, edges, i)
         if action.op is Op.GET:
@@ -122,6 +121,18 @@ def _pair_messages(found: Listing, edges: Edges) -> dict[int, int]:
 def _message(found: Listing, i: int) -> tuple:
     action = found.actions[i]
     return action.phase, boundary(found.schedule, action), action.microbatch
+
+
+def _upload_of(found: Listing, i: int) -> int | None:
+    """The UPLOAD of an action's step and round; without one that says so, the last of its stage before it."""
+    schedule, action = found.schedule, found.actions[i]
+
+    def visit(microbatch: int | None) -> tuple[int, int] | None:
+        return None if microbatch is None else (schedule.step(microbatch), schedule.round(microbatch))
+
+    uploads = found.uploads.get((found.where[i][0], action.stage), [])
+    same = [j for j in uploads if visit(found.actions[j].microbatch) == visit(action.microbatch)]
+    return found.before(same or uploads, i)
 
 
 def _need_input(found: Listing, edges: Edges, i: int, has_messages: bool) -> None:

@@ -84,7 +84,8 @@ def _row(plan: _Plan, device: int, row: Sequence[Action], start: int) -> Iterato
         yield from plan.puts.get(start + n, [])
         if last[visit] == n:
             yield from _leave(plan, device, visit, action)
-            stepped.add((visit[0], visit[2]))
+            if plan.finish.get((visit[0], visit[2])) == (visit[1], device):  # not before the last round
+                stepped.add((visit[0], visit[2]))
 
 
 def _updates(plan: _Plan, device: int, visit: Visit) -> set[tuple[int, int]]:

@@ -39,3 +39,10 @@ def replayed(state: RandomState, device: torch.device) -> Iterator[None]:
         yield
     finally:
         before.set(device)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the CPU's generator, and the device's where that is another. (`torch.manual_seed` formats a stack trace.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

@@ -1,16 +1,17 @@
 """Every state a crash could leave on the disk, from a record of what a program asked the disk to do.
 
-`recorded` listens behind `LocalStorage`, the one place that changes the disk. `crash_states` replays the record up to
-every call, and keeps of what was not yet synced: all of it (the process died), none of it, the names without the bytes,
-the bytes without the names, or all of it with the last write torn.
+`recorded` listens behind `LocalStorage`, the one place that changes the disk; records of several processes are merged
+by their times. `crash_states` replays a record up to every call, and of what was not yet synced keeps every choice that
+`crash_disk.ways` names.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,165 +19,130 @@ import pytest
 
 from checkpointing.handle import SaveHandle
 from checkpointing.storage.local import LocalStorage
+from tests.crash_disk import Disk, Node, ways
 
-WAYS = ("all", "nothing unsynced", "names without bytes", "bytes without names", "last write torn")
-_CHANGES = (
-    "make_folder", "create", "create_direct", "write", "write_at", "truncate", "sync", "sync_folder", "rename", "link",
-    "remove_file", "remove_tree",
-)  # fmt: skip
+Call = tuple[int, str, tuple[Any, ...]]
+"""(when, name, arguments)"""
 
-
-@dataclass
-class File:
-    """A file: what was asked for, and what a power cut would leave."""
-
-    now: bytearray = field(default_factory=bytearray)
-    synced: bytes = b""
-    before_last: bytes | None = None
+_BY_FD = ("write", "write_at", "truncate", "sync")
+_BY_PATH = ("create", "create_direct", "sync_folder", "rename", "link", "remove_file")
+_BY_TREE = ("remove_tree", "discard")
 
 
-@dataclass
-class Disk:
-    """Files and names; `durable` are the names as of the last sync of their folder."""
+class Record:
+    """Calls of one process, in order."""
 
-    root: Path
-    names: dict[Path, File | None] = field(default_factory=dict)
-    durable: dict[Path, File | None] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._lock = threading.Lock()
+        self._paths: dict[int, Path] = {}
 
-    @classmethod
-    def read(cls, root: Path) -> Disk:
-        disk = cls(root)
-        for path in sorted(root.rglob("*")):
-            data = None if path.is_dir() else path.read_bytes()
-            disk.names[path] = None if data is None else File(bytearray(data), data)
-        disk.durable = dict(disk.names)
-        return disk
+    def note(self, name: str, *args: Any) -> None:
+        with self._lock:
+            self.calls.append((time.monotonic_ns(), name, args))
 
-    def write(self, file: File, data: bytes, offset: int) -> None:
-        file.before_last = bytes(file.now)
-        file.now.extend(bytes(max(0, offset + len(data) - len(file.now))))
-        file.now[offset : offset + len(data)] = data
-
-    def remove(self, path: Path) -> None:
-        for name in [one for one in self.names if one == path or path in one.parents]:
-            del self.names[name]
-
-    def rename(self, old: Path, new: Path) -> None:
-        moved = {one: file for one, file in self.names.items() if one == old or old in one.parents}
-        self.remove(old)
-        self.remove(new)
-        self.names |= {new / one.relative_to(old): file for one, file in moved.items()}
-        # What is durable inside of a folder goes with the folder, whose own name may not be durable yet.
-        for one, file in list(self.durable.items()):
-            if old in one.parents:
-                self.durable[new / one.relative_to(old)] = file
-
-    def sync_folder(self, path: Path) -> None:
-        for name in [one for one in self.durable if one.parent == path and one not in self.names]:
-            del self.durable[name]
-        self.durable |= {name: file for name, file in self.names.items() if name.parent == path}
-
-    def left(self, way: str, last: File | None) -> dict[Path, bytes | None]:
-        """Return what is on the disk after a crash: bytes of files, None for folders."""
-        names = self.durable if way in ("nothing unsynced", "bytes without names") else self.names
-        kept: dict[Path, bytes | None] = {}
-        for path, file in names.items():
-            if file is None:
-                kept[path] = None
-            elif way in ("nothing unsynced", "names without bytes"):
-                kept[path] = file.synced
-            elif way == "last write torn" and file is last and file.before_last is not None:
-                half = len(file.before_last) + (len(file.now) - len(file.before_last)) // 2
-                kept[path] = bytes(file.now[: half or len(file.now) // 2])
-            else:
-                kept[path] = bytes(file.now)
-        # A name is lost with any folder above it.
-        return {path: data for path, data in kept.items() if self._above(path) <= kept.keys()}
-
-    def _above(self, path: Path) -> set[Path]:
-        return {one for one in path.parents if self.root in one.parents}
-
-
-@contextmanager
-def recorded() -> Iterator[list[tuple[Any, ...]]]:
-    """Record every change of the disk, and ("ack", step) where a save is told to be durable."""
-    log: list[tuple[Any, ...]] = []
-    lock = threading.Lock()
-    paths: dict[int, Path] = {}
-
-    def wrap(name: str, method: Any) -> Any:
-        def call(self: LocalStorage, *args: Any) -> Any:
-            result = method(self, *args)
-            with lock:
-                if name.startswith("create"):
-                    paths[result] = args[0]
-                    log.append((name, args[0], args[1]))
-                elif name in ("write", "write_at", "truncate", "sync"):
-                    log.append((name, paths[args[0]], *(bytes(a) if not isinstance(a, int) else a for a in args[1:])))
-                else:
-                    log.append((name, *args))
+    def by_fd(self, name: str, method: Any) -> Any:
+        def call(storage: LocalStorage, fd: int, *args: Any) -> Any:
+            copied = tuple(one if isinstance(one, int) else bytes(one) for one in args)
+            result = method(storage, fd, *args)
+            self.note(name, self._paths[fd], *copied)
             return result
 
         return call
 
-    finish = SaveHandle.finish
+    def by_path(self, name: str, method: Any) -> Any:
+        def call(storage: LocalStorage, *args: Any) -> Any:
+            result = method(storage, *args)
+            if name.startswith("create"):
+                self._paths[result] = args[0]
+            self.note(name, *args)
+            return result
+
+        return call
+
+    def by_tree(self, method: Any) -> Any:
+        """Several calls in one: each name that went is a change of its own."""
+
+        def call(storage: LocalStorage, path: Path) -> None:
+            there = [one for one in (*sorted(path.rglob("*"), reverse=True), path) if os.path.lexists(one)]
+            try:
+                method(storage, path)
+            finally:
+                for one in there:
+                    if not os.path.lexists(one):
+                        self.note("drop", one)
+
+        return call
+
+
+@contextmanager
+def recorded() -> Iterator[Record]:
+    """Record every change of the disk, and ("ack", step) where a save is told to be durable."""
+    record = Record()
+    finish, mkdir = SaveHandle.finish, Path.mkdir
 
     def finished(self: SaveHandle, path: Path) -> None:
-        with lock:
-            log.append(("ack", int(path.name.removeprefix("step-"))))
+        record.note("ack", int(path.name.removeprefix("step-")))
         finish(self, path)
 
+    def made(self: Path, *args: Any, **named: Any) -> None:
+        mkdir(self, *args, **named)
+        record.note("make_folder", self)
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in _CHANGES:
-            patch.setattr(LocalStorage, name, wrap(name, getattr(LocalStorage, name)))
+        for name in _BY_FD:
+            patch.setattr(LocalStorage, name, record.by_fd(name, getattr(LocalStorage, name)))
+        for name in _BY_PATH:
+            patch.setattr(LocalStorage, name, record.by_path(name, getattr(LocalStorage, name)))
+        for name in _BY_TREE:
+            patch.setattr(LocalStorage, name, record.by_tree(getattr(LocalStorage, name)))
+        patch.setattr(Path, "mkdir", made)
         patch.setattr(SaveHandle, "finish", finished)
-        yield log
+        yield record
 
 
-def crash_states(disk: Disk, log: list[tuple[Any, ...]]) -> Iterator[tuple[str, set[int], dict[Path, bytes | None]]]:
+def crash_states(disk: Disk, calls: Sequence[Call]) -> Iterator[tuple[str, set[int], dict[Path, Any]]]:
     """Yield (what it is, the steps acknowledged by then, what is on the disk) for every state."""
     acknowledged: set[int] = set()
-    for number, (name, *args) in enumerate(log):
-        last = _apply(disk, name, args, acknowledged)
-        for way in WAYS:
-            yield f"after call {number}, {name}: {way}", set(acknowledged), disk.left(way, last)
-
-
-def _apply(disk: Disk, name: str, args: list[Any], acknowledged: set[int]) -> File | None:
-    if name == "ack":
-        acknowledged.add(args[0])
-    elif name == "make_folder":
-        disk.names[args[0]] = None
-    elif name.startswith("create"):
-        disk.names[args[0]] = File(bytearray(args[1] if name == "create_direct" else 0))
-    elif name == "sync_folder":
-        disk.sync_folder(args[0])
-    elif name == "rename":
-        disk.rename(*args)
-    elif name == "link":
-        disk.names[args[1]] = disk.names[args[0]]
-    elif name in ("remove_file", "remove_tree"):
-        disk.remove(args[0])
-    else:
-        file = disk.names[args[0]]
-        assert file is not None
-        if name == "sync":
-            file.synced = bytes(file.now)
-        elif name == "truncate":
-            del file.now[args[1] :]
+    for number, (_, name, args) in enumerate(calls):
+        if name == "ack":
+            acknowledged.add(args[0])
         else:
-            disk.write(file, args[1], args[2] if name == "write_at" else len(file.now))
-            return file
-    return None
+            _apply(disk, name, args)
+        for way, wanted in ways(disk.open_requests()).items():
+            yield f"after call {number}, {name} {args[0]}: {way}", set(acknowledged), disk.left(wanted)
 
 
-def put(root: Path, state: dict[Path, bytes | None], origin: Path) -> None:
+def _apply(disk: Disk, name: str, args: Sequence[Any]) -> None:
+    path = args[0]
+    if disk.root not in (path, *path.parents):
+        return
+    if name == "make_folder":
+        disk.name("put", path, child=Node({}))
+    elif name.startswith("create"):
+        disk.name("put", path, child=Node(None))
+        disk.ask(disk.at(path), "size", offset=args[1])
+    elif name == "rename":
+        disk.name("move", *args, child=disk.at(path))
+    elif name == "link":
+        disk.name("put", args[1], child=disk.at(path))
+    elif name in ("remove_file", "drop"):
+        disk.name("drop", path)
+    elif name in ("sync", "sync_folder"):
+        disk.at(path).sync()
+    elif name == "truncate":
+        disk.ask(disk.at(path), "size", offset=args[1])
+    else:
+        node = disk.at(path)
+        offset = args[2] if name == "write_at" else sum(len(one.data) for one in node.pending)
+        disk.ask(node, "write", data=args[1], offset=offset)
+
+
+def put(root: Path, state: dict[Path, Any], origin: Path) -> None:
     """Make a folder hold a state that was recorded under `origin`."""
-    root.mkdir()
-    for path, data in sorted(state.items()):
+    for path, (data, _) in sorted(state.items()):
         place = root / path.relative_to(origin)
-        place.parent.mkdir(parents=True, exist_ok=True)
         if data is None:
-            place.mkdir(exist_ok=True)
+            place.mkdir()
         else:
             place.write_bytes(data)

@@ -212,3 +212,14 @@ def copied(source, where):
 
     where.mkdir(exist_ok=True)
     return shutil.copytree(source, where / "run")
+
+
+def test_show_reads_other_tools_checkpoints_too(saved, tmp_path):
+    run("restore", f"{saved}@10", tmp_path / "a.pt", "--format", "torch", "--only", "run.*")
+    found = run_json("show", tmp_path / "a.pt", "--only", "run.b*")
+    assert found["format"] == "torch"
+    assert found["tensors"] == [{"name": "run.bf16", "dtype": "bfloat16", "shape": [33], "bytes": 66, "shards": []}]
+    assert "a torch checkpoint: " in run("show", tmp_path / "a.pt")[1]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.txt").write_text("")
+    assert "is no checkpoint we know: it holds x.txt" in run("show", tmp_path / "other", ok=(2,))[1]

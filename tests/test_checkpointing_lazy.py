@@ -121,8 +121,9 @@ def test_memory_stays_in_its_budget(tmp_path):
     with Checkpointer(tmp_path, **SETTINGS) as ckpt:
         ckpt.save(1, {"run": Flat({"a": torch.randn(16 * PIECE_BYTES // 4)})}).wait()
         ring = ckpt._engine._ring
-        assert ring._mapped == ring.num_slabs == 24 * 2**20 // PIECE_BYTES
-        assert len(ring._free) == ring.num_slabs
+        # Fewer where the disk was faster than the copies.
+        assert 0 < ring._mapped <= ring.num_slabs == 24 * 2**20 // PIECE_BYTES
+        assert len(ring._free) == ring._mapped
 
 
 def test_what_no_optimizer_is_known_to_step_is_copied_inside_of_save(tmp_path):

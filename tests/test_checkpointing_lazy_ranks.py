@@ -171,3 +171,21 @@ def lose_a_rank(info, path):
 def test_a_fence_is_not_held_up_for_ever_by_a_rank_that_is_lost(tmp_path):
     first, _ = run_ranks(lose_a_rank, 2, tmp_path)
     assert first == ("save of step 1 failed: rank 1 did not report in time", True, 0.0)
+
+
+def plain_slices(info, path):
+    """A plain tensor that says which slice of a larger one it is; the other ranks hold the rest."""
+    whole = torch.arange(600 * 300.0).reshape(600, 300)
+    rows = whole[info.rank * 300 : (info.rank + 1) * 300].clone()
+    state = Flat({})
+    with Checkpointer(path, timeout_s=20) as ckpt:
+        given = TensorProvider(rows, Mutability.STEP, whole=(600, 300), at=(info.rank * 300, 0))
+        ckpt.save(1, Flat({"w": given})).wait()
+        ckpt.restore(state)
+        with pytest.raises(StateError, match=r"'w' is \[300, 300\] at \[301, 0\] of \[600, 300\], which is no slice"):
+            ckpt.save(2, Flat({"w": TensorProvider(rows, whole=(600, 300), at=(301, 0))}))
+    return same(state.loaded, {"w": whole})
+
+
+def test_plain_tensors_are_saved_as_slices(tmp_path):
+    assert run_ranks(plain_slices, 2, tmp_path) == [True, True]

@@ -1,5 +1,6 @@
 """Several ranks, and one of them fails, differs, lags, stays away or dies: one error on all, in time."""
 
+import logging
 import os
 import signal
 import time
@@ -272,3 +273,35 @@ def live_in_another_call(info):
 
 def test_signs_of_life_count_only_in_their_own_call():
     assert run_ranks(live_in_another_call, 2)[0] == ("first failed: rank 1 did not report in time", True)
+
+
+def saves_and_fails(path):
+    with Checkpointer(path, timeout_s=600) as ckpt:
+        ckpt.save(1, Flat({"a": torch.ones(3)}))
+        raise ValueError("a mistake of mine")
+
+
+def leaves_by_an_error(info, path):
+    """Rank 0 leaves the block by an error while rank 1, which it saves with, is silent; what it has said, and took."""
+    said, begun = [], time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("checkpointing.checkpointer._AFTER_ERROR_S", 0.5)
+        patch.setattr("checkpointing.engine._GOODBYE_S", 0.5)
+        patch.setattr(logging.getLogger("checkpointing"), "error", lambda text, *args: said.append(text % args))
+        if info.rank == 0:
+            with pytest.raises(ValueError, match="of mine"):
+                saves_and_fails(path)
+        else:
+            ckpt = Checkpointer(path, timeout_s=600)
+        took = time.monotonic() - begun
+        dist.barrier()
+        if info.rank:
+            ckpt.close()
+    return said, took
+
+
+def test_an_error_is_told_before_a_silent_rank_is_waited_for(tmp_path):
+    (said, took), _ = run_ranks(leaves_by_an_error, 2, str(tmp_path))
+    assert said[0] == "ValueError: a mistake of mine; ending within 0.5 s the save in flight"
+    assert "rank 1 did not report in time" in said[-1]
+    assert took < 60

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from chunkflow import SINGLE, ChunkflowError, ChunkRunner
-from tests.chunk_steps import batches, furthest, one_process, optimizer_of
+from chunkflow.families import tiny_model as family_model
+from tests.chunk_steps import batches, furthest, one_process, optimizer_of, train_whole
 from tests.spawn import run_ranks
 from tests.tiny import tiny_model
 
@@ -21,8 +22,10 @@ def engine_of(stage, *, model=None, **changes):
     import deepspeed
 
     model = tiny_model(dtype=torch.float32) if model is None else model
+    # Without the threshold, parameters this small would never be partitioned.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **changes.pop("zero", {})}
     config = {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, **changes,
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
@@ -45,6 +48,11 @@ def train(info, engine, retain, settings=None):
         assert scored == pytest.approx(losses[-1], rel=1e-6)
         engine.step()
     return losses, weights_of(engine)
+
+
+def train_others(info, cases):
+    os.environ["LOCAL_RANK"] = str(info.rank)
+    return [[train(info, engine_of(stage, model=other(name), **changes), 2)] for name, stage, changes in cases]
 
 
 def train_stages(info, cases, compiled=True):
@@ -81,6 +89,34 @@ def test_other_world_sizes(world_size):
     assert_one_process(run_deepspeed(train_stages, world_size, cases), FP32)
 
 
+def other(name):
+    if name == "tied":
+        return tiny_model("qwen3", dtype=torch.float32, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    return family_model(name).to(torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_other_models_and_buckets():
+    """Tied weights, experts that a rank has no tokens for, buckets smaller than a parameter, reduction in the hooks."""
+    cases = [
+        ("tied", 2, {"zero": {"reduce_bucket_size": 500, "overlap_comm": True}}),
+        ("tied", 3, {"zero": {"reduce_bucket_size": 500}}),
+        ("qwen3_moe", 1, {}),
+        ("qwen3_moe", 2, {}),
+        ("qwen3_moe", 3, {}),
+    ]
+    found = run_deepspeed(train_others, 2, cases)
+    for number, (name, *_) in enumerate(cases):
+        model = other(name)
+        losses = train_whole(model)
+        weights = {n: p.detach() for n, p in model.named_parameters()}
+        for [(ours, theirs)] in (of_rank[number] for of_rank in found):
+            assert ours == pytest.approx(losses, rel=FP32), name
+            assert furthest(theirs, weights) < 10 * FP32, name
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_bf16_stays_near(tmp_path):
@@ -110,8 +146,6 @@ def train_lora(info, stage):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora_under_deepspeed(stage):
     whole = with_lora()
-    from tests.chunk_steps import train_whole
-
     losses = train_whole(whole, inner=whole.get_base_model())
     weights = {name: p.detach().clone() for name, p in whole.named_parameters()}
     for [(ours, theirs)] in run_deepspeed(train_lora, 2, stage):

@@ -25,7 +25,7 @@ def gpt(core_attention=None, positions="learned_absolute", **changes):
         parallel_state.initialize_model_parallel()
         tensor_parallel.random.get_cuda_rng_tracker = lambda *_, **__: NoTracker()
     settings = {"use_cpu_initialization": True, "attention_dropout": 0.0, "hidden_dropout": 0.0, **SIZES, **changes}
-    config = TransformerConfig(**settings, params_dtype=torch.float64)
+    config = TransformerConfig(**{"params_dtype": torch.float64, **settings})
     spec = chunked(get_gpt_layer_local_spec())
     if core_attention is not None:
         spec.submodules.self_attention.submodules.core_attention = core_attention

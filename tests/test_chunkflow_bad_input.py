@@ -193,6 +193,7 @@ def test_dpo_is_refused_by_name(tmp_path):
 
     args = trl.DPOConfig(**{**arguments(tmp_path).to_dict(), "bf16": False})
     pairs = Dataset.from_list([{"prompt": "def f(", "chosen": "x):", "rejected": "y"}] * 4)
-    trainer = ChunkedDPO(tiny_model(dtype=torch.float32), args=args, train_dataset=pairs, processing_class=tokenizer())
+    models = {"model": tiny_model(dtype=torch.float32), "ref_model": tiny_model(dtype=torch.float32)}
+    trainer = ChunkedDPO(**models, args=args, train_dataset=pairs, processing_class=tokenizer())
     with pytest.raises(ChunkflowError, match=r"DPOTrainer\.compute_loss makes the loss .* such as DPO"):
         trainer.train()

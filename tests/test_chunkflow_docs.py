@@ -119,7 +119,7 @@ def megatron(info):
 
     from tests.test_chunkflow_adapters_megatron import gpt
 
-    config = gpt().config  # and the parallel state that every GPTModel needs
+    config = gpt(params_dtype=torch.float32).config  # and the parallel state that every GPTModel needs
     given = {"GPTModel": GPTModel, "get_gpt_layer_local_spec": get_gpt_layer_local_spec, "config": config}
     sizes = {"vocab_size": VOCABULARY, "max_sequence_length": 512}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])

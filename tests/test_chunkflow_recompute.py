@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from chunkflow import SINGLE, ChunkflowError, ChunkRunner
 from tests.chunk_steps import batches, furthest, one_process, optimizer_of
@@ -113,7 +114,7 @@ def train_compiled(backend, **settings):
     torch._dynamo.reset()
     model = tiny_model(dtype=torch.float32)
     runner = ChunkRunner(model, retain=3, group=SINGLE, **settings)
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     for layer in model.model.layers:
         layer.compile(backend=counter)
     optimizer, losses, frames = optimizer_of(model), [], []
@@ -126,12 +127,15 @@ def train_compiled(backend, **settings):
     return losses[:3], frames
 
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+CASES = [
+    pytest.param("aot_eager", {}, id="plain"),
+    pytest.param("aot_eager", {"checkpoint_layers": True}, id="checkpointed", marks=pytest.mark.slow),
+    pytest.param("inductor", {}, id="inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("settings", [{}, {"checkpoint_layers": True}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("backend", "settings"), CASES)
 def test_compiled_layers_train_the_same_and_are_compiled_once(backend, settings):
     losses, frames = train_compiled(backend, **settings)
     expected, _ = one_process(dtype=torch.float32)

@@ -6,7 +6,7 @@ import pytest
 
 from chunkflow.errors import ChunkflowError
 from chunkflow.fit import CostModel, OpTime
-from chunkflow.tune import Measured, cases, fit_memory, peak, propose, seconds, tune
+from chunkflow.tune import Measured, anchored_peak, cases, fit_memory, peak, propose, seconds, tune
 
 MEMORY = (3e6, 900.0, 5000.0, 2000.0)
 COST = CostModel(OpTime(1e-3, 2e-6, 1e-10, 0.0, 9), OpTime(2e-3, 5e-6, 2e-10, 0.0, 9))
@@ -17,6 +17,13 @@ def test_memory_is_fitted_from_the_grid():
     found, residual = fit_memory(rows)
     assert found == pytest.approx(MEMORY, rel=1e-3)
     assert residual < 1e-4
+
+
+def test_a_peak_is_predicted_from_a_shorter_sequence():
+    """What the fit gets wrong about (chunk_tokens, retain) is in the measurement; only keys and values are added."""
+    short = Measured(256, 2, 1024, 1.0, round(peak(MEMORY, 256, 2, 1024)) + 7_000_000)
+    assert anchored_peak(MEMORY, short, 1024) == short.peak_bytes
+    assert anchored_peak(MEMORY, short, 4096) == pytest.approx(peak(MEMORY, 256, 2, 4096) + 7_000_000)
 
 
 def test_time_of_a_sequence_is_its_ops():
@@ -37,6 +44,9 @@ def test_the_proposal_is_the_fastest_that_fits():
             for more in range(1, 9):
                 if fixed + peak(MEMORY, other, more, longest) <= cap:
                     assert seconds(COST, size, kept, longest) <= seconds(COST, other, more, longest)
+    first = propose(COST, MEMORY, fixed, cap_bytes=120_000_000, longest=longest, sizes=[256, 512])
+    second = propose(COST, MEMORY, fixed, cap_bytes=120_000_000, longest=longest, sizes=[256, 512], refused={first})
+    assert second != first
     with pytest.raises(ChunkflowError, match=r"nothing fits: 16384 tokens need \d+ MiB at chunk_tokens 256 and retain"):
         propose(COST, MEMORY, fixed, cap_bytes=60_000_000, longest=longest, sizes=[256, 512])
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe.calibrate import CHUNKS, with_overheads
 from moe.cost import LayerLoad, Line, Profile, lane_bound, serial_time, stage_times
 from moe.errors import PlanError
 from moe.plan import intra_order
-from moe.planner import best_choice, best_fixed, plan_layer, refit_reason, replan_reason
+from moe.planner import best_choice, best_fixed, direction_time, plan_layer, refit_reason, replan_reason
 from moe.simulate import peak_bytes, predict, timeline
 
 ALPHA = st.floats(0, 5e-3)
@@ -159,3 +160,29 @@ def test_drift():
     assert refit_reason(0.1, [0.2, 0.13, 0.14]) == (
         "layers take 140.00 ms in the median, 100.00 ms were predicted: profile again"
     )
+
+
+EVEN = Profile(
+    all_to_all=Line(2e-4, 1e-8), all_reduce=Line(2e-4, 1e-8),
+    expert_forward=Line(1e-4, 2e-5), expert_backward=Line(1e-4, 4e-5),
+)  # fmt: skip
+EVEN_LOAD = LayerLoad(exchange_bytes=2e6, expert_rows=2000)
+
+
+@pytest.mark.parametrize(("chunk_s", "layer_s"), [(0.0, 0.0), (1e-3, 0.0), (2e-3, 4e-3)])
+def test_what_the_executor_costs_is_found_from_what_layers_took(chunk_s, layer_s):
+    """Times made with known costs give these back, and a chunk that costs something makes fewer chunks best."""
+    truth = replace(EVEN, chunk_s=chunk_s, layer_s=layer_s)
+    took = {r: sum(direction_time(truth, EVEN_LOAD, r, backward=b) for b in (False, True)) for r in CHUNKS}
+    found = with_overheads(EVEN, EVEN_LOAD, took)
+    assert found.chunk_s == pytest.approx(chunk_s, abs=max(took.values()) / 4 / 99)
+    assert found.layer_s == pytest.approx(layer_s, abs=2e-3)
+    assert Profile.from_json(found.to_json()) == found
+    free, costly = (plan_layer(profile, EVEN_LOAD) for profile in (EVEN, replace(EVEN, chunk_s=4e-3)))
+    assert costly.forward_chunks < free.forward_chunks
+    assert costly.predicted_serial_s == pytest.approx(free.predicted_serial_s + 8e-3)
+
+
+def test_overheads_below_zero_are_refused():
+    with pytest.raises(PlanError, match="chunk_s is -1"):
+        replace(EVEN, chunk_s=-1)

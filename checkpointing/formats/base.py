@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Source:
     step: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Second names of tied tensors."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(prod(lazy.shape) * lazy.dtype.itemsize for lazy in self.tensors.values())
 
     def only(self, pattern: str) -> Source:
         """Return the part whose names match a shell pattern (`model.*`). Raises FormatError when that is nothing."""

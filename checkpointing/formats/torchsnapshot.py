@@ -27,6 +27,8 @@ from checkpointing.reshard import Box, whole
 from checkpointing.storage.local import LocalStorage
 
 _CONTAINERS = ("dict", "OrderedDict", "list")
+TREES = "tree."
+"""Before the key of a Stateful whose nested state is kept as a tree (`checkpointing.adapters.torchsnapshot`)."""
 
 
 def read(path: Path, step: int | None) -> Source:
@@ -66,7 +68,11 @@ def write(source: Source, target: Target) -> None:
     flat |= {name: flat[first] for name, first in source.aliases.items()}
     flat |= {name: unflatten(value, flat.__getitem__) for name, value in source.values.items()}
     states: dict[str, Any] = defaultdict(torchsnapshot.StateDict)
+    for key in [name.removeprefix(TREES) for name in source.values if name.startswith(TREES)]:
+        states[key] = torchsnapshot.StateDict(**flat.pop(f"{TREES}{key}"))
     for name, value in flat.items():
+        if any(name.startswith(f"{key}.") for key in states if f"{TREES}{key}" in source.values):
+            continue  # it is in there
         key, dot, rest = name.partition(".")
         states[key if dot else "state"][rest if dot else name] = value
     torchsnapshot.Snapshot.take(str(target.path), dict(states), replicated=["**"])

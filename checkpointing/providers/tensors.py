@@ -21,11 +21,16 @@ class TensorProvider:
     """A tensor, or a DTensor of which this rank gives its slice.
 
     `mutability` is a promise of the caller's; the default promises nothing, and costs a copy inside `save`, unless the
-    engine has seen by itself that the tensor belongs to an optimizer that steps.
+    engine has seen by itself that the tensor belongs to an optimizer that steps. A plain tensor that is this rank's
+    slice of a larger one (tensor-, pipeline- or expert-parallel) says so by `whole` and `at`.
     """
 
     tensor: torch.Tensor
     mutability: Mutability = Mutability.ANYTIME
+    whole: tuple[int, ...] | None = None
+    """Shape of the tensor that a plain tensor is a slice of."""
+    at: tuple[int, ...] | None = None
+    """Where in it the slice begins, one number per dim."""
 
     @property
     def local(self) -> torch.Tensor:
@@ -56,13 +61,13 @@ class TensorProvider:
 
     @property
     def global_shape(self) -> tuple[int, ...] | None:
-        """Shape of a DTensor."""
-        return tuple(self.tensor.shape) if type(self.tensor) is DTensor else None
+        """Shape of a DTensor, or of what this is a slice of."""
+        return tuple(self.tensor.shape) if type(self.tensor) is DTensor else self.whole
 
     @property
     def offset(self) -> tuple[int, ...] | None:
-        """Where the slice of a DTensor begins."""
-        return slice_of("a DTensor", self.tensor) if type(self.tensor) is DTensor else None
+        """Where the slice begins."""
+        return slice_of("a DTensor", self.tensor) if type(self.tensor) is DTensor else self.at
 
     @property
     def encoding(self) -> str | None:

@@ -113,7 +113,13 @@ class LocalStorage:
         os.unlink(path)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder and the files in it. A folder inside it is not ours, and an OSError."""
+        """Remove a folder and the files in it. A folder inside it is not ours, and an OSError.
+
+        Of a link to a folder the link goes, and nothing that it points to.
+        """
+        if path.is_symlink():
+            os.unlink(path)
+            return
         for entry in list(os.scandir(path)):
             os.unlink(entry.path)
         os.rmdir(path)
@@ -209,6 +215,34 @@ class LocalStorage:
             os.close(fd)
             raise
         return fd
+
+    def open_direct(self, path: Path) -> int | None:
+        """Open a plain file for `read_aligned`; None where the file system knows no O_DIRECT."""
+        flag = getattr(os, "O_DIRECT", 0)
+        try:
+            self.length(path)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flag) if flag else None
+        except OSError:  # whoever opens it plainly is told why
+            return None
+
+    def is_cached(self, fd: int, offset: int) -> bool:
+        """Return whether the page at `offset` is in memory, so that reading it past the cache would be a waste."""
+        try:
+            return bool(os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT))
+        except (OSError, AttributeError):
+            return False
+
+    def read_aligned(self, fd: int, data: memoryview, offset: int) -> int:
+        """Fill `data` past the page cache; memory, offset and length are to be aligned.
+
+        Returns the bytes read, which may be fewer, also because the file system wants another alignment.
+        """
+        try:
+            return os.preadv(fd, [data], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0
 
     def read_into(self, fd: int, data: memoryview, offset: int) -> int:
         """Fill `data` from the file at `offset`. Returns the bytes read, fewer where the file ends."""

@@ -84,6 +84,9 @@ class ObjectStorage:
         """Forget a number."""
         del self._opened[fd]
 
+    def open_direct(self, path: Path) -> None:
+        """There is no page cache to read past."""
+
     def read_into(self, fd: int, data: memoryview, offset: int) -> int:
         """Fill `data` from an object at `offset`. Returns the bytes read, fewer where it ends."""
         if not len(data):

@@ -1,0 +1,140 @@
+"""The flop-and-balance model of `benchmarks.chunkflow`: products of matrices and pairs of attention, nothing else.
+
+R rows, H query heads, Hk key/value heads, D head width
+
+Seconds of a rank are its tokens and pairs times what one takes in the bare kernel, measured in the same processes at
+the same time; those of a step, of its slowest rank. Norms, rotary embeddings, activations, the loss's softmax, Python
+and reductions cost nothing in it, so no program reaches it. A second bound has the layers' time measured from
+transformers' own code, without its attention: what a program that runs that code cannot go below.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from benchmarks.chunkflow_work import Load, Shape, model_of
+from chunkflow.attention.interface import attention_of
+
+ROWS = 2048
+QUERIES, KEYS = 2048, 2048
+_TRIES = 5
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds of one token or pair on one rank."""
+
+    layer_forward: float
+    """Token through the products of all layers."""
+    layer_backward: float
+    head: float
+    """Token through the output projection and its two gradients."""
+    pair_forward: float
+    """(query, key), all layers and heads."""
+    pair_backward: float
+    code_forward: float
+    """Token through transformers' layers, everything but attention."""
+    code_backward: float
+
+    def code_seconds(self, load: Load) -> float:
+        """Predict the time of one rank that runs transformers' layers."""
+        layers = self.code_forward * load.forward_tokens + self.code_backward * load.backward_tokens
+        return layers + self.seconds(replace(load, forward_tokens=0, backward_tokens=0))
+
+    def seconds(self, load: Load) -> float:
+        """Predict the time of one rank."""
+        return (
+            self.layer_forward * load.forward_tokens
+            + self.layer_backward * load.backward_tokens
+            + self.head * load.head_tokens
+            + self.pair_forward * load.forward_pairs
+            + self.pair_backward * load.backward_pairs
+        )
+
+    @property
+    def pair_cost(self) -> float:
+        """For the planner: a pair over the rest of a token."""
+        return (self.pair_forward + self.pair_backward) / (self.code_forward + self.code_backward + self.head)
+
+
+def measure_rates(shape: Shape) -> Rates:
+    """Time the bare kernels, best of a few; all ranks call together, so that they share the machine as in a step."""
+    hidden, inner = shape.hidden, 3 * shape.hidden
+    products = [(hidden, hidden), (hidden, hidden // 2), (hidden, hidden // 2), (hidden, hidden),
+                (hidden, inner), (hidden, inner), (inner, hidden)]  # fmt: skip
+    times = [_product_s(k, n) for k, n in products]
+    head = _product_s(hidden, shape.vocabulary)
+    forward_s, backward_s = _attention_s(shape)
+    code_forward_s, code_backward_s = _code_s(shape)
+    pairs = QUERIES * KEYS
+    return Rates(
+        layer_forward=shape.layers * sum(f for f, _ in times) / ROWS,
+        layer_backward=shape.layers * sum(b for _, b in times) / ROWS,
+        head=sum(head) / ROWS,
+        pair_forward=shape.layers * forward_s / pairs,
+        pair_backward=shape.layers * backward_s / pairs,
+        code_forward=code_forward_s / ROWS,
+        code_backward=code_backward_s / ROWS,
+    )
+
+
+def _product_s(inputs: int, outputs: int) -> tuple[float, float]:
+    """Return the seconds of x @ W^T, and of the gradients of both."""
+    x, weight, grad = torch.randn(ROWS, inputs), torch.randn(outputs, inputs), torch.randn(ROWS, outputs)
+    out, d_x, d_weight = torch.empty(ROWS, outputs), torch.empty(ROWS, inputs), torch.empty(outputs, inputs)
+    forward = _best_s(lambda: torch.mm(x, weight.t(), out=out))
+    return forward, _best_s(lambda: (torch.mm(grad, weight, out=d_x), torch.mm(grad.t(), x, out=d_weight)))
+
+
+def _attention_s(shape: Shape) -> tuple[float, float]:
+    """Return the seconds of one layer's attention over a square of visible pairs, forward and backward."""
+    heads = shape.hidden // 64
+    q, k, v, grad = (torch.randn(1, heads, n, 64) for n in (QUERIES, KEYS, KEYS, QUERIES))
+    out, lse = _flash(q, k, v, 0.0, False)
+    forward = _best_s(lambda: _flash(q, k, v, 0.0, False))
+    return forward, _best_s(lambda: _flash_backward(grad, q, k, v, out, lse, 0.0, False))
+
+
+def _no_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """Pass queries [1, H, R, D] on as [1, R, H, D], in a way that keys and values [1, Hk, R, D] get gradients too."""
+    return (query + (key.mean() + value.mean())).transpose(1, 2), None
+
+
+AttentionInterface.register("benchmark_no_attention", _no_attention)
+
+
+def _code_s(shape: Shape) -> tuple[float, float]:
+    """Return the seconds of transformers' layers without attention, forward and backward; gradients are there."""
+    model = model_of(shape, recompute=False).model
+    ids = torch.arange(ROWS).remainder(shape.vocabulary)[None]
+    times = []
+    with attention_of(model, "benchmark_no_attention"):
+        for _ in range(_TRIES):
+            started = time.perf_counter()
+            hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+            middle = time.perf_counter()
+            hidden.backward(hidden.detach())
+            times.append((middle - started, time.perf_counter() - middle))
+    return min(f for f, _ in times), min(b for _, b in times)
+
+
+def _best_s(call: Callable[[], object]) -> float:
+    call()
+    best = float("inf")
+    for _ in range(_TRIES):
+        started = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,153 @@
+"""The ways that `benchmarks.chunkflow` compares: each prepares one rank's part of the same step.
+
+`ours`: ChunkLoader and ChunkRunner. The peers run transformers' own model and loss with activation checkpointing, their
+gradients are added up once a step like ours, and every target counts the same: `padded` batches of similar lengths
+(transformers' `LengthGroupedSampler`, batches dealt as accelerate deals them), `single` sequences dealt round-robin,
+`packed` rows of TRL's `pack_dataset(strategy="bfd")`, which loses what is longer than a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from benchmarks.chunkflow_work import Load, Work, causal
+from chunkflow import ChunkLoader, ChunkRunner, MemorySource
+from chunkflow.cost import num_pairs
+from chunkflow.program import operations
+from chunkflow.reduce import sum_gradients
+from chunkflow.sources import Sample
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every way is given."""
+
+    samples: Sequence[Sample]
+    rank: int
+    world_size: int
+    plain: PreTrainedModel
+    recomputing: PreTrainedModel
+    """Equal weights, with activation checkpointing."""
+    pair_cost: float
+    """Measured: time of a pair over the rest of a token's."""
+
+
+def ours(job: Job, setting: Mapping[str, int]) -> Work:
+    """Plan and collate by our loader; `chunk_tokens` and `retain` are settings."""
+    loader = ChunkLoader(
+        MemorySource(job.samples), global_batch=len(job.samples), rank=job.rank, world_size=job.world_size,
+        chunk_tokens=setting["chunk_tokens"], retain=setting["retain"], pair_cost=job.pair_cost, report=lambda _: None,
+    )  # fmt: skip
+    with loader:
+        batch = next(iter(loader))
+    runner = ChunkRunner(job.plain, retain=setting["retain"])
+    load = Load()
+    for op, position in operations(batch.chunks, setting["retain"]):
+        tokens, pairs = batch.chunks[position].num_tokens, num_pairs(batch.chunks[position])
+        load += (
+            Load(backward_tokens=tokens, head_tokens=tokens, backward_pairs=pairs)
+            if op == "B"
+            else Load(forward_tokens=tokens, forward_pairs=pairs)
+        )
+    return Work(lambda: runner.forward_backward(batch).item(), load, sum(c.num_tokens for c in batch.chunks))
+
+
+def padded(job: Job, setting: Mapping[str, int]) -> Work:
+    """Batches of `batch` sequences of similar lengths."""
+    lengths = [len(s.input_ids) for s in job.samples]
+    size = setting["batch"]
+    order = get_length_grouped_indices(lengths, size, generator=torch.Generator().manual_seed(0))
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    mine = batches[job.rank :: job.world_size]
+    load = Load()
+    for batch in mine:
+        longest = max(lengths[i] for i in batch)
+        whole = all(lengths[i] == longest for i in batch)  # no padding: no mask, and the kernel skips what is hidden
+        load += recomputed(len(batch) * longest, len(batch) * (causal(longest) if whole else longest**2))
+    rows = [_padded_rows([job.samples[i] for i in batch]) for batch in mine]
+    return _work(job, rows, load, sum(lengths[i] for batch in mine for i in batch))
+
+
+def single(job: Job, setting: Mapping[str, int]) -> Work:
+    """One sequence after another, as they come."""
+    mine = job.samples[job.rank :: job.world_size]
+    load = Load()
+    for sample in mine:
+        load += recomputed(len(sample.input_ids), causal(len(sample.input_ids)))
+    return _work(job, [_padded_rows([s]) for s in mine], load, sum(len(s.input_ids) for s in mine))
+
+
+def packed(job: Job, setting: Mapping[str, int]) -> Work:
+    """Rows of at most `row_tokens`, by TRL; positions start anew at every sequence, as its collator has them."""
+    from datasets import Dataset, disable_progress_bars
+    from trl.data_utils import pack_dataset
+
+    disable_progress_bars()
+    table = Dataset.from_dict({"input_ids": [s.input_ids.tolist() for s in job.samples]})
+    rows = pack_dataset(table, setting["row_tokens"], strategy="bfd", map_kwargs={"batch_size": len(job.samples)})
+    mine = [rows[i] for i in range(job.rank, len(rows), job.world_size)]
+    load, batches = Load(), []
+    for row in mine:
+        tokens = len(row["input_ids"])
+        load += recomputed(tokens, tokens**2)  # the block mask hides pairs, and the kernel computes them all
+        positions = np.concatenate([np.arange(n) for n in row["seq_lengths"]])
+        ids = torch.tensor(row["input_ids"])
+        labels = ids.masked_fill(torch.from_numpy(positions == 0), -100)
+        batches.append(
+            {"input_ids": ids[None], "labels": labels[None], "position_ids": torch.from_numpy(positions)[None]}
+        )
+    return _work(job, batches, load, sum(len(row["input_ids"]) for row in mine))
+
+
+WAYS: dict[str, Callable[[Job, Mapping[str, int]], Work]] = {
+    "ours": ours,
+    "padded": padded,
+    "single": single,
+    "packed": packed,
+}
+
+
+def recomputed(tokens: float, pairs: float) -> Load:
+    """Return the load of rows whose layers run forward twice."""
+    return Load(2 * tokens, tokens, tokens, 2 * pairs, pairs)
+
+
+def _padded_rows(samples: Sequence[Sample]) -> Batch:
+    """Return ids, labels [B, T] and, where there is padding, the mask."""
+    longest = max(len(s.input_ids) for s in samples)
+    ids = torch.zeros(len(samples), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.input_ids)] = torch.from_numpy(np.asarray(sample.input_ids))
+        mask[row, : len(sample.input_ids)] = 1
+    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def _work(job: Job, rows: Sequence[Batch], load: Load, tokens: int) -> Work:
+    targets = torch.tensor(sum(int((row["labels"][:, 1:] != -100).sum()) for row in rows))
+    if dist.is_initialized():
+        dist.all_reduce(targets)
+
+    def run() -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        for row in rows:
+            options: dict[str, Any] = {"use_cache": False, "num_items_in_batch": targets}
+            loss = job.recomputing(**row, **options).loss
+            loss.backward()
+            total += loss.detach().double()
+        if dist.is_initialized():
+            sum_gradients(job.recomputing.parameters(), dist.group.WORLD)
+            dist.all_reduce(total)
+        return total.item()
+
+    return Work(run, load, tokens)

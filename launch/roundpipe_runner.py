@@ -1,0 +1,196 @@
+"""`RoundPipeRunner`: the chunks of a job's steps through RoundPipe's slots. Weights live in host memory.
+
+Every rank owns some layers: it steps and saves their parameters, which lie in memory that all ranks share.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chunkflow.engine import WholeParameters
+from chunkflow.records import StepBatch
+from chunkflow.reduce import sum_gradients
+from chunkflow.support import require_exact
+from launch.config import FinetuneConfig
+from launch.layer_costs import measure_costs
+from launch.partial import PartialModel, WholeModel
+from launch.roundpipe_plan import plan_slots, step_schedule
+from launch.slot_layers import SlotLayers
+from pipeline.config import PipelineConfig
+from pipeline.roundpipe.host_plan import plan_host
+from pipeline.roundpipe.host_store import SHARED_MEMORY, exchange_pids, open_store
+from pipeline.roundpipe.layers import first_trained
+from pipeline.roundpipe.lowering import scoring
+from pipeline.roundpipe.optimizer import global_norm, sum_gradient
+from pipeline.roundpipe.peers import Peers
+from pipeline.roundpipe.worker import SlotWorker
+from pipeline.tracing import Trace
+
+
+class RoundPipeRunner:
+    """Trains the chunks of one step on the ranks of `group`, in order; `data_group` trains other data.
+
+    Takes the model over. Every rank of the group makes one: a collective. Raises PlanError on every rank when there is
+    no room for the host's copies, and what makes the model unfit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: PipelineConfig,
+        *,
+        microbatches: int,
+        tokens: int,
+        group: dist.ProcessGroup | None,
+        data_group: dist.ProcessGroup | None,
+        rank: int,
+        device: torch.device,
+        seed: int = 0,
+        trace: Trace | None = None,
+    ) -> None:
+        self.num_positions = require_exact(model, WholeParameters(None)).num_positions
+        self.whole, self._config, self._seed = WholeModel.of(model), config, seed
+        self._group, self._data_group = group, data_group
+        capped = config.device_memory_bytes is not None
+        kept = measure_costs(model, tokens=tokens, repeats=1).activation_bytes[0] if capped else ()
+        self._slot_layers = SlotLayers(model, device)
+        layers = self._slot_layers.layers
+        self.slots, self._costs = plan_slots(
+            self._slot_layers.pieces,
+            config,
+            microbatches=microbatches,
+            first_trained=first_trained(layers),
+            activation_bytes=kept,
+        )
+        room = tokens * model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
+        plan = plan_host(layers, self.slots, ranks=config.ranks, microbatches=microbatches, boundary_bytes=room)
+        self.store = open_store(plan, group, folders=(SHARED_MEMORY, Path(tempfile.gettempdir())))
+        if rank == 0:
+            values = {name: p for layer in reversed(layers) for name, p in layer.parameters.items()}
+            self.store.fill(lambda name: values[name].detach())
+        peers = Peers(self.store, exchange_pids(group), rank=rank, timeout_s=config.timeout_s)
+        self.worker = SlotWorker(
+            layers, self.store, peers, device=device, cap_bytes=config.device_memory_bytes, trace=trace
+        )
+        self._owned = {
+            p.name: nn.Parameter(self.store.weights(p.name), requires_grad=p.trained) for p in plan.owned(rank)
+        }
+        buffers = dict(model.named_buffers()) if rank == 0 else {}
+        self.model = PartialModel.of({**buffers, **self._owned}, self._slot_layers.modules, self.whole)
+
+    @property
+    def description(self) -> str:
+        """Return the slots in words."""
+        config, slots = self._config, self.slots
+        size, place = self.store.plan.size / 2**20, self.store.folder
+        return (
+            f"pipeline roundpipe of {config.ranks} ranks, {config.rounds} rounds and {config.open_slots} open slots: "
+            f"forward slots of {_sizes(slots.forward)} layers, {slots.fused} fused, backward slots of "
+            f"{_sizes(slots.backward)} (embedding, norm and head are layers too); {size:,.0f} MiB of memory in {place}"
+        )
+
+    def forward_backward(self, batch: StepBatch) -> Tensor:
+        """Run one step's forward and backward; return the step's mean loss over all ranks, fp64, 0-d, detached.
+
+        Every rank calls once a step. Afterwards `.grad` of every trained parameter owned here has the gradient of that
+        loss added to it. Raises WatchdogError on every rank, in bounded time, when one of them is gone or stopped.
+        """
+        trained = {name: p for name, p in self._owned.items() if p.requires_grad}
+        # Gradients lie in the store, which the run writes anew.
+        before = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+        for p in trained.values():
+            p.grad = None
+        loss = self._run(batch, is_scoring=False)
+        if batch.chunks:
+            for name, p in trained.items():
+                p.grad = sum_gradient(self.store, self.store.plan.parameters[name])
+        if self._data_group is not None:
+            sum_gradients(trained.values(), self._data_group)
+        for name, grad in before.items():
+            p = trained[name]
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return loss
+
+    def evaluate(self, batch: StepBatch) -> Tensor:
+        """Return the step's mean loss over all ranks, fp64, without gradients. Every rank calls."""
+        return self._run(batch, is_scoring=True)
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the whole model's gradient, fp64, the same bits for any number of ranks. Every rank calls.
+
+        Raises WatchdogError in bounded time.
+        """
+        grads = {name: p.grad for name, p in self._owned.items() if p.grad is not None}
+        self.worker.norms += 1
+        return global_norm(self.store, self.worker.peers, grads, count=self.worker.norms)
+
+    def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+        """Return the whole model on world rank 0, filled into the one that `build` makes there. Every rank calls."""
+        if self._group is not None:
+            dist.barrier(self._group)  # all have stepped what they own
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        model = build()
+        with torch.no_grad():
+            held = {**{name: self.store.weights(name) for name in self.store.plan.parameters}, **self._buffers()}
+            for name, tensor in model.state_dict().items():
+                if name in held:
+                    tensor.copy_(held[name])
+        return model
+
+    def close(self) -> None:
+        """End the threads."""
+        self.worker.close()
+
+    def _run(self, batch: StepBatch, *, is_scoring: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        if batch.chunks:
+            seed = self._seed * 1_000_003 + batch.step
+            self._slot_layers.begin(batch.chunks, denominator=batch.denominator, dropout_seed=seed)
+            config = self._config
+            schedule = step_schedule(
+                self.slots,
+                self._costs,
+                devices=config.ranks,
+                microbatches=len(batch.chunks),
+                rounds=config.rounds,
+                open_slots=config.open_slots,
+            )
+            schedule = scoring(schedule) if is_scoring else schedule
+            total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step).sum()
+        if self._data_group is not None:
+            dist.all_reduce(total, group=self._data_group)
+        return total
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return dict(self.model.named_buffers())
+
+
+def _sizes(slots: tuple[int, ...]) -> str:
+    return ", ".join(map(str, slots)) or "none"
+
+
+def roundpipe_runner(
+    model: PreTrainedModel, config: FinetuneConfig, *, rank: int, device: torch.device,
+    group: dist.ProcessGroup, data_group: dist.ProcessGroup | None,
+) -> RoundPipeRunner:  # fmt: skip
+    """Return the runner of a job, whose samples are each within one chunk. Every rank calls, as for the class."""
+    chunks = config.chunks
+    return RoundPipeRunner(
+        model,
+        config.pipeline,
+        microbatches=config.pipeline.microbatches or chunks.global_batch,
+        tokens=chunks.chunk_tokens,
+        group=group,
+        data_group=data_group,
+        rank=rank,
+        device=device,
+        seed=config.run.seed,
+    )

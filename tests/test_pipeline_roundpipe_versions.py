@@ -1,0 +1,165 @@
+"""Staleness as a contract: which weights a step sees with 0 and 1, and that a breach is found at the upload."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import PlanError, ScheduleError, StalenessError
+from pipeline.roundpipe.host_plan import plan_host
+from pipeline.roundpipe.host_store import open_store
+from pipeline.roundpipe.lowering import slot_schedule
+from pipeline.roundpipe.optimizer import HostOptimizer
+from pipeline.roundpipe.versions import Versions
+from pipeline.schedules.roundpipe import Slots
+from tests.pipeline_cases import Words, one_process, ragged
+from tests.roundpipe_cases import open_worker, slot_layers
+from tests.spawn import run_ranks
+
+SLOTS = Slots(forward=(2, 3), fused=2, backward=(1, 2, 2))
+MICROBATCHES, STEPS = 4, 5
+
+
+def adamw(store, peers):
+    return HostOptimizer(store, peers, lambda ps: torch.optim.AdamW(ps.values(), lr=0.05), clip_norm=None, trace=None)
+
+
+def rank_trains(info, staleness, runs, open_slots):
+    worker = open_worker(
+        slot_layers(Words(7, tied=True), ragged(MICROBATCHES)), SLOTS, group=dist.group.WORLD, rank=info.rank,
+        ranks=info.world_size, microbatches=MICROBATCHES, staleness=staleness, make_optimizer=adamw,
+    )  # fmt: skip
+    losses = []
+    for steps in runs:
+        schedule = slot_schedule(
+            SLOTS, devices=info.world_size, microbatches=MICROBATCHES, steps=steps, staleness=staleness, rounds=2,
+            open_slots=open_slots,
+        )  # fmt: skip
+        losses.append(worker.run(schedule))
+    weights = {name: worker.store.weights(name).clone() for name in worker.store.plan.parameters}
+    worker.close()
+    return torch.cat(losses), weights
+
+
+def delayed(runs, staleness):
+    """One process whose gradients are taken at weights `staleness` steps old; each run begins with the newest."""
+    model = Words(7, tied=True)
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    losses = []
+    for steps in runs:
+        versions = [[p.detach().clone() for p in trained]]
+        for step in range(steps):
+            newest = [p.detach().clone() for p in trained]
+            put(trained, versions[max(0, step - staleness)])
+            found = one_process(model, ragged(MICROBATCHES))
+            losses += [found[mb] for mb in range(MICROBATCHES)]
+            put(trained, newest)
+            optimizer.step()
+            optimizer.zero_grad()
+            versions.append([p.detach().clone() for p in trained])
+    return torch.stack(losses), {name: p.detach() for name, p in model.layers.named_parameters()}
+
+
+def put(parameters, values):
+    with torch.no_grad():
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value)
+
+
+@pytest.mark.parametrize(("staleness", "runs", "open_slots"), [(0, (2, 1), 2), (1, (STEPS,), 1), (1, (3, 2, 1), 2)])
+def test_a_step_sees_the_weights_that_the_staleness_says(staleness, runs, open_slots):
+    expected, weights = delayed(runs, staleness)
+    first = None
+    for ranks in (1, 2, 3):
+        losses, found = run_ranks(rank_trains, ranks, staleness, runs, open_slots)[0]
+        torch.testing.assert_close(losses, expected, rtol=1e-11, atol=1e-12)
+        for name, p in weights.items():
+            torch.testing.assert_close(found[name], p, rtol=1e-9, atol=1e-11, msg=name)
+        first = first or (losses, found)
+        assert torch.equal(losses, first[0])
+        assert all(torch.equal(found[name], p) for name, p in first[1].items())
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_every_upload_is_held_to_the_contract(staleness):
+    layers = slot_layers(Words(7), ragged(2))
+    plan = plan_host(layers, SLOTS, ranks=1, microbatches=2, boundary_bytes=4096, staleness=staleness)
+    store = open_store(plan, None)
+    versions = Versions(store, base=10)
+    assert versions.missing((3,), 0) == "version 0 of layer 3 from the optimizer of rank 0"
+    versions.publish(3, 0)
+    assert versions.missing((3,), 0) is None
+    versions.check((3,), 0, slot=1, step=staleness)
+    with pytest.raises(StalenessError, match=f"slot 1, step {staleness + 1}: weights of version 0 are asked for"):
+        versions.check((3,), 0, slot=1, step=staleness + 1)
+    with pytest.raises(StalenessError, match="layer 3 is at version 0 while version 1 is read"):
+        versions.check((3,), 1, slot=1, step=1)
+    for version in range(1, staleness + 1):  # as many as the host holds beside it
+        versions.publish(3, version)
+        versions.check((3,), 0, slot=1, step=staleness)
+    versions.publish(3, staleness + 1)
+    with pytest.raises(StalenessError, match=f"is at version {staleness + 1} while version 0 is read; with staleness"):
+        versions.check((3,), 0, slot=1, step=staleness)
+
+
+def rank_overwrites(info):
+    """An optimizer that runs ahead of its gradients is found by the upload that reads what it wrote."""
+    worker = open_worker(
+        slot_layers(Words(7), ragged(2)), SLOTS, group=dist.group.WORLD, rank=info.rank, ranks=1, microbatches=2,
+        make_optimizer=adamw,
+    )  # fmt: skip
+    missing = Versions.missing
+
+    def missing_and_hurry(self, homes, version):
+        answer = missing(self, homes, version)
+        if answer is None and 3 in homes:
+            self.publish(3, version + 1)
+        return answer
+
+    Versions.missing = missing_and_hurry
+    try:
+        with pytest.raises(StalenessError) as raised:
+            worker.run(slot_schedule(SLOTS, devices=1, microbatches=2))
+    finally:
+        Versions.missing = missing
+        worker.close()
+    return str(raised.value)
+
+
+def test_weights_that_change_under_an_upload_are_an_error():
+    (text,) = run_ranks(rank_overwrites, 1)
+    assert text.startswith("slot 1, step 0: layer 3 is at version 1 while version 0 is read; with staleness 0")
+
+
+def rank_asks_for_stale(info):
+    worker = open_worker(
+        slot_layers(Words(7), ragged(2)), SLOTS, group=dist.group.WORLD, rank=info.rank, ranks=1, microbatches=2,
+        make_optimizer=adamw,
+    )  # fmt: skip
+    with pytest.raises(ScheduleError, match="its staleness is 1; the store holds one version of the weights"):
+        worker.run(slot_schedule(SLOTS, devices=1, microbatches=2, steps=2, staleness=1))
+    worker.close()
+
+
+def test_a_store_without_a_second_version_refuses_stale_schedules():
+    run_ranks(rank_asks_for_stale, 1)
+
+
+def test_a_store_that_has_no_room_is_an_error_before_anything_runs(tmp_path):
+    layers = slot_layers(Words(7), ragged(2))
+    plan = plan_host(layers, SLOTS, ranks=1, microbatches=2, boundary_bytes=4096)
+    with pytest.raises(PlanError, match=r"need .* bytes of shared memory.*: .* has .* bytes free\. Make it larger"):
+        open_store(plan, None, folders=(tmp_path,), spare_bytes=2**60)
+    with pytest.raises(PlanError, match="No such file"):
+        open_store(plan, None, folders=(tmp_path / "none",))
+    store = open_store(plan, None, folders=(tmp_path / "none", tmp_path))  # the second has room
+    assert store.folder == tmp_path
+    assert list(tmp_path.iterdir()) == []  # without a name once it is mapped
+    store.weights("0.weight").fill_(2)
+    assert float(store.weights("0.weight").sum()) == 2 * store.weights("0.weight").numel()
+
+
+def test_plans_that_do_not_fit_the_layers_are_refused():
+    layers = slot_layers(Words(6), ragged(2))
+    with pytest.raises(PlanError, match="the slots hold 7 layers and the model has 6"):
+        plan_host(layers, SLOTS, ranks=1, microbatches=2, boundary_bytes=64)

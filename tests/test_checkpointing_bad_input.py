@@ -294,22 +294,3 @@ def test_a_read_only_disk(small_disk):
         assert (info.step, back.loaded) == (1, {"a": 1})
         assert [path for path, _ in info.skipped] == [root / "step-2"]
     assert snapshot(small_disk) == before
-
-
-def test_a_second_tier_that_cannot_be_reached(one, tmp_path, monkeypatch, caplog):
-    """The first tier is enough, and it is said; without it there is nothing to start over from in silence."""
-    safe = tmp_path / "safe"
-    names = LocalStorage.names
-
-    def unreachable(self, path):
-        if path == safe:
-            raise OSError(errno.EIO, "the object store does not answer")
-        return names(self, path)
-
-    monkeypatch.setattr(LocalStorage, "names", unreachable)
-    with Checkpointer(one, group=SINGLE, mirror=safe) as ckpt:
-        assert ckpt.restore({"run": Flat({})}).step == 10
-    assert "restoring without the second tier" in caplog.text
-    empty = Checkpointer(tmp_path / "empty", group=SINGLE, mirror=safe)
-    with empty, pytest.raises(CheckpointError, match=r"restore failed: rank 0: .*does not answer"):
-        empty.restore({"run": Flat({})})

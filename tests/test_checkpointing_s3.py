@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpointing import SINGLE, Checkpointer
-from checkpointing.errors import IntegrityError, SaveError
+from checkpointing.errors import CheckpointError, IntegrityError, SaveError
 from checkpointing.folder import Folder
 from checkpointing.formats import open_source
 from checkpointing.storage import open_storage
@@ -144,3 +144,22 @@ def test_a_checkpointer_mirrors_in_the_background_and_restores_from_the_second_t
     assert info.step == 20
     assert info.path == Path(fast / "step-20")
     assert same(back.loaded, assorted(2))
+
+
+def test_a_second_tier_that_cannot_be_reached(run_folder, tmp_path, monkeypatch, caplog):
+    """The first tier is enough, and it is said; without it there is nothing to start over from in silence."""
+    safe = tmp_path / "safe"
+    names = LocalStorage.names
+
+    def unreachable(self, path):
+        if path == safe:
+            raise OSError(5, "the object store does not answer")
+        return names(self, path)
+
+    monkeypatch.setattr(LocalStorage, "names", unreachable)
+    with Checkpointer(run_folder.root, group=SINGLE, mirror=safe) as ckpt:
+        assert ckpt.restore(Flat({})).step == 20
+    assert "restoring without the second tier" in caplog.text
+    empty = Checkpointer(tmp_path / "empty", group=SINGLE, mirror=safe)
+    with empty, pytest.raises(CheckpointError, match=r"restore failed: rank 0: .*does not answer"):
+        empty.restore(Flat({}))

@@ -207,7 +207,8 @@ def fence(bench: Bench) -> None:
         way = bench.ways.setdefault(name, open_way("ours", bench.work, bench.folder / label.split()[0], **settings))
         assert isinstance(way, Ours)
         bench.work.step(way.fence)
-        for _ in range(2):
+        whole_s = 0.0
+        for _ in range(2):  # the second counts
             with bench.kept(way.root / f"step-{bench.step + 1}"):
                 bench.step += 1
                 whole_s = bench.slowest(s=_save(way, Path(), bench.step))["s"]

@@ -49,10 +49,10 @@ class Work:
         """Return the tensors."""
         return dict(self.tensors)
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take those of this rank."""
         for name, tensor in self.tensors.items():
-            tensor.detach().copy_(state[name])
+            tensor.detach().copy_(state_dict[name])
 
 
 def smollm(rank: int, world: int, *, tokens: int) -> Work:

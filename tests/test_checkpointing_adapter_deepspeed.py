@@ -61,6 +61,7 @@ def rank_trains(info, root, via):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: nothing to compile, for minutes
+    os.environ["LOCAL_RANK"] = str(info.rank)
     deepspeed.init_distributed("gloo")
     engine = made(1, via)
     step(engine, 1)

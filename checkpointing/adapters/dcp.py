@@ -100,7 +100,12 @@ class DcpWriter(StorageWriter, AsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the state with copies of what may change before the next optimizer step; waits for the save before."""
-        if not self._await(self._over):
+        ended = self._await(self._over)
+        # DCP goes on in its thread, with collectives that the next save's would meet.
+        if ended and self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join(self._timeout_s)
+            ended = not self._worker.is_alive()
+        if not ended:
             raise SaveError(f"the save before has not ended within {self._timeout_s:g} s")
         staged = _staged(state_dict, self._owners.storages())
         self._torn, self._worker = False, None

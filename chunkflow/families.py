@@ -186,7 +186,8 @@ def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     if isinstance(kinds, list):
         sizes["layer_types"] = _each_once(kinds)
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
-    for name in kind.sub_configs:
+    parts: Any = kind.sub_configs
+    for name in parts:
         part = _field(default, name)
         if isinstance(part, PreTrainedConfig):
             sizes[name] = tiny_config(type(part))

@@ -143,8 +143,7 @@ def _require_exact(engine: Any) -> None:
         "fp16": engine.fp16_enabled(),
         "torch_autocast": engine.torch_autocast_enabled(),
         "compile.deepcompile": engine.is_deepcompile_enabled(),
-        "sequence parallelism": dist.get_world_size(engine.seq_data_parallel_group)
-        != dist.get_world_size(engine.data_parallel_group),
+        "sequence parallelism": _size(engine.seq_data_parallel_group) != _size(engine.data_parallel_group),
         "managed_gradient_accumulation: false": not engine.managed_gradient_accumulation(),
     }
     on = [name for name, is_on in refused.items() if is_on]
@@ -153,6 +152,10 @@ def _require_exact(engine: Any) -> None:
             f"DeepSpeed is configured with {', '.join(on)}, under which chunks are not tested to be exact; turn it "
             "off, and use bf16 for mixed precision"
         )
+
+
+def _size(group: Any) -> int:
+    return dist.get_world_size(group)
 
 
 _: tuple[Callable[..., Engine], ...] = (Zero12, Zero3)

@@ -124,7 +124,7 @@ class ChunkMixin(Trainer):
 
     def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
         # Several ranks: the loader takes its place from the default group, and so compares data and settings first.
-        place = {"rank": 0, "world_size": 1} if self.args.world_size == 1 else {}
+        place: dict[str, Any] = {"rank": 0, "world_size": 1} if self.args.world_size == 1 else {}
         loader = ChunkLoader(
             self.source(dataset),
             chunk_tokens=self.chunks.chunk_tokens,

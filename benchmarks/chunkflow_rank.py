@@ -31,8 +31,9 @@ def main() -> None:
     """Join the world, run every round, let rank 0 write the rows as they come."""
     rank, folder, options = int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=900))
+    where = f"file://{folder.resolve() / 'store'}"
+    wait = timedelta(seconds=900)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=WORLD_SIZE, timeout=wait)
     shape = Shape(*options["shape"])
     data = data_set(options["data"], quick=options["quick"])
     models = model_of(shape, recompute=False), model_of(shape, recompute=True)

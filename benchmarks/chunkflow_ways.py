@@ -146,7 +146,9 @@ def _work(job: Job, rows: Sequence[Batch], load: Load, tokens: int) -> Work:
             loss.backward()
             total += loss.detach().double()
         if dist.is_initialized():
-            sum_gradients(job.recomputing.parameters(), dist.group.WORLD)
+            world = dist.group.WORLD
+            assert world is not None
+            sum_gradients(job.recomputing.parameters(), world)
             dist.all_reduce(total)
         return total.item()
 

@@ -19,7 +19,7 @@ CONFIG = {
 def test_256k_tokens_train_at_the_predicted_peak(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
-    # Measured on sequences of at most 16,384 tokens; the check of the proposal trains the long one.
+    # Grid and proposals are measured on short sequences; the check of the last proposal trains the long one.
     found = tune(str(path), cap_bytes=1 << 30, longest=LONGEST, chunk_tokens=[1024, 2048], retain=[1, 2])
     print(found)
     assert found.measured_peak_bytes <= found.cap_bytes

@@ -49,7 +49,8 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
             f"{config.ranks} ({config.schedule}); set pipeline.ranks to 1 without a schedule, or leave moe out "
             "and keep every stage's experts whole"
         )
-    esp = experts.esp
+    esp, everyone = experts.esp, dist.group.WORLD
+    assert everyone is not None, "the world is joined before its ranks are placed"
     mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks, ep=experts.ep or 1, esp=esp)
     group = mesh.get_group("pp")
     data_size = world.world_size // config.ranks
@@ -58,7 +59,7 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
         pipeline_group=group,
         data_rank=world.rank % data_size,
         data_size=data_size,
-        data_group=mesh.get_group("dp") if experts.ranks == 1 else dist.group.WORLD,
+        data_group=mesh.get_group("dp") if experts.ranks == 1 else everyone,
         mesh=mesh,
         transport=GroupTransport(group, device=world.device) if bound and config.ranks > 1 else None,
         device=world.device,

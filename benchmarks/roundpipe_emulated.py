@@ -130,7 +130,9 @@ def run_devices(schedule: Schedule, found: RoundPipePlan, costs: Costs, repeats:
             )
             process.start()
             ends.append((ours, process))
-        answers = [ours.recv() if ours.poll(2 * RANK_TIMEOUT_S) else "a rank did not answer" for ours, _ in ends]
+        answers: list[Any] = [
+            ours.recv() if ours.poll(2 * RANK_TIMEOUT_S) else "a rank did not answer" for ours, _ in ends
+        ]
         for _, process in ends:
             process.join(10)
             process.kill()

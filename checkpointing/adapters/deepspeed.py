@@ -32,6 +32,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from checkpointing.checkpointer import Checkpointer, Settings
 from checkpointing.errors import CheckpointError, IntegrityError, StateError
 from checkpointing.folder import Folder
+from checkpointing.formats.plain_pickle import UnpicklingError
 from checkpointing.handle import SaveHandle
 from checkpointing.load import read_global
 from checkpointing.nested import class_name, flatten, unflatten
@@ -123,10 +124,10 @@ class LongrailCheckpointEngine(CheckpointEngine):
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Return what was saved under a path, verified; torch reads what torch.save wrote. Raises IntegrityError."""
+        """Return what was saved under a path, verified; what DeepSpeed's own wrote, too. Raises IntegrityError."""
         mark = _read_mark(Path(path))
         if mark is None:
-            return torch.load(path, map_location=map_location, weights_only=False)  # as DeepSpeed's own engine does
+            return _load_plain(path, map_location)
         root = Path(path).absolute().parents[len(Path(mark["file"]).parts) - 1]
         folder = Folder(root, LocalStorage())
         found = folder.inspect(mark["step"])
@@ -227,6 +228,18 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
         return json.loads(head[:count])[_MARK]
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _load_plain(path: str, map_location: Any) -> Any:
+    """Return what DeepSpeed's own engine wrote, if that is tensors, plain values and DeepSpeed's classes only."""
+    try:
+        with torch.serialization.safe_globals(list(CLASSES.values())):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        raise IntegrityError(
+            f"{path} was not written by this engine, and holds more than tensors and plain values: {error}; load it "
+            "once with DeepSpeed's own engine, and save it with this one"
+        ) from error
 
 
 def _write_marks(root: Path, step: int, tag: str | None) -> None:

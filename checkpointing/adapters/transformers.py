@@ -235,7 +235,7 @@ def _write_folder(place: Path, state: Mapping[str, Any]) -> None:
     ranks = [name.removeprefix("rng.") for name in values if name.startswith("rng.")]
     for rank in ranks:
         torch.save(values[f"rng.{rank}"], new / (f"rng_state_{rank}.pth" if len(ranks) > 1 else "rng_state.pth"))
-    (new / "trainer_state.json").write_text(json.dumps(values["trainer"], indent=2, sort_keys=True))
+    storage.write_new(new / "trainer_state.json", json.dumps(values["trainer"], indent=2, sort_keys=True).encode())
     if place.exists():
         storage.discard(place)
     storage.rename(new, place)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ import torch.distributed as dist
 import xxhash
 
 from checkpointing import Checkpointer, KeepLast
+from launch.env import joined, read_processes
+
+TIMEOUT_S = 20.0
 
 
 class KillState:
@@ -87,21 +89,19 @@ class Notes:
 
 def run(folder: Path, total_steps: int, settings: dict[str, Any]) -> None:
     """This rank's part of the job, from wherever it was to its end."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    notes, job = Notes(folder / f"notes-{rank}.jsonl"), KillState(rank)
-    with Checkpointer(folder / "run", keep=KeepLast(2), timeout_s=20, **settings) as ckpt:
-        info = ckpt.restore(job)
-        notes.write("resumed", 0 if info is None else info.step, job.digest())
-        before = None
-        while job.step < total_steps:
-            job.train(world_size)
-            notes.write("trained", job.step, job.digest())
-            handle = ckpt.save(job.step, job)
-            if before is not None:  # one save behind, so that saves run beside steps
-                notes.write("durable", int(before.wait().name.removeprefix("step-")))
-            before = handle
-        if before is not None:
-            before.wait()
-            notes.write("durable", job.step)
-    dist.destroy_process_group()
+    with joined(read_processes(), timeout_s=TIMEOUT_S) as world:
+        notes, job = Notes(folder / f"notes-{world.rank}.jsonl"), KillState(world.rank)
+        with Checkpointer(folder / "run", keep=KeepLast(2), timeout_s=TIMEOUT_S, **settings) as ckpt:
+            info = ckpt.restore(job)
+            notes.write("resumed", 0 if info is None else info.step, job.digest())
+            before = None
+            while job.step < total_steps:
+                job.train(world.world_size)
+                notes.write("trained", job.step, job.digest())
+                handle = ckpt.save(job.step, job)
+                if before is not None:  # one save behind, so that saves run beside steps
+                    notes.write("durable", int(before.wait().name.removeprefix("step-")))
+                before = handle
+            if before is not None:
+                before.wait()
+                notes.write("durable", job.step)

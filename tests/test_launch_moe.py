@@ -56,7 +56,7 @@ def place_of(info, ep, esp):
     world = torch.distributed.group.WORLD
     return Place(
         pipeline_rank=0, pipeline_group=mesh.get_group("pp"), data_rank=info.rank, data_size=info.world_size,
-        data_group=world, mesh=mesh, transport=None,
+        data_group=world, mesh=mesh, transport=None, device=torch.device("cpu"),
     )  # fmt: skip
 
 

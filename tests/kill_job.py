@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from checkpointing import Checkpointer, KeepLast
+from checkpointing import Checkpointer, KeepLast, SaveHandle
+from checkpointing.errors import PassedOverError
 from launch.env import joined, read_processes
 
 TIMEOUT_S = 20.0
@@ -99,9 +101,13 @@ def run(folder: Path, total_steps: int, settings: dict[str, Any]) -> None:
                 job.train(world.world_size)
                 notes.write("trained", job.step, job.digest())
                 handle = ckpt.save(job.step, job)
-                if before is not None:  # one save behind, so that saves run beside steps
-                    notes.write("durable", int(before.wait().name.removeprefix("step-")))
+                note_durable(notes, before)  # one save behind, so that saves run beside steps
                 before = handle
-            if before is not None:
-                before.wait()
-                notes.write("durable", job.step)
+            note_durable(notes, before)
+
+
+def note_durable(notes: Notes, handle: SaveHandle | None) -> None:
+    """Wait for a save, and write down that it is durable; not of one that `busy="skip"` left out."""
+    with suppress(PassedOverError):
+        if handle is not None:
+            notes.write("durable", int(handle.wait().name.removeprefix("step-")))

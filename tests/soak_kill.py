@@ -3,8 +3,9 @@
     python -m tests.soak_kill --rounds 200                 a small torch-only job, saving after every step
     python -m tests.soak_kill --rounds 5 --recipe          launch.finetune, scaled down
 
-The agent is torchrun's own (`elastic_launch`, restarts and all), forked from this process, and so are its ranks: they
-find torch imported. Prints one line of JSON with the counts; exits 1 at the first difference.
+The agent is torchrun's own (`elastic_launch`, restarts and all). Its ranks come from a fork server, which has imported
+torch and has no threads: forked from the agent itself, one rank in some hundred hangs before its first line. Prints one
+line of JSON with the counts; exits 1 at the first difference.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -54,9 +56,7 @@ class Agent:
 
     def ranks(self) -> list[int]:
         """The processes of the ranks that are running."""
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        pids = [int(pid) for pid in path.read_text().split()] if path.exists() else []
-        return [pid for pid in pids if _alive(pid)]
+        return [pid for server in _children(self.pid) for pid in _children(server) if _alive(pid)]
 
     def ended(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -78,12 +78,13 @@ class Agent:
 
 def _serve(log: Path, restarts: int, entry: Callable[..., Any], args: tuple[Any, ...]) -> int:
     end_with_launcher(Processes(launched=True))
+    multiprocessing.set_forkserver_preload(["__main__", "launch.finetune"])
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=RANKS, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.02, start_method="fork",
+        rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.02, start_method="forkserver",
     )  # fmt: skip
     try:
         elastic_launch(config, _rank)(entry, *args)
@@ -99,6 +100,12 @@ def _rank(entry: Callable[..., Any], *args: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # the agent's handlers, which a process of its own would not have
     faulthandler.register(signal.SIGUSR1)
     entry(*args)
+
+
+def _children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _alive(pid: int) -> bool:

@@ -166,8 +166,9 @@ class PipelineRunner:
             assert work is not None
             work.wait(timedelta(seconds=self._config.timeout_s))
         except RuntimeError as error:
+            where = self._where(f"adding up the gradient of {name} with rank {peer}")
             raise WatchdogError(
-                f"rank {self._parts.rank}, end of step: adding up the gradient of {name} with rank {peer}: "
+                f"{where}: rank {peer} is gone, or did nothing for {self._config.timeout_s:g} s: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
 

@@ -40,6 +40,8 @@ SURVIVORS_S = 4.0
 READY_S = 10.0
 """How long a round waits for its ranks to train."""
 STEPS = 40
+ENDED = "ended"
+"""The name of a rank's process once it has done its part."""
 OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes")
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"incremental": True}, {"mirror": True}, {"busy": "skip"})
 
@@ -100,6 +102,7 @@ def _rank(entry: Callable[..., Any], *args: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # the agent's handlers, which a process of its own would not have
     faulthandler.register(signal.SIGUSR1)
     entry(*args)
+    Path("/proc/self/comm").write_text(ENDED)
 
 
 def _children(pid: int) -> list[int]:
@@ -110,8 +113,12 @@ def _children(pid: int) -> list[int]:
 
 def _alive(pid: int) -> bool:
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return _state(pid) != "Z"
     return False
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def disturb(
@@ -143,10 +150,7 @@ def disturb(
         victims = chance.choice([sorted(found)[:1], sorted(found)[1:], sorted(found)])
         killed = 0
         for pid in victims:
-            if _alive(pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    killed += 1
+            killed += strike(pid)
         if killed:  # a rank may have ended well before, and the job with it
             end_survivors(found)
             counts["rounds"] += 1
@@ -164,9 +168,24 @@ def end_survivors(pids: set[int]) -> None:
     give_up = time.monotonic() + SURVIVORS_S
     while time.monotonic() < give_up and any(map(_alive, pids)):
         time.sleep(0.01)
-    for pid in filter(_alive, pids):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        strike(pid)
+
+
+def strike(pid: int) -> bool:
+    """kill -9, unless the rank has done its part; return whether it was killed.
+
+    What follows is the closing handshake of torchrun's agent with functions, which deadlocks when a rank dies in it (as
+    its source says). With scripts there is none.
+    """
+    with suppress(OSError):
+        os.kill(pid, signal.SIGSTOP)
+        while (state := _state(pid)) not in "TZ":
+            time.sleep(0.001)
+        ended = Path(f"/proc/{pid}/comm").read_text().strip() == ENDED
+        os.kill(pid, signal.SIGCONT if ended else signal.SIGKILL)
+        return state == "T" and not ended
+    return False
 
 
 def small_job(folder: Path, chance: random.Random, rounds: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ def soak(*flags: str, rounds: int) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-# Not in `make test` yet: about one run in twenty ends with ranks that do not leave (docs/log.md).
+# Not in `make test` yet: one run in twenty hung before ranks in their closing handshake were spared (docs/log.md).
 @pytest.mark.soak
 @pytest.mark.parametrize("rounds", [5, 200])
 @pytest.mark.timeout(13_000)

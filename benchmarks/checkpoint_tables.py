@@ -31,15 +31,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def print_tables(rows: Rows) -> None:
     """Print one table a part and state."""
-    tables = {
-        "blocked": _blocked,
-        "durable": _durable,
-        "train": _train,
-        "fence": _fence,
-        "small": _small,
-        "load": _load,
-    }
-    for part, make in tables.items():
+    for part, make in TABLES.items():
         for state in dict.fromkeys(row["state"] for row in rows if row["part"] == part):
             found = [row for row in rows if row["part"] == part and row["state"] == state]
             print(f"\n{part}: {state}\n")

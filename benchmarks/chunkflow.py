@@ -6,10 +6,10 @@
 `lmsys` and `stdlib`: one optimizer step over one global batch of those lengths, on two ranks of one thread, by ours and
 by three peers (`benchmarks.chunkflow_ways`), in turn, round by round; data is ready before the clock starts. Every way
 stays under the same memory cap (`CAP_BYTES` of `benchmarks.chunkflow_work`: of a rank, above model, gradients and
-data), which the longest sequence exceeds without recompute. `--scan` runs every setting of every way once instead; the
-settings in `BEST` were found by it. Beside every ratio stands what a model of the hardware gives for it
-(`benchmarks.chunkflow_bound`). `memory`: how the peak grows from 32 to 256 chunks (`benchmarks.chunk_memory`). `--add`
-keeps the rows that are in FILE.
+data), set so that the longest sequence needs recompute. `--scan` runs every setting of every way once instead; the
+settings in `BEST` are chosen by hand so far, not by a whole scan. Beside every ratio stands what a model of the
+hardware gives for it (`benchmarks.chunkflow_bound`). `memory`: how the peak grows from 32 to 256 chunks
+(`benchmarks.chunk_memory`). `--add` keeps the rows that are in FILE.
 """
 
 from __future__ import annotations

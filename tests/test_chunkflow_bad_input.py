@@ -1,7 +1,5 @@
 """Input that is wrong or goes wrong: one clear error on every rank, before anything runs, and nothing left behind."""
 
-import os
-import subprocess
 import time
 
 import numpy as np
@@ -13,7 +11,6 @@ from chunkflow import (
     ChunkflowError,
     ChunkLoader,
     ChunkRunner,
-    JsonLines,
     MemorySource,
     PlanError,
     PlannerConfig,
@@ -24,7 +21,6 @@ from chunkflow.adapters.rows import CollatedRows
 from chunkflow.adapters.trainer import ChunkMixin
 from chunkflow.prefetch import Prefetcher
 from tests.chunk_steps import batches
-from tests.long_tail import long_tail
 from tests.spawn import run_ranks
 from tests.test_chunkflow_adapters_trainers import arguments, collator, rows, tokenizer
 from tests.tiny import sequence, tiny_model
@@ -129,31 +125,6 @@ def test_ranks_that_disagree_are_told_before_the_first_step():
     ):
         assert text.startswith(message), text
     assert "id 1000 is outside the model's vocabulary" in theirs[5]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"no file system can be mounted here: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True, timeout=30)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_full_disk_under_the_token_store(small_disk, tmp_path):
-    path = tmp_path / "large.jsonl"
-    path.write_text("".join(f'{{"input_ids": {list(range(n, n + 500))}}}\n' for n in range(300)))
-    with pytest.raises(SourceError, match=rf"cannot be written under {small_disk}: .*; make it a folder with room"):
-        JsonLines(path, None, cache_dir=small_disk)
-    assert [entry.name for entry in small_disk.iterdir() if entry.suffix != ".lock"] == []
-    assert len(JsonLines(path, None, cache_dir=tmp_path / "cache")) == 300
-    assert len(long_tail(tmp_path)) > 0
 
 
 class Chunked(ChunkMixin, Trainer):

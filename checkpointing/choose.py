@@ -42,7 +42,7 @@ class Chooser:
         self._left = candidates if self._step is None else [self._step]
         tiers = [self._folder, *([self._second] if self._second else [])]
         empty = self._step is None and not any(tier.has_manifest(one) for tier in tiers for one in candidates)
-        answer = {"step": None} if empty else self._next() | {"lives": list(bodies)}
+        answer = {"step": None} if empty else self._next() | _lives(bodies)
         return [answer] * len(bodies)
 
     @told_as(CheckpointError, "rank 0: ")
@@ -134,6 +134,15 @@ class Chooser:
             return reason
         self._known_bad.discard(step)
         return f"{reason}; set aside as {place.name}"
+
+
+def _lives(bodies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the ranks hold, each once, and which of them each rank has: with replicas they hold the same."""
+    different: list[Mapping[str, Any]] = []
+    for body in bodies:
+        if body not in different:
+            different.append(body)
+    return {"lives": different, "ranks": [different.index(body) for body in bodies]}
 
 
 def identity_of(found: Manifest) -> str:

@@ -27,7 +27,7 @@ class CheckpointConfig:
     """Host memory of the engine: buffers for bytes on their way to the disk, and a quarter for small tensors."""
     flush_threads: int = 2
     """Writing threads while training; up to `hurried_threads` when someone waits for them."""
-    hurried_threads: int = 4
+    hurried_threads: int = 8
     max_bytes_per_s: float | None = None
     """Most bytes a rank writes in a second; None for as many as the disk takes."""
     incremental: bool = False

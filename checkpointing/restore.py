@@ -21,7 +21,7 @@ from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.state import State, parts_of, under
-from checkpointing.wants import Live, given, live_of, live_shards, need_of
+from checkpointing.wants import Live, given, live_of, live_state, need_of, shards_of
 
 
 @no_collection()
@@ -43,16 +43,15 @@ def restore(
         if step is not None:
             check_step(step)
         parts.update(parts_of(state))
-        shards.update(live_shards(parts))
-        return live_of(parts, shards).to_json()
+        live = live_state(parts)
+        shards.update(shards_of(live))
+        return live_of(parts, live, shards).to_json()
 
     answer = run_round(control, what, "choose", ready, chooser.first)
     if answer["step"] is None:
         return None
-    lives: list[Live] = []
-    for body in answer["lives"]:
-        live = Live.from_json(body)
-        lives.append(next((one for one in lives if one == live), live))  # mostly the same: then planned once
+    different = [Live.from_json(body) for body in answer["lives"]]
+    lives = [different[index] for index in answer["ranks"]]
     while True:
         attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.found)
         answer = run_round(control, what, f"read {answer['step']}", partial(attempt.read, control), chooser.judge)
@@ -91,7 +90,9 @@ class _Attempt:
             place = self._folder.at(self._step)
             raise IntegrityError(f"{place} is another checkpoint on rank 0; is this a shared folder?")
         try:
-            needs = {id(live): need_of(self._found, live) for live in self._lives}
+            somewhere = frozenset[str]().union(*(live.names for live in self._lives))
+            different = {id(live): live for live in self._lives}  # mostly one: then planned once
+            needs = {key: need_of(self._found, live, somewhere) for key, live in different.items()}
             self._needs = tuple(needs[id(live)] for live in self._lives)
             self._plan = plan_load(self._found, [need.boxes for need in self._needs])
             self._buffers = read_part(self._folder, self._found, self._plan, self._rank, control.alive)

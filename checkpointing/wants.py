@@ -1,5 +1,7 @@
-"""What a rank needs of a checkpoint: every saved name under its prefixes, as its live state is sharded now.
+"""What a rank needs of a checkpoint: the saved names under its prefixes that its state has now, sharded as that is.
 
+A tensor that is live on other ranks only is theirs (a pipeline stage, an expert, a part of ZeRO's). One that is live
+nowhere yet (the moments before the first step) goes to where its parameter is, or else to all, as values do.
 A name whose live tensor is a DTensor is wanted as this rank's shard, and given as a DTensor like the live one. A saved
 `optim.<parameter>.<slot>` that is not live yet (no step was taken) is sharded like the parameter, if it has its shape.
 Everything else is wanted whole.
@@ -7,7 +9,7 @@ Everything else is wanted whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from checkpointing.errors import CheckpointError
 from checkpointing.objects import load_object
+from checkpointing.providers.tensors import TensorProvider
 from checkpointing.records import Manifest, Stateful
 from checkpointing.reshard import Box, whole
 
@@ -27,13 +30,15 @@ class Live:
     """What a rank holds, as the other ranks need to know it."""
 
     prefixes: tuple[str, ...]
+    names: frozenset[str]
+    """Global names that its state gives out."""
     shards: Mapping[str, tuple[tuple[int, ...], Box]]
     """Global name of a DTensor to its global shape and the box this rank holds."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it travels."""
         shards = {name: [shape, box.offset, box.shape] for name, (shape, box) in self.shards.items()}
-        return {"prefixes": self.prefixes, "shards": shards}
+        return {"prefixes": self.prefixes, "names": sorted(self.names), "shards": shards}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Live:
@@ -42,7 +47,7 @@ class Live:
             name: (tuple(shape), Box(tuple(offset), tuple(local)))
             for name, (shape, offset, local) in body["shards"].items()
         }
-        return cls(tuple(body["prefixes"]), shards)
+        return cls(tuple(body["prefixes"]), frozenset(body["names"]), shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +62,36 @@ class Need:
     """Names that are given as a DTensor, to the name of the live one they are like."""
 
 
-def live_shards(parts: Mapping[str, Stateful]) -> dict[str, DTensor]:
-    """Return the DTensors of the live state by global name."""
+def live_state(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """Return the live state by global name."""
     found = {}
     for prefix, part in parts.items():
-        state = part.state_dict()
+        state = getattr(part, "state_providers", part.state_dict)()
         for name, value in state.items() if isinstance(state, Mapping) else ():
-            if isinstance(value, DTensor):
-                found[f"{prefix}.{name}" if prefix else name] = value
+            found[f"{prefix}.{name}" if prefix else name] = value
     return found
 
 
-def live_of(prefixes: Iterable[str], shards: Mapping[str, DTensor]) -> Live:
+def shards_of(state: Mapping[str, Any]) -> dict[str, DTensor]:
+    """Return the DTensors of a live state."""
+    bare = ((name, value.tensor if isinstance(value, TensorProvider) else value) for name, value in state.items())
+    return {name: value for name, value in bare if isinstance(value, DTensor)}
+
+
+def live_of(prefixes: Iterable[str], names: Iterable[str], shards: Mapping[str, DTensor]) -> Live:
     """Return what this rank tells the others."""
-    return Live(tuple(prefixes), {name: (tuple(one.shape), local_box(one)) for name, one in shards.items()})
+    boxes = {name: (tuple(one.shape), local_box(one)) for name, one in shards.items()}
+    return Live(tuple(prefixes), frozenset(names), boxes)
 
 
-def need_of(manifest: Manifest, live: Live) -> Need:
-    """Return what a rank needs. Raises CheckpointError when a live shard is of another shape than what was saved."""
+def need_of(manifest: Manifest, live: Live, somewhere: Set[str]) -> Need:
+    """Return what a rank needs; `somewhere` are the names that are live on any rank.
+
+    Raises CheckpointError when a live shard is of another shape than what was saved.
+    """
     shapes = {entry.name: entry.global_shape for entry in manifest.tensors}
-    every = (*shapes, *manifest.aliases, *manifest.values)
-    names = tuple(name for name in every if any(not p or name.startswith(f"{p}.") for p in live.prefixes))
+    names = (*(name for name in (*shapes, *manifest.aliases) if _is_its(name, live, somewhere)), *manifest.values)
+    names = tuple(name for name in names if any(not p or name.startswith(f"{p}.") for p in live.prefixes))
     like: dict[str, str] = {}
     boxes: dict[str, Box] = {}
     for name in names:
@@ -95,6 +109,13 @@ def need_of(manifest: Manifest, live: Live) -> Need:
         # Two names of one tensor that are sharded differently: the whole serves both.
         boxes[saved] = box if boxes.get(saved, box) == box else whole(shapes[saved])
     return Need(boxes, names, like)
+
+
+def _is_its(name: str, live: Live, somewhere: Set[str]) -> bool:
+    for model in (name, _parameter_of(name)):
+        if model in somewhere:
+            return model in live.names
+    return True
 
 
 def local_box(tensor: DTensor) -> Box:

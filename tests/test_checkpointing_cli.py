@@ -159,6 +159,8 @@ def test_save_commits_what_another_tool_wrote(tmp_path):
     assert run("verify", tmp_path / "run")[0] == 0
     run("restore", tmp_path / "run", tmp_path / "new.pt", "--format", "torch")
     assert same(torch.load(tmp_path / "new.pt", weights_only=True), nested)
+    run("save", tmp_path / "old.pt", tmp_path / "run", "--step", 3)  # into the same run
+    assert {one["level"] for one in run_json("doctor", tmp_path / "run")} == {"ok"}
     assert "step-7 exists already" in run("save", tmp_path / "old.pt", tmp_path / "run", "--step", 7, ok=(2,))[1]
 
 

@@ -64,6 +64,10 @@ def train_and_save(path: Path, settings: dict[str, Any]) -> tuple[list[int], lis
         ckpt = Checkpointer(path, group=SINGLE, keep=KeepLast(2), timeout_s=10, **settings)
     except Exception as error:  # noqa: BLE001 - to be looked at
         return told, [f"{type(error).__name__}: {error}"]
+    try:
+        ckpt.adopt(2)
+    except CheckpointError as error:  # it saves all the same, as a run of its own
+        errors.append(str(error))
     for _ in range(2):
         job.train()
         try:

@@ -18,7 +18,7 @@ from checkpointing.control import Alone, Control, run_round, told_as
 from checkpointing.control_store import StoreControl
 from checkpointing.engine import Engine
 from checkpointing.errors import CheckpointError, NotBegunError
-from checkpointing.folder import REQUEST, Folder
+from checkpointing.folder import REQUEST, Folder, check_step
 from checkpointing.handle import SaveHandle
 from checkpointing.load import Exchange, GroupExchange, NoExchange
 from checkpointing.records import RestoreInfo
@@ -84,20 +84,23 @@ class Checkpointer:
         keep = keep if keep is not None else KeepLast(3)
         config = CheckpointConfig(keep=keep, timeout_s=timeout_s, **settings)
         self._config = config
-        self._folder = Folder(Path(path).absolute(), LocalStorage())
+        self._folder = Folder(_local(path), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
         self._exchange = _open_exchange(group, self._control, config.timeout_s)
         self._committer = Committer(self._folder, config.keep)
-        if mirror is not None and self._control.rank == 0:
-            self._committer.mirror = Mirror(self._folder, os.fspath(mirror))
         self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
         # At exit too: a save in flight is finished, others may not have read rank 0's last answer, and a failed save
         # must not go unheard.
         self._end = weakref.finalize(self, _at_exit, self._engine, self._owed, config.timeout_s)
         self._control.begin("opening the checkpointer")
-        mine = {"path": str(self._folder.root)}
-        run_round(self._control, "opening the checkpointer", "join", lambda: mine, _same_path)
+
+        def join() -> dict[str, str]:
+            if mirror is not None and self._control.rank == 0:
+                self._committer.mirror = Mirror(self._folder, os.fspath(mirror))
+            return {"path": str(self._folder.root)}
+
+        run_round(self._control, "opening the checkpointer", "join", join, _same_path)
 
     def save(self, step: int, state: State) -> SaveHandle:
         """Begin to save `state` as step `step`, and return in milliseconds; every rank must call.
@@ -150,6 +153,20 @@ class Checkpointer:
         self._control.begin(what)
         return restore(self._control, self._exchange, self._folder, self._committer, what, state, step)
 
+    def adopt(self, step: int) -> None:
+        """Go on with the run of a committed step that was loaded by other means than `restore`; every rank may call.
+
+        Retention then counts its checkpoints, too. Raises CheckpointError when there is no such step, or it does not
+        read.
+        """
+        what = f"adopting step {step!r}"
+        self._check_open(what)
+        if self._control.rank == 0:
+            self._engine.idle()
+            with told_as(CheckpointError):
+                check_step(step)
+                self._committer.goes_on_from(self._folder.inspect(step))
+
     def latest(self) -> int | None:
         """Return the newest committed step, or None. A look at the folder by this rank alone; reads no tensor."""
         return max(self.steps(), default=None)
@@ -174,7 +191,7 @@ class Checkpointer:
         self._close(self._config.timeout_s)
 
     def _close(self, timeout_s: float) -> None:
-        if self._end.detach() is None:
+        if self._end.detach() is None or self._engine.is_forked():
             return
         self._engine.close(timeout_s)
         owed = self._owed_error()
@@ -207,11 +224,19 @@ class Checkpointer:
     def _check_open(self, what: str) -> None:
         if not self._end.alive:
             raise CheckpointError(f"{what}: this checkpointer is closed; make another")
+        if self._engine.is_forked():
+            raise CheckpointError(f"{what}: this process was forked from the one that made the checkpointer")
 
     def _owed_error(self) -> CheckpointError | None:
         errors = [error for handle in self._owed if handle.is_over and (error := handle.take_unheard())]
         self._owed[:] = [handle for handle in self._owed if not handle.is_over]
         return errors[0] if errors else None
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(path):
+        raise CheckpointError(f"{path} is no folder; save into a folder, and give {path} as its mirror")
+    return Path(path).absolute()
 
 
 def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Control:
@@ -248,6 +273,8 @@ def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:
 
 
 def _at_exit(engine: Engine, owed: list[SaveHandle], timeout_s: float) -> None:
+    if engine.is_forked():
+        return
     engine.close(timeout_s)
     for handle in owed:
         error = handle.take_unheard()

@@ -55,8 +55,6 @@ class Chooser:
             self._failed(self._trying, reason, any(one["damaged"] for one in bad.values()))
             return [self._next() | {"right": False}] * len(bodies)
         self._known_bad.discard(self._trying)
-        if self._step is not None:
-            self._committer.back_to = self._step
         skipped = [(str(self._folder.at(step)), self._set_aside(*one)) for one in self._skipped for step in one[:1]]
         return [{"step": self._trying, "right": True, "skipped": skipped}] * len(bodies)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -37,13 +37,17 @@ class Bars:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Bars]:
-    """Show bars while the work goes on, when a person is watching."""
-    if quiet or not sys.stderr.isatty():
-        yield Bars(None)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        yield Bars(shown)
+    """Show bars while the work goes on, when a person is watching.
+
+    What libraries print meanwhile (DeepSpeed, when it is imported) goes to stderr: stdout is for what was asked.
+    """
+    with redirect_stdout(sys.stderr):
+        if quiet or not sys.stderr.isatty():
+            yield Bars(None)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+            yield Bars(shown)
 
 
 def show_steps(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:

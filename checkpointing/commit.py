@@ -25,6 +25,7 @@ from checkpointing.plan import agreed_values
 from checkpointing.planner import Planner
 from checkpointing.records import FileEntry, Manifest, Summary
 from checkpointing.retention import Keep, plan_pruning
+from checkpointing.storage.local import SMALL_BYTES
 from checkpointing.tiers import Mirror
 from checkpointing.transfer import write_small
 from checkpointing.values import decode
@@ -43,6 +44,7 @@ class Committer:
         self._step, self._tmp, self._lock = -1, Path(), None
         self._open = False
         self._requested = False
+        self._looked = False
         self._known: dict[int, tuple[tuple[int | str, ...], Summary]] = {}
         self.known_bad: set[int] = set()
         """Steps that a restore of this process read in full and found damaged."""
@@ -56,13 +58,10 @@ class Committer:
         """Plan the save and make its folder. Returns what each rank has to write."""
         self._planner.plan(bodies)
         self._values = agreed_values([body["values"] for body in bodies], self._planner.taken)
-        if self._stands(step):
-            raise StateError(
-                f"{self._folder.at(step)} exists already, and a save never overwrites; save another step, or move the "
-                "folder away"
-            )
+        self._check_free(step)
+        self._check_other_runs(step)
         self._storage.make_folders(self._folder.root)
-        self._run_id = self._run_id or self._found_run_id()
+        self._run_id = self._run_id or uuid.uuid4().hex
         self._step, self._open = step, True
         self._requested = REQUEST in self._storage.names(self._folder.root)
         self._tmp = self._folder.root / f"step-{step}.{self._nonce()}"
@@ -75,6 +74,11 @@ class Committer:
     def commit(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Write the manifest, and make the save visible. Returns an empty answer for each rank."""
         data = self._manifest(bodies)
+        if len(data) > SMALL_BYTES:
+            raise StateError(
+                f"the manifest would have {len(data)} bytes, and readers take {SMALL_BYTES}: save what is large among "
+                "the values as tensors, or by an ObjectProvider"
+            )
         write_small(self._storage, self._tmp / manifests.FILE_NAME, data)
         self._storage.sync_folder(self._tmp)
         self._leave_newer()
@@ -101,20 +105,65 @@ class Committer:
         with suppress(OSError):
             self._release()
 
-    def _stands(self, step: int) -> bool:
+    def _check_free(self, step: int) -> None:
+        """Raise StateError where a checkpoint stands that a save would have to replace."""
         if step in self.known_bad or (self.back_to is not None and step > self.back_to):
-            return False
+            return
         try:
             self._folder.inspect(step)
         except VersionError:  # nothing is wrong with it
-            return True
+            pass
         except IntegrityError:
-            return False
-        return True
+            return
+        raise StateError(
+            f"{self._folder.at(step)} exists already, and a save never overwrites; save another step, or move the "
+            "folder away"
+        )
 
-    def _found_run_id(self) -> str:
-        committed = self._folder.committed()
-        return committed[max(committed)].run_id if committed else uuid.uuid4().hex
+    def goes_on_from(self, found: Manifest, *, back: bool = False) -> None:
+        """Let what is saved from here on belong to the run of a checkpoint. `back`: newer ones of it are abandoned."""
+        self._run_id, self.back_to = found.run_id, found.step if back else None
+
+    def _check_other_runs(self, step: int) -> None:
+        """Raise StateError where a restart would go on from another run's checkpoint instead of this save."""
+        first, self._looked = not self._looked, True
+        others: dict[int, tuple[Path, str]] = {}
+        for tier in [self._folder, *([self.mirror.second] if first and self.mirror is not None else [])]:
+            for other in self._candidates(tier):
+                if other >= step or (first and not self._run_id):
+                    run_id = self._run_of(tier, other)
+                    if run_id not in (None, self._run_id):
+                        others[other] = (tier.at(other), run_id)
+        if not others:
+            return
+        place, run_id = others[max(others)]
+        if max(others) >= step:
+            raise StateError(
+                f"{place} is of another run ({run_id[:8]}), and a restart would go on from it instead of step {step}; "
+                "restore it first, or save into another folder, or move it away"
+            )
+        _log.warning(
+            "%s is of a run (%s) that this process has not restored; it stays, and what is saved is a run of its own",
+            place,
+            run_id[:8],
+        )
+
+    def _candidates(self, tier: Folder) -> list[int]:
+        try:
+            return tier.candidates()
+        except OSError:
+            if tier is self._folder:
+                raise
+            return []  # a second tier that cannot be reached; copying to it says so
+
+    def _run_of(self, tier: Folder, step: int) -> str | None:
+        """Return the run of a checkpoint that a restore would try; None of what is none, or of a newer version."""
+        if tier is self._folder and step in self.known_bad:
+            return None
+        try:
+            return tier.summary(step).run_id
+        except (IntegrityError, OSError):
+            return None
 
     def _nonce(self) -> str:
         return f"tmp-{self._run_id[:8]}-{uuid.uuid4().hex[:8]}"
@@ -154,7 +203,8 @@ class Committer:
     def _publish(self) -> None:
         place = self._folder.at(self._step)
         if place.name in self._storage.names(self._folder.root):
-            # Garbage by definition, or `open` would have refused; moved aside, for whoever wants to look at it.
+            self._check_free(self._step)  # another process may have been quicker
+            # Garbage by definition; moved aside, for whoever wants to look at it.
             self._storage.rename(place, place.with_name(f"{place.name}.bad-{uuid.uuid4().hex[:8]}"))
         self._storage.rename(self._tmp, place)
         try:
@@ -171,8 +221,9 @@ class Committer:
             self._storage.close(lock)
 
     def _point_latest(self) -> None:
+        newest = max((*self._folder.committed(self._known), self._step))
         new = self._folder.root / f"latest.{self._nonce()}"
-        write_small(self._storage, new, f"{self._folder.at(self._step).name}\n".encode())
+        write_small(self._storage, new, f"{self._folder.at(newest).name}\n".encode())
         self._storage.rename(new, self._folder.root / "latest")
         self._storage.sync_folder(self._folder.root)
 

@@ -33,9 +33,11 @@ class _Opened:
 
 
 def save_source(source: Source, dest: Path, step: int | None, read: Callable[[int], None]) -> Path:
-    """Commit `source` as a checkpoint in the run folder `dest`, prune nothing, and return its folder."""
+    """Commit `source` as a checkpoint of the run in the folder `dest`, prune nothing, and return its folder."""
     number = step if step is not None else source.step if source.step is not None else 0
     with Checkpointer(dest, keep=KeepLast(2**31), group=SINGLE) as ckpt:
+        if (newest := ckpt.latest()) is not None:
+            ckpt.adopt(newest)
         return ckpt.save(number, _Opened(source, read)).wait()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -47,6 +48,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._beat_at = 0.0
         self._hook = StepHook(owners, self.fence)
+        self._pid = os.getpid()
 
     def save(self, what: str, step: int, state: State) -> SaveHandle:
         """Begin a save. Returns once everything is copied that may change before the next fence.
@@ -91,12 +93,18 @@ class Engine:
 
     def fence(self) -> None:
         """Return when live memory may change. Never raises: what goes wrong is told by the save's handle."""
+        if self.is_forked():
+            return
         limit = 2 * self._config.timeout_s  # behind the deadlines of the job itself
         for job in list(self._open):
             if not job.handle.is_staged:
                 with self.pool.hurried():
                     if not job.handle.await_staged(limit):
                         job.give_up(SaveError(f"not staged within {limit:g} s at the fence; given up"))
+
+    def is_forked(self) -> bool:
+        """Return whether this is a child of the process that saves: its threads and its store are not here."""
+        return os.getpid() != self._pid
 
     def idle(self, timeout_s: float | None = None) -> bool:
         """Return whether every save is over, chores included, after waiting for it."""

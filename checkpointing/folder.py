@@ -86,6 +86,10 @@ class Folder:
         """
         return self._checked(step, manifests.loads)
 
+    def summary(self, step: int) -> Summary:
+        """Return what `inspect` does, without the tensors. Raises IntegrityError."""
+        return self._checked(step, manifests.loads_summary)
+
     def _checked(self, step: int, loads: Callable[[bytes], _Found]) -> _Found:
         place = self.at(step)
         try:
@@ -123,7 +127,7 @@ class Folder:
                         check_length(self.storage, self.at(step), file)
                     found[step] = old[step][1]
                 else:
-                    found[step] = self._checked(step, manifests.loads_summary)
+                    found[step] = self.summary(step)
             except (IntegrityError, OSError):
                 continue
             known[step] = (stamp, found[step])

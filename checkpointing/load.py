@@ -201,7 +201,7 @@ def hand_over(exchange: Exchange, plan: LoadPlan, buffers: Buffers, wants: Seque
             if rank == task.reader:
                 exchange.send(_bytes(part), taker)
             else:
-                received = torch.empty(shared_box.shape, dtype=part.dtype)
+                received = torch.empty(shared_box.shape, dtype=part.dtype, device="cpu")
                 exchange.receive(_bytes(received), task.reader)
                 part.copy_(received)
 
@@ -210,7 +210,7 @@ def assemble(name: str, box: Box, entries: Sequence[TensorEntry], buffers: Buffe
     """Return the wanted box of a tensor, made of the entries that overlap it; a view when it is one entry."""
     if len(entries) == 1 and box_of(entries[0]) == box:
         return buffers.tensor(entries[0])
-    made = torch.empty(box.shape, dtype=DTYPES[entries[0].dtype])
+    made = torch.empty(box.shape, dtype=DTYPES[entries[0].dtype], device="cpu")
     for entry in entries:
         shared = box_of(entry).overlap(box)
         if shared is not None:

@@ -19,7 +19,7 @@ def fresh(num_bytes: int) -> torch.Tensor:
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or num_bytes < _LARGE:
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")  # whatever the default device is
     mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapped.madvise(advice)
     return torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes)

@@ -65,8 +65,13 @@ def restore(
             part.load_state_dict(under(prefix, named))
         return {}
 
+    def agreed(bodies: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        assert attempt.found is not None
+        committer.goes_on_from(attempt.found, back=step is not None)
+        return bodies
+
     # A part may refuse what it is given; its own error is the cause on that rank, and the other ranks are told.
-    run_round(control, what, "apply", apply, _agreed)
+    run_round(control, what, "apply", apply, agreed)
     skipped = tuple((Path(path), reason) for path, reason in answer["skipped"])
     return RestoreInfo(answer["step"], folder.at(answer["step"]), skipped)
 
@@ -78,24 +83,24 @@ class _Attempt:
         self, folder: Folder, step: int, identity: str, lives: Sequence[Live], rank: int, found: Manifest | None
     ) -> None:
         self._folder, self._step, self._identity, self._lives, self._rank = folder, step, identity, lives, rank
-        self._found = found
+        self.found = found
         """The manifest, where rank 0 has just read it."""
         self._plan, self._buffers, self._needs = LoadPlan(()), Buffers((), ()), ()
 
     def read(self, control: Control) -> dict[str, Any]:
         """Read and verify this rank's part. Returns {} or what is wrong with the bytes."""
-        if self._found is None:
-            self._found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
-        if identity_of(self._found) != self._identity:
+        if self.found is None:
+            self.found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
+        if identity_of(self.found) != self._identity:
             place = self._folder.at(self._step)
             raise IntegrityError(f"{place} is another checkpoint on rank 0; is this a shared folder?")
         try:
             somewhere = frozenset[str]().union(*(live.names for live in self._lives))
             different = {id(live): live for live in self._lives}  # mostly one: then planned once
-            needs = {key: need_of(self._found, live, somewhere) for key, live in different.items()}
+            needs = {key: need_of(self.found, live, somewhere) for key, live in different.items()}
             self._needs = tuple(needs[id(live)] for live in self._lives)
-            self._plan = plan_load(self._found, [need.boxes for need in self._needs])
-            self._buffers = read_part(self._folder, self._found, self._plan, self._rank, control.alive)
+            self._plan = plan_load(self.found, [need.boxes for need in self._needs])
+            self._buffers = read_part(self._folder, self.found, self._plan, self._rank, control.alive)
         except IntegrityError as error:
             return {"bad": str(error), "damaged": is_damage(error)}
         return {}
@@ -103,12 +108,12 @@ class _Attempt:
     @told_as(CheckpointError)
     def named(self, exchange: Exchange, shards: Mapping[str, DTensor]) -> dict[str, Any]:
         """Exchange what was read, and return every name this rank's state is given."""
-        assert self._found is not None
+        assert self.found is not None
         need = self._needs[self._rank]
         hand_over(exchange, self._plan, self._buffers, [one.boxes for one in self._needs])
-        by_name = entries_by_name(self._found)
+        by_name = entries_by_name(self.found)
         loaded = {name: assemble(name, box, by_name[name], self._buffers) for name, box in need.boxes.items()}
-        return given(self._found, need, loaded, shards)
+        return given(self.found, need, loaded, shards)
 
 
 def _agreed(bodies: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

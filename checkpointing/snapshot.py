@@ -135,7 +135,9 @@ class Snapshotter:
     def _take_arena(self, size: int) -> torch.Tensor:
         arena, self._arena = self._arena, None
         # A save that was given up may still read the last one; then there is none, and it gets its own.
-        return arena if arena is not None and len(arena) == size else torch.zeros(size, dtype=torch.uint8)
+        if arena is not None and len(arena) == size:
+            return arena
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
 
 
 def _seal(provider: Provider) -> str:
@@ -149,7 +151,7 @@ def _key(named: Named) -> Any:
     # Plain ints, as new containers would set off the garbage collector; and one loop, as there may be many tensors.
     where, kinds = [], []
     for value in named.values:
-        if type(value) in _PLAIN and value.layout is torch.strided:
+        if type(value) in _PLAIN and value.layout is torch.strided and not value.is_nested:
             where.append(value.data_ptr())
             # The flags matter for complex tensors: a conjugated view differs in nothing else.
             kinds.append(hash((value.shape, value.stride(), value.dtype, value.is_conj(), value.is_neg())))
@@ -168,7 +170,7 @@ def _key(named: Named) -> Any:
 
 
 def _kind(value: Any) -> int:
-    if not isinstance(value, Provider):
+    if isinstance(value, torch.Tensor) or not isinstance(value, Provider):
         return 0
     shapes = (value.shape, value.global_shape, value.offset)
     return hash((type(value), value.mutability, value.cost, value.dtype, value.encoding, shapes))

@@ -31,6 +31,8 @@ class Mirror:
 
     def __init__(self, first: Folder, second: str) -> None:
         self.first, self.second = first, Folder(*open_storage(second))
+        if isinstance(self.second.storage, LocalStorage) and self.second.root.resolve() == first.root.resolve():
+            raise CheckpointError(f"the mirror {second} is the folder of the run itself; give another one")
         self._jobs: queue.Queue[int | None] = queue.Queue()
         self._errors: list[CheckpointError] = []
         self._pending: list[int] = []

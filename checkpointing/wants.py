@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from checkpointing.errors import CheckpointError
@@ -119,11 +119,12 @@ def _is_its(name: str, live: Live, somewhere: Set[str]) -> bool:
 
 
 def local_box(tensor: DTensor) -> Box:
-    """Return the box this rank holds; all of it where the placements are not plain shards."""
-    plain = all(type(place) is Shard or place.is_replicate() for place in tensor.placements)
-    if not plain or tensor.device_mesh.get_coordinate() is None:
+    """Return the box this rank holds; all of the tensor where that is not one box, or nothing."""
+    if tensor.device_mesh.get_coordinate() is None or any(place.is_partial() for place in tensor.placements):
         return whole(tuple(tensor.shape))
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tuple(shape) != tuple(tensor._local_tensor.shape):  # placements that torch cannot tell the place of
+        return whole(tuple(tensor.shape))
     return Box(tuple(offset), tuple(shape)) if all(shape) else Box((0,) * len(shape), tuple(shape))
 
 
@@ -145,7 +146,7 @@ def given(
 
 def _sharded(tensor: torch.Tensor, live: DTensor) -> DTensor:
     tensor = tensor.to(live.to_local().device)
-    if local_box(live).shape != tuple(tensor.shape):  # it came whole
+    if tuple(live._local_tensor.shape) != tuple(tensor.shape):  # it came whole
         return distribute_tensor(tensor, live.device_mesh, live.placements, src_data_rank=None)
     return DTensor.from_local(
         tensor, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=_row_major(live.shape)

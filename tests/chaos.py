@@ -24,7 +24,7 @@ from tests.spawn import ROOT
 
 GLOBS = {
     "longrail": "step-*", "torch.save": "ckpt-*.pt", "safetensors": "ckpt-*.st", "dcp": "ckpt-*",
-    "torch_checkpointing": "ckpt-*",
+    "torch_checkpointing": "ckpt-*", "torchsnapshot": "ckpt-*", "deepspeed": "ckpt-*",
 }  # fmt: skip
 VERDICTS = ("PASS", "HARD_FAIL", "SILENT_DIVERGENCE", "LOST_WORK")
 

@@ -6,7 +6,9 @@ opinion. Says from which step it resumed, and leaves its weights in FOLDER/final
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +97,54 @@ class TorchCheckpointing(TorchSave):
         self.manager.close()
 
 
+class TorchSnapshot(TorchSave):
+    """torchsnapshot, synchronous."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        from torchsnapshot import Snapshot, StateDict
+
+        Snapshot.take(str(self.folder / f"ckpt-{step}"), {"state": StateDict(**state)})
+
+    def load(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        from torchsnapshot import Snapshot, StateDict
+
+        found = newest(self.folder, r"ckpt-(\d+)")
+        if found is None:
+            return None
+        Snapshot(str(found[1])).restore({"state": (back := StateDict(**state))})
+        return dict(back)
+
+
+class DeepSpeed(TorchSave):
+    """DeepSpeed's engine with its own checkpoints, on one rank; it loads what its file `latest` names."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: nothing to compile
+        deepspeed.init_distributed("gloo", verbose=False)
+        model = torch.nn.Module()
+        model.register_parameter("weight", torch.nn.Parameter(torch.zeros(50_000)))
+        self.engine: Any = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1})[0]
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.engine.module.weight.copy_(state["weight"])
+        self.engine.save_checkpoint(str(self.folder), tag=f"ckpt-{step}", client_state={"step": step})
+
+    def load(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        path, client = self.engine.load_checkpoint(str(self.folder))
+        if path is None:
+            return None
+        return {"weight": self.engine.module.weight.detach().clone(), "step": client["step"]}
+
+
 class Longrail(TorchSave):
     """This library; the folder is searched by it."""
 
@@ -121,7 +171,7 @@ class Longrail(TorchSave):
 
 LIBRARIES: dict[str, Callable[[Path], TorchSave]] = {
     "longrail": Longrail, "torch.save": TorchSave, "safetensors": Safetensors, "dcp": Dcp,
-    "torch_checkpointing": TorchCheckpointing,
+    "torch_checkpointing": TorchCheckpointing, "torchsnapshot": TorchSnapshot, "deepspeed": DeepSpeed,
 }  # fmt: skip
 
 

@@ -17,10 +17,12 @@ DISK_CALLS = (
     "close", "listdir", "scandir", "stat", "fstat", "preadv",
 )  # fmt: skip
 SHORT = "short write"
+OPENING = ("open", "listdir", "scandir")
+"""The calls that need a descriptor, and so can fail with EMFILE."""
 
 
 class Faults:
-    """Counts calls that touch `folder`; from call `at` on they fail, `once` or for ever."""
+    """Counts calls that touch `folder` and can have the fault; from call `at` on they do, `once` or for ever."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path, at: int, fault: int | str, *, once: bool) -> None:
         self.calls: list[str] = []
@@ -37,10 +39,7 @@ class Faults:
             ours = first in self._fds if isinstance(first, int) else str(first).startswith(self._folder)
             if not (self.armed and ours):
                 return real(*args, **named)
-            with self._lock:
-                self.calls.append(name)
-                number = len(self.calls) - 1
-            hit = number == self._at if self._once else number >= self._at
+            hit = (self._fault != errno.EMFILE or name in OPENING) and self._counted(name)
             if hit and name == "close" and self._fault != SHORT:
                 self._fds.discard(args[0])
                 real(*args)  # a close that fails has closed
@@ -57,6 +56,12 @@ class Faults:
             return result
 
         return call
+
+    def _counted(self, name: str) -> bool:
+        with self._lock:
+            self.calls.append(name)
+            number = len(self.calls) - 1
+        return number == self._at if self._once else number >= self._at
 
 
 class Shortage:

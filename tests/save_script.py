@@ -32,6 +32,8 @@ def save(folder: str, *steps: int) -> int:
     """Save the steps one after the other, incrementally; return 3 when one of them failed."""
     code = 0
     with Checkpointer(folder, group=SINGLE, keep=KeepLast(2), incremental=True, timeout_s=30) as ckpt:
+        if (newest := ckpt.latest()) is not None:
+            ckpt.adopt(newest)
         for step in steps:
             try:
                 ckpt.save(step, {"run": Flat(state(step))}).wait()

@@ -3,122 +3,38 @@
     python -m tests.soak_kill --rounds 200                 a small torch-only job, saving after every step
     python -m tests.soak_kill --rounds 5 --recipe          launch.finetune, scaled down
 
-The agent is torchrun's own (`elastic_launch`, restarts and all). Its ranks come from a fork server, which has imported
-torch and has no threads: forked from the agent itself, one rank in some hundred hangs before its first line. Prints one
-line of JSON with the counts; exits 1 at the first difference.
+The agent is torchrun's own, restarts and all (`torchrun_agent`). Prints one line of JSON with the counts; exits 1 at
+the first difference, and when a round takes longer than its deadline.
 """
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from launch.env import Processes, end_with_launcher
 from tests import kill_job
 from tests.launch_jobs import settings as finetune_flags
 from tests.launch_jobs import snapshot, write_corpus
+from tests.torchrun_agent import RANKS, Agent, alive, strike
 
-RANKS = 2
-DEADLINE_S = 180.0
+ROUND_S = 90.0
+"""The longest that one round may take, on a machine that has much else to do: restart, training, kill."""
 SURVIVORS_S = 4.0
 READY_S = 10.0
 """How long a round waits for its ranks to train."""
 STEPS = 40
-ENDED = "ended"
-"""The name of a rank's process once it has done its part."""
 OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes")
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"incremental": True}, {"mirror": True}, {"busy": "skip"})
-
-
-class Agent:
-    """torchrun's agent with its ranks, in a process of its own."""
-
-    def __init__(self, log: Path, kills: int, entry: Callable[..., Any], *args: Any) -> None:
-        # More than there are kills: a rank whose peer was killed while they connected fails by itself.
-        self.log, restarts = log, 2 * kills
-        self.pid = os.fork()
-        if self.pid == 0:
-            os._exit(_serve(log, restarts, entry, args))
-
-    def ranks(self) -> list[int]:
-        """The processes of the ranks that are running."""
-        return [pid for server in _children(self.pid) for pid in _children(server) if _alive(pid)]
-
-    def ended(self) -> int | None:
-        """The exit code, or None while it runs."""
-        if self.pid:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid == 0:
-                return None
-            self._code, self.pid = os.waitstatus_to_exitcode(status), 0
-        return self._code
-
-    def end(self) -> None:
-        """kill -9, agent and ranks."""
-        if self.ended() is None:
-            for pid in [*self.ranks(), self.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-
-
-def _serve(log: Path, restarts: int, entry: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    end_with_launcher(Processes(launched=True))
-    multiprocessing.set_forkserver_preload(["__main__", "launch.finetune"])
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=RANKS, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.02, start_method="forkserver",
-    )  # fmt: skip
-    try:
-        elastic_launch(config, _rank)(entry, *args)
-    except BaseException as error:  # noqa: BLE001 - a forked process has nowhere to raise to
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
-
-
-def _rank(entry: Callable[..., Any], *args: Any) -> None:
-    end_with_launcher(Processes(launched=True))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)  # the agent's handlers, which a process of its own would not have
-    faulthandler.register(signal.SIGUSR1)
-    entry(*args)
-    Path("/proc/self/comm").write_text(ENDED)
-
-
-def _children(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def _alive(pid: int) -> bool:
-    with suppress(OSError):
-        return _state(pid) != "Z"
-    return False
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def disturb(
@@ -130,13 +46,10 @@ def disturb(
     """
     counts = {"rounds": 0, "ranks_killed": 0, "both_ranks": 0}
     last: set[int] = set()
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + ROUND_S
     while agent.ended() is None:
         if time.monotonic() > deadline:
-            for pid in agent.ranks():
-                os.kill(pid, signal.SIGUSR1)  # their stacks, into the log
-            time.sleep(1)
-            raise AssertionError(f"the job hangs:\n{agent.log.read_text()[-3000:]}")
+            raise AssertionError(hang(agent, counts["rounds"], rounds))
         found = set(agent.ranks())
         if len(found) < RANKS or found & last or counts["rounds"] >= rounds:
             time.sleep(0.01)
@@ -144,48 +57,41 @@ def disturb(
         last = found
         if chance.random() < 0.75:
             give_up = time.monotonic() + READY_S
-            while not trains(found) and time.monotonic() < give_up and any(map(_alive, found)):
+            while not trains(found) and time.monotonic() < give_up and any(map(alive, found)):
                 time.sleep(0.005)
         time.sleep(chance.uniform(0, within_s))
         victims = chance.choice([sorted(found)[:1], sorted(found)[1:], sorted(found)])
-        killed = 0
-        for pid in victims:
-            killed += strike(pid)
+        killed = sum([strike(pid) for pid in victims])
         if killed:  # a rank may have ended well before, and the job with it
             end_survivors(found)
             counts["rounds"] += 1
             counts["ranks_killed"] += killed
             counts["both_ranks"] += killed == RANKS
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + ROUND_S
     assert "IntegrityError" not in agent.log.read_text(), agent.log.read_text()[-4000:]
     if agent.ended() != 0:
-        raise AssertionError(f"the job failed:\n{agent.log.read_text()[-3000:]}")
+        raise AssertionError(f"after {counts['rounds']} rounds the job failed:\n{agent.log.read_text()[-3000:]}")
     return counts
+
+
+def hang(agent: Agent, done: int, rounds: int) -> str:
+    """Say what hangs, with the stacks of the ranks there are."""
+    ranks = agent.ranks()
+    for pid in ranks:
+        os.kill(pid, signal.SIGUSR1)  # their stacks, into the log
+    time.sleep(1)
+    where = f"round {done + 1} of {rounds}" if done < rounds else f"the end of the job behind {rounds} rounds"
+    state = f"{len(ranks)} of {RANKS} ranks are alive" if ranks else "no rank is alive, and the agent does not end"
+    return f"{where} is not over after {ROUND_S:g} s: {state}; the end of the log:\n{agent.log.read_text()[-4000:]}"
 
 
 def end_survivors(pids: set[int]) -> None:
     """Kill who is left of a round after a while, as whoever waits for a free machine does."""
     give_up = time.monotonic() + SURVIVORS_S
-    while time.monotonic() < give_up and any(map(_alive, pids)):
+    while time.monotonic() < give_up and any(map(alive, pids)):
         time.sleep(0.01)
     for pid in pids:
         strike(pid)
-
-
-def strike(pid: int) -> bool:
-    """kill -9, unless the rank has done its part; return whether it was killed.
-
-    What follows is the closing handshake of torchrun's agent with functions, which deadlocks when a rank dies in it (as
-    its source says). With scripts there is none.
-    """
-    with suppress(OSError):
-        os.kill(pid, signal.SIGSTOP)
-        while (state := _state(pid)) not in "TZ":
-            time.sleep(0.001)
-        ended = Path(f"/proc/{pid}/comm").read_text().strip() == ENDED
-        os.kill(pid, signal.SIGCONT if ended else signal.SIGKILL)
-        return state == "T" and not ended
-    return False
 
 
 def small_job(folder: Path, chance: random.Random, rounds: int) -> dict[str, int]:
@@ -267,32 +173,43 @@ def check_notes(place: Path, wanted: list[dict[int, str]], *, skips: bool) -> di
 
 
 def recipe(folder: Path, chance: random.Random, rounds: int) -> dict[str, int]:
-    """Kill `launch.finetune`; its metrics and its model must be those of an undisturbed run, byte for byte."""
+    """Kill `launch.finetune` until there were enough rounds.
+
+    The metrics and the model of every job must be those of an undisturbed one, byte for byte.
+    """
+    corpus = write_corpus(folder / "corpus")
+    whole = folder / "whole"
+    finetune(corpus, whole, chance, 0)
+    total = {"rounds": 0, "ranks_killed": 0, "both_ranks": 0, "runs": 0, "resumes": 0}
+    while total["rounds"] < rounds:
+        run = folder / f"run-{total['runs']}"
+        found = finetune(corpus, run, chance, rounds - total["rounds"])
+        assert curve(run) == curve(whole)
+        assert snapshot(run / "model") == snapshot(whole / "model")
+        for name, number in found.items():
+            total[name] += number
+        total["runs"] += 1
+        print(json.dumps(total), file=sys.stderr, flush=True)
+    return total
+
+
+def finetune(corpus: Path, run: Path, chance: random.Random, rounds: int) -> dict[str, int]:
+    """Run one job to its end, killed up to `rounds` times."""
     from launch.finetune import main
 
-    corpus = write_corpus(folder / "corpus")
+    log, seen = run.with_name(f"{run.name}.log"), [0]
 
-    def ended(run: Path, rounds: int) -> dict[str, int]:
-        log, seen = folder / f"{run.name}.log", [0]
+    def begun(_: set[int]) -> bool:
+        starts = log.read_text().count("chunks of 64 tokens")  # the description of the job
+        seen[0], more = max(seen[0], starts), starts > seen[0]
+        return more
 
-        def begun(_: set[int]) -> bool:
-            starts = log.read_text().count("chunks of 64 tokens")  # the description of the job
-            seen[0], more = max(seen[0], starts), starts > seen[0]
-            return more
-
-        flags = finetune_flags(corpus, run, checkpoint__every=1)
-        agent = Agent(log, rounds, finetune_rank, main, flags)
-        try:
-            return disturb(agent, chance, rounds, 1.5, begun)
-        finally:
-            agent.end()
-
-    ended(folder / "whole", 0)
-    counts = ended(folder / "broken", rounds)
-    text = (folder / "broken.log").read_text()
-    assert curve(folder / "broken") == curve(folder / "whole")
-    assert snapshot(folder / "broken" / "model") == snapshot(folder / "whole" / "model")
-    return counts | {"resumes": text.count("Resuming after step")}
+    agent = Agent(log, rounds, finetune_rank, main, finetune_flags(corpus, run, checkpoint__every=1))
+    try:
+        found = disturb(agent, chance, rounds, 1.5, begun)
+    finally:
+        agent.end()
+    return found | {"resumes": log.read_text().count("Resuming after step")}
 
 
 def finetune_rank(main: Callable[[list[str]], int], flags: list[str]) -> None:

@@ -192,10 +192,11 @@ def test_another_runs_folder(one):
     (one / "step-11" / DATA).write_bytes((one / "step-10" / DATA).read_bytes())
     (one / "step-11" / "manifest.json").write_bytes(sealed(body | {"step": 11, "run_id": "f" * 32}))
     with Checkpointer(one, group=SINGLE, keep=KeepLast(1)) as ckpt:
+        ckpt.adopt(11)
         for step in (12, 13):
             ckpt.save(step, {"run": Flat(assorted(step))}).wait()
         ckpt._engine.idle()
-        assert ckpt.steps() == [10, 13]  # the newest run goes on; the other one stays
+        assert ckpt.steps() == [10, 13]  # the run it goes on with; the other one stays
 
 
 @pytest.mark.parametrize("rank_file_of", ["another run", "another step"])

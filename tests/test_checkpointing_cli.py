@@ -39,7 +39,10 @@ def run(*args, ok=(0,)):
 
 
 def run_json(*args, ok=(0,)):
-    return json.loads(run(*args, "--json", ok=ok)[1])
+    found = CliRunner().invoke(cli.app, [*map(str, args), "--json"])
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    assert found.exit_code in ok, found.output
+    return json.loads(found.stdout)
 
 
 def test_every_verb_has_help_and_json():
@@ -159,6 +162,8 @@ def test_save_commits_what_another_tool_wrote(tmp_path):
     assert run("verify", tmp_path / "run")[0] == 0
     run("restore", tmp_path / "run", tmp_path / "new.pt", "--format", "torch")
     assert same(torch.load(tmp_path / "new.pt", weights_only=True), nested)
+    run("save", tmp_path / "old.pt", tmp_path / "run", "--step", 3)  # into the same run
+    assert {one["level"] for one in run_json("doctor", tmp_path / "run")} == {"ok"}
     assert "step-7 exists already" in run("save", tmp_path / "old.pt", tmp_path / "run", "--step", 7, ok=(2,))[1]
 
 
@@ -223,3 +228,63 @@ def test_show_reads_other_tools_checkpoints_too(saved, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.txt").write_text("")
     assert "is no checkpoint we know: it holds x.txt" in run("show", tmp_path / "other", ok=(2,))[1]
+
+
+STATE = {
+    "model.a.weight": torch.randn(6, 4), "model.a.bias": torch.randn(6), "optim.a.weight.exp_avg": torch.randn(6, 4),
+    "optim.a.bias.exp_avg": torch.randn(6), "optim.a.weight.exp_avg_sq": torch.randn(6, 4).abs(),
+    "optim.a.bias.exp_avg_sq": torch.randn(6).abs(), "optim.a.weight.step": torch.tensor(3.0),
+    "optim.a.bias.step": torch.tensor(3.0), "progress": {"step": 3},
+    "optim_groups": [{"lr": 0.1, "params": ["a.weight", "a.bias"]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("format_", "ranks"), [("hf", 1), ("torch", 1), ("dcp", 3), ("deepspeed", 2), ("torchsnapshot", 1)]
+)
+def test_every_format_is_written_in_part_in_another_dtype_and_for_other_ranks(tmp_path, format_, ranks):
+    """What was written is read again: the model alone, in the dtype that was asked for."""
+    if format_ == "torchsnapshot":
+        pytest.importorskip("torchsnapshot")
+    with Checkpointer(tmp_path / "run", group=SINGLE) as ckpt:
+        ckpt.save(3, Flat(STATE)).wait()
+    size = ("--world-size", ranks) if ranks > 1 else ()
+    flags = ("--format", format_, *size, "--dtype", "bfloat16", "--only", "model.*")
+    part = tmp_path / ("part.pt" if format_ == "torch" else "part")
+    done = run_json("restore", f"{tmp_path}/run@3", part, *flags)
+    assert done["format"] == format_
+    run("save", part, tmp_path / "back")
+    back = Flat({})
+    with Checkpointer(tmp_path / "back", group=SINGLE) as ckpt:
+        ckpt.restore(back)
+    found = {name.rpartition("a.")[2]: one for name, one in back.loaded.items() if torch.is_tensor(one)}
+    assert same(found["weight"], STATE["model.a.weight"].bfloat16())
+    assert same(found["bias"], STATE["model.a.bias"].bfloat16())
+    assert not any("exp_avg" in name for name in back.loaded)
+
+
+def test_every_verb_has_json_and_its_exit_codes(saved, tmp_path):
+    """0 when all is well, 1 when a check failed, 2 on bad input; and nothing but one document on stdout."""
+    root, none = copied(saved, tmp_path), tmp_path / "none"
+    right = {
+        "ls": (root,), "show": (root,), "verify": (root,), "diff": (f"{root}@10", f"{root}@10"),
+        "save": (f"{root}@10", tmp_path / "new"), "restore": (root, tmp_path / "a.pt", "--format", "torch"),
+        "request": (root,), "prune": (root, "--keep", 2), "doctor": (root,),
+    }  # fmt: skip
+    for verb, args in right.items():
+        run_json(verb, *args)
+    wrong = {verb: (none, *args[1:]) for verb, args in right.items()} | {"restore": (none, tmp_path / "b")}
+    wrong["restore"] += ("--format", "torch")
+    for verb, args in wrong.items():
+        code, text = run(verb, *args, "--json", ok=(2,))
+        assert code == 2
+        assert str(none) in text, verb
+    data = root / "step-20" / DATA
+    data.write_bytes(data.read_bytes()[:-1])
+    checks = {"ls": (root,), "show": (f"{root}@20",), "verify": (root,), "doctor": (root,)}
+    checks |= {"diff": (f"{root}@10", f"{root}@20"), "save": (f"{root}@20", tmp_path / "x")}
+    checks |= {"restore": (f"{root}@20", tmp_path / "c", "--format", "torch")}
+    for verb, args in checks.items():
+        assert run(verb, *args, "--json", ok=(1,))[0] == 1, verb
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "c").exists()

@@ -94,6 +94,8 @@ def begun(folder: Path, *steps: int, **settings: Any) -> Path:
 
 def saves(origin: Path, *steps: int, **settings: Any) -> Record:
     with recorded() as record, Checkpointer(origin / "run", group=SINGLE, keep=KeepLast(2), **settings) as ckpt:
+        if (newest := ckpt.latest()) is not None:
+            ckpt.adopt(newest)
         for step in steps:
             ckpt.save(step, {"run": Flat(state(step))}).wait()
             ckpt._engine.idle()
@@ -153,6 +155,7 @@ def test_a_save_that_fails_and_one_that_goes_back(tmp_path, record_property, mon
 
     monkeypatch.setattr(LocalStorage, "sync", fails_once)
     with recorded() as record, Checkpointer(origin / "run", group=SINGLE, keep=KeepLast(2)) as ckpt:
+        ckpt.adopt(20)
         with pytest.raises(CheckpointError, match="No space left"):
             ckpt.save(30, {"run": Flat(state(30))}).wait()
         ckpt.restore({"run": Flat({})}, step=10)
@@ -165,6 +168,7 @@ def test_a_save_that_fails_and_one_that_goes_back(tmp_path, record_property, mon
 
 def save_on_ranks(info: Any, origin: Path) -> list[Call]:
     with recorded() as record, Checkpointer(origin / "run", keep=KeepLast(2), timeout_s=30) as ckpt:
+        ckpt.adopt(20)
         ckpt.save(30, {"run": Flat(state(30, info.rank))}).wait()
     return record.calls
 

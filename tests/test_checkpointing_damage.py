@@ -154,6 +154,7 @@ def test_a_checkpoint_of_a_newer_version_is_never_passed_over(two):
 def test_retention_never_counts_a_damaged_one_and_keeps_the_last_good_one(two):
     (two / "step-20" / DATA).write_bytes(b"")
     with Checkpointer(two, group=SINGLE, keep=KeepLast(2)) as ckpt:
+        ckpt.adopt(10)
         ckpt.save(30, {"run": Flat(assorted(30))}).wait()
         assert ckpt.steps() == [10, 30]
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import tempfile
 import threading
@@ -63,6 +64,10 @@ def train_and_save(path: Path, settings: dict[str, Any]) -> tuple[list[int], lis
         ckpt = Checkpointer(path, group=SINGLE, keep=KeepLast(2), timeout_s=10, **settings)
     except Exception as error:  # noqa: BLE001 - to be looked at
         return told, [f"{type(error).__name__}: {error}"]
+    try:
+        ckpt.adopt(2)
+    except CheckpointError as error:  # it saves all the same, as a run of its own
+        errors.append(str(error))
     for _ in range(2):
         job.train()
         try:
@@ -137,9 +142,11 @@ SLOW = pytest.mark.slow
 SWEEPS = [
     pytest.param(errno.EIO, True, {}),
     pytest.param(errno.ENOSPC, False, {"incremental": True}),
+    pytest.param(errno.ENOMEM, True, {"busy": "skip"}),
+    pytest.param(errno.EMFILE, False, {}),
     pytest.param(SHORT, False, {}),
     *(pytest.param(fault, once, settings, marks=SLOW)
-      for fault in (errno.EIO, errno.ENOSPC, errno.ENOMEM, SHORT)
+      for fault in (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, SHORT)
       for once in (True, False)
       for settings in ({}, {"incremental": True}, {"busy": "skip"})),
 ]  # fmt: skip
@@ -194,6 +201,26 @@ def test_memory_or_threads_run_out(folder, record_property, once):
     counts = sweep(folder, lambda patch, path, at: Shortage(patch, at, once=once), {}, "")
     assert counts["aborted"] > 2
     record_property("nth_call", counts)
+
+
+def test_a_process_without_a_descriptor_left(folder):
+    """The limit itself, and not an error in its place."""
+    job, usual = Job(2), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Checkpointer(template(folder / "run"), group=SINGLE, keep=KeepLast(2)) as ckpt:
+        ckpt.restore({"run": Flat({})})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, usual[1]))
+        try:
+            job.train()
+            handle = ckpt.save(3, {"run": Flat(job.state())})
+            job.train()
+            with pytest.raises(SaveError, match=f"save of step 3 failed: .*{os.strerror(errno.EMFILE)}"):
+                handle.wait(20)
+            with pytest.raises(CheckpointError, match=os.strerror(errno.EMFILE)):
+                ckpt.restore({"run": Flat({})})
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+        ckpt.save(4, {"run": Flat(job.state())}).wait()
+    assert restored(folder / "run") == 4
 
 
 def test_a_disk_that_stops_is_told_and_recovered_from(tmp_path, monkeypatch):

@@ -9,32 +9,30 @@ import pytest
 
 from tests.spawn import ROOT
 
-ROUND_S = 60  # at the very most, on a machine that has much else to do
+SOAK = pytest.mark.soak
 
 
-def soak(*flags: str, rounds: int) -> dict[str, int]:
+def rounds_of(*flags: str, rounds: int) -> dict[str, int]:
+    """Run the rounds, each of which has a deadline of its own, and return their counts."""
     command = [sys.executable, "-m", "tests.soak_kill", "--rounds", str(rounds), *flags]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200 + ROUND_S * rounds)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-# Not in `make test` yet: one run in twenty hung before ranks in their closing handshake were spared (docs/log.md).
-@pytest.mark.soak
-@pytest.mark.parametrize("rounds", [5, 200])
-@pytest.mark.timeout(13_000)
+@pytest.mark.parametrize("rounds", [5, pytest.param(200, marks=SOAK)])
+@pytest.mark.timeout(6000)  # the rounds end by themselves, with a better message
 def test_a_small_job(record_property, rounds):
-    counts = soak(rounds=rounds)
+    counts = rounds_of(rounds=rounds)
     assert counts["rounds"] == rounds
     assert counts["steps_checked"] > 2 * 40
     record_property("kill", counts)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("rounds", [5, 20])
-@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=SOAK)])
+@pytest.mark.timeout(3000)
 def test_the_real_recipe(record_property, rounds):
-    counts = soak("--recipe", rounds=rounds)
+    counts = rounds_of("--recipe", rounds=rounds)
     assert counts["rounds"] == rounds
     record_property("kill", counts)

@@ -146,11 +146,14 @@ def test_a_save_below_an_abandoned_step_stays(tmp_path):
         for step in (100, 5, 6):
             assert ckpt.save(step, Flat({"step": step})).wait().is_dir()
     assert ckpt.steps() == [6, 100]  # pruned behind the save, before the close
+    assert (tmp_path / "latest").read_text() == "step-100\n"  # what a restore takes
 
 
 def test_a_later_process_continues_the_run(tmp_path):
     first = json.loads((saved(tmp_path, Flat({"a": 1}), step=1) / "manifest.json").read_text())
-    second = json.loads((saved(tmp_path, Flat({"a": 1}), step=2) / "manifest.json").read_text())
+    with Checkpointer(tmp_path, group=SINGLE) as ckpt:
+        ckpt.restore(Flat({}))
+        second = json.loads((ckpt.save(2, Flat({"a": 1})).wait() / "manifest.json").read_text())
     assert first["run_id"] == second["run_id"]
 
 
@@ -159,6 +162,7 @@ def test_checkpoints_of_another_run_are_never_pruned(tmp_path):
     saved(tmp_path / "b", Flat({"a": 2}), step=2)
     (tmp_path / "a" / "step-1").rename(tmp_path / "b" / "step-1")
     with Checkpointer(tmp_path / "b", group=SINGLE, keep=KeepLast(1)) as ckpt:
+        ckpt.restore(Flat({}))
         ckpt.save(3, Flat({"a": 3})).wait()
     assert ckpt.steps() == [1, 3]
 

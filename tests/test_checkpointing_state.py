@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpointing import SINGLE, Checkpointer, CheckpointError
+from checkpointing import SINGLE, Checkpointer, CheckpointError, TensorProvider
 from checkpointing.errors import StateError
 from checkpointing.state import flatten, gather, parts_of, under
 from tests.flat_states import Flat
@@ -34,6 +34,19 @@ REFUSED = [
     ({"a": Flat({"b": torch.ones(1, dtype=torch.complex128)})}, r"'a\.b' has the dtype torch.complex128.*view_as_real"),
     ({"a": Flat({"b": torch.ones(1, device="meta")})}, r"'a\.b' is on the meta device"),
     ({"a": Flat({"b": torch.eye(2).to_sparse()})}, r"'a\.b' is sparse"),
+    ({"a": Flat({"b": torch.eye(2).to_sparse_csr()})}, r"'a\.b' is sparse"),
+    ({"a": Flat({"b": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])})}, r"'a\.b' is sparse, nested"),
+    (
+        {"a": Flat({"b": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)})},
+        r"'a\.b' is a NestedTensor",
+    ),
+    ({"a": Flat({"b": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)})}, r"'a\.b' is .*quantized"),
+    ({"a": Flat({"b": torch.ones(2, 2).to_mkldnn()})}, r"'a\.b' is "),
+    ({"a": Flat({"b": torch.nn.UninitializedParameter()})}, r"'a\.b' is a UninitializedParameter"),
+    ({"a": Flat({"b": TensorProvider(torch.eye(2).to_sparse())})}, r"'a\.b' is sparse"),
+    ({"a": Flat({"b": (1, 2)})}, r"'a\.b' is of type tuple; make it a list"),
+    ({"a": Flat({"b": {1: 2}})}, r"'a\.b' has the key 1 of type int"),
+    ({"a": Flat({"b": {"c": [1, {"d": {2}}]}})}, r"'a\.b' at \['c'\]\[1\]\['d'\] is of type set; make it a sorted"),
     (
         {"a": Flat({"b": torch.ones(1).as_subclass(Marked)})},
         r"'a\.b' is a Marked; plain tensors and DTensors can be saved",

@@ -1,6 +1,7 @@
 """torch.distributed.checkpoint through this engine: `dcp.save`, `dcp.async_save` and `dcp.load` stay as they are.
 
-    writer, reader = DcpWriter("runs/a"), DcpReader("runs/a")
+    writer = DcpWriter("runs/a")
+    reader = DcpReader("runs/a", writer.checkpointer)
     dcp.save(state, checkpoint_id="runs/a/step-10", storage_writer=writer)
     future = dcp.async_save(state, checkpoint_id="runs/a/step-20", storage_writer=writer)
     dcp.load(state, checkpoint_id="runs/a/step-20", storage_reader=reader)

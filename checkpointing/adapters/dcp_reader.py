@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from checkpointing.checkpointer import Checkpointer
 from checkpointing.datafile import bytes_of
 from checkpointing.errors import CheckpointError
 from checkpointing.folder import Folder, split_step
@@ -39,10 +40,14 @@ class DcpReader(StorageReader):
     Any checkpoint of this engine may be loaded by its names, whoever wrote it. Each rank reads what it needs; DTensors
     may be sharded otherwise than they were. As with every DCP reader, tensors are filled in place: after an
     IntegrityError (inside of DCP's CheckpointException), which names file, tensor and piece, they hold anything.
+
+    With the `checkpointer` of this job's writer, the run that was loaded is the one that the writer goes on with: its
+    retention counts the checkpoints of before, too.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path).absolute()
+    def __init__(self, path: str | os.PathLike[str], checkpointer: Checkpointer | None = None) -> None:
+        self._path, self._checkpointer = Path(path).absolute(), checkpointer
+        self._root = split_step(self._path)[0]
         self._folder, self._found = Folder(self._path, LocalStorage()), None
 
     @classmethod
@@ -101,6 +106,8 @@ class DcpReader(StorageReader):
         for file in found.files:
             if any(entries[key].file == file.path for key in wanted):
                 check_head(self._folder.storage, self._folder.at(found.step), file)
+        if self._checkpointer is not None and self._folder.root == self._root:
+            self._checkpointer.adopt(found.step)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -116,7 +123,7 @@ class DcpReader(StorageReader):
             if len(items) == 1 and _holds(first, entry):
                 fills.append(Fill(entry, bytes_of(first)))
                 continue
-            data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
             fills.append(Fill(entry, data.numpy().data))
             copies += [(entry, data, item, target) for item, target in zip(items, targets, strict=True)]
         read_fills(self._folder.storage, self._folder.at(found.step), found.piece_bytes, fills, lambda: None)

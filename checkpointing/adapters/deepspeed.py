@@ -81,6 +81,7 @@ class LongrailCheckpointEngine(CheckpointEngine):
         self.name = "LongrailCheckpointEngine"
         self._keep, self._timeout_s, self._settings = keep or _EVERYTHING, timeout_s, settings
         self._runs: dict[Path, Checkpointer] = {}
+        self._loaded: dict[Path, int] = {}
         self._info: CheckpointCommitInfo | None = None
         self._files: dict[str, Any] | None = None
         self._latest = False
@@ -92,6 +93,8 @@ class LongrailCheckpointEngine(CheckpointEngine):
         root = Path(info.save_dir).absolute()
         if root not in self._runs:
             self._runs[root] = Checkpointer(root, keep=self._keep, timeout_s=self._timeout_s, **self._settings)
+        if root in self._loaded:  # what was loaded is the run that goes on
+            self._runs[root].adopt(self._loaded.pop(root))
         # DeepSpeed would write `latest` as soon as the save is copied; it is written here, when it is durable.
         self._latest, info.save_latest = info.save_latest, False
         self._info, self._files = info, {}
@@ -139,7 +142,9 @@ class LongrailCheckpointEngine(CheckpointEngine):
             read = read_global(folder, found, found.aliases.get(name, name))
             return read if map_location is None or callable(map_location) else read.to(map_location)
 
-        return unflatten(tree, tensor, CLASSES)
+        state = unflatten(tree, tensor, CLASSES)
+        self._loaded[root] = mark["step"]
+        return state
 
     def cleanup(self) -> None:
         """End, once what was saved is durable. Raises what went wrong with it."""

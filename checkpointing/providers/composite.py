@@ -60,6 +60,6 @@ class CompositeProvider:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield one chunk, gathered."""
-        into = torch.empty(self.shape, dtype=self.flat[0].dtype)
+        into = torch.empty(self.shape, dtype=self.flat[0].dtype, device="cpu")
         self.gather(into)
         yield bytes_of(into)

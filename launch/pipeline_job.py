@@ -43,12 +43,6 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
     Raises ConfigError when the processes do not divide over the axes.
     """
     bound = config.schedule != "roundpipe"
-    if experts.wanted and (config.ranks > 1 or not bound):
-        raise ConfigError(
-            f"moe.ep and moe.num_experts spread experts over ranks that share the data; pipeline.ranks is "
-            f"{config.ranks} ({config.schedule}); set pipeline.ranks to 1 without a schedule, or leave moe out "
-            "and keep every stage's experts whole"
-        )
     esp, everyone = experts.esp, dist.group.WORLD
     assert everyone is not None, "the world is joined before its ranks are placed"
     mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks, ep=experts.ep or 1, esp=esp)

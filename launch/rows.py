@@ -123,7 +123,7 @@ class RowExchange:
             at = 0
             for name, n, r in self._leads(rank, values):
                 size = r.lead * values[name][n].itemsize
-                found[name, n, r.start] = part[at : at + size]
+                found[name, n, r.start] = part[at : at + size].clone()  # aligned to whatever its elements are
                 at += size
         return {name: [self._tail(name, n, one, found) for n, one in enumerate(of)] for name, of in values.items()}
 

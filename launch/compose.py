@@ -1,6 +1,6 @@
 """What composes with what, as data: settings are refused from this table at start, and the documents print it.
 
-    python -m launch.compose        the table in Markdown
+    python -m launch.compose_table        the table in Markdown
 
 A feature is switched on by settings. Two of them are tested together, or refused with a reason before anything is
 written; engines and schedules exclude each other, as one setting chooses among them.
@@ -41,13 +41,9 @@ def _engine(name: EngineName, label: str) -> Feature:
     return Feature(
         label=label,
         settings={"engine": name},
-        on=lambda c: c.engine == name and c.pipeline.ranks == 1 and c.pipeline.schedule != "roundpipe",
+        on=lambda c: c.engine == name,
         choice="engine",
     )
-
-
-def _piped(config: FinetuneConfig) -> bool:
-    return config.pipeline.ranks > 1 or config.pipeline.schedule == "roundpipe"
 
 
 FEATURES: dict[str, Feature] = {
@@ -126,40 +122,45 @@ PIPES = frozenset({*BOUND, "roundpipe"})
 
 RULES: tuple[tuple[frozenset[str], frozenset[str], Cell], ...] = (
     (frozenset({"tensor"}), ANY, _refused(
-        "tensor_parallel is more than 1, and chunk attention and the tiled loss run whole matrices on every rank; shard "
-        "weights by engine fsdp2 or zero3, or layers by pipeline.ranks")),
+        "tensor_parallel is more than 1, and chunk attention and the tiled loss run whole matrices on every rank; "
+        "shard weights by engine fsdp2 or zero3, or layers by pipeline.ranks")),
     (frozenset({"context"}), ANY, _refused(
-        "context_parallel is more than 1, and the chunks of a sequence are trained one after another on one rank, which "
-        "is what bounds memory here; leave it out")),
+        "context_parallel is more than 1, and the chunks of a sequence are trained one after another on one rank, "
+        "which is what bounds memory here; leave it out")),
     (SHARDING, PIPES, _refused(
         "the ranks of a pipeline keep and step their own layers, so an engine that shards the model again has nothing "
         "to hold on to; use engine ddp with a pipeline")),
     (SHARDING, frozenset({"experts"}), _refused(
-        "experts are spread over ranks already and gathered by no engine; use engine ddp with moe")),
+        "experts are spread over ranks already, and these engines would shard and average them again; use engine ddp "
+        "with moe")),
     (frozenset({"experts"}), PIPES, _refused(
-        "layers whose experts are spread need all ranks of ep to run the same forwards and backwards in the same order, "
-        "and each pipeline orders its own by its own chunks; set pipeline.ranks to 1 without a schedule, or leave moe "
-        "out and keep every stage's experts whole")),
+        "layers whose experts are spread need all ranks of ep to run the same forwards and backwards in the same "
+        "order, and each pipeline orders its own by its own chunks; set pipeline.ranks to 1 without a schedule, or "
+        "leave moe out and keep every stage's experts whole")),
     (frozenset({"bf16"}), frozenset({*PIPES, "experts"}), _refused(
         "model.precision is bf16, and pipelines and expert-parallel layers compute in fp32; set it to fp32")),
     (frozenset({"lora"}), frozenset({"experts"}), _refused(
         "adapters cannot stand beside expert-parallel layers; leave lora or moe out")),
     (frozenset({"megatron"}), frozenset({*SHARDING, *PIPES, "experts", "lora"}), _refused(
-        "a GPTModel of Megatron-core is trained whole on every rank here; use engine ddp, without pipeline, moe and "
-        "lora")),
+        "a GPTModel of Megatron-core is trained whole on every rank; use engine ddp, without pipeline, moe and lora")),
+    (frozenset({"megatron"}), frozenset({"bf16"}), _refused(
+        "Megatron-core's matrix products run in the dtype of its weights, which stay fp32; set model.precision to "
+        "fp32")),
     (frozenset({"split"}), frozenset({"whole", "roundpipe"}), _refused(
-        "the schedule needs every sample within one chunk; use state_aware_1f1b, larger chunks, or leave longer samples "
-        "out")),
+        "needs every sample within one chunk; use state_aware_1f1b, larger chunks, or leave longer samples out")),
     (frozenset({"megatron"}), ANY, _tested("test_launch_megatron.py::test_a_gpt_model_trains_resumes_and_is_exported")),
     (frozenset({"experts"}), ANY, _tested(
         "test_launch_moe.py::test_any_spread_trains_as_one_process_and_resumes_another")),
-    (frozenset({"lora"}), frozenset({"roundpipe"}), _tested("test_launch_roundpipe.py::LORA")),
-    (frozenset({"lora"}), BOUND, _tested("test_launch_pipeline.py::LORA")),
-    (frozenset({"roundpipe"}), ANY, _tested("test_launch_roundpipe.py::ROUNDPIPE")),
-    (BOUND, ANY, _tested("test_launch_pipeline.py::test_what_one_cut_saves_another_resumes")),
-    (ZERO, ANY, _tested("test_launch_zero.py::test_every_stage_trains_as_one_process_and_resumes_another")),
+    (frozenset({"bf16"}), frozenset({"fsdp2"}), _tested("test_launch_fsdp2.py::test_bf16_in_shards_stays_near")),
+    (frozenset({"lora"}), frozenset({"fsdp2"}), _tested("test_launch_fsdp2.py::test_adapters_in_shards")),
     (frozenset({"fsdp2"}), ANY, _tested("test_launch_fsdp2.py::test_shards_train_as_one_process_and_resume_another")),
-    (ANY, ANY, _tested("test_launch_finetune.py::DDP")),
+    (ZERO, frozenset({"bf16", "lora"}), _tested("test_launch_zero.py::test_four_ranks_adapters_and_bf16")),
+    (ZERO, ANY, _tested("test_launch_zero.py::test_another_world_and_another_engine_go_on")),
+    (frozenset({"bf16"}), frozenset({"lora"}), _tested("test_launch_compose.py::test_adapters_in_bf16_stay_near")),
+    (frozenset({"bf16"}), ANY, _tested(
+        "test_launch_pretrained.py::test_a_killed_job_in_bf16_ends_as_if_it_never_was")),
+    (frozenset({"ddp"}), PIPES, _tested("test_launch_compose.py::test_several_pipelines_share_the_data")),
+    (ANY, ANY, _tested("test_launch_compose.py::test_together_they_train_as_one_process")),
 )  # fmt: skip
 """The first that has both features, in either order, counts."""
 
@@ -182,23 +183,8 @@ def active(config: FinetuneConfig) -> list[str]:
 
 def require_composable(config: FinetuneConfig) -> None:
     """Raise ConfigError, naming the two features and the reason, for settings that do not go together. Pure."""
-    if config.engine != "ddp" and _piped(config):
-        schedule = next(name for name in PIPES if FEATURES[name].on(config))
-        raise _refusal(config.engine, schedule)
     for one, other in combinations_with_replacement(active(config), 2):
         found = cell(one, other)
         if found is not None and found.reason is not None:
-            raise _refusal(one, other)
-
-
-def _refusal(one: str, other: str) -> ConfigError:
-    found = cell(one, other)
-    assert found is not None
-    names = " and ".join(dict.fromkeys((FEATURES[one].label, FEATURES[other].label)))
-    return ConfigError(f"{names}: {found.reason}")
-
-
-if __name__ == "__main__":
-    from launch.compose_table import markdown
-
-    print(markdown())
+            names = " and ".join(dict.fromkeys((FEATURES[one].label, FEATURES[other].label)))
+            raise ConfigError(f"{names}: {found.reason}")

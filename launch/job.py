@@ -21,6 +21,7 @@ from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
 from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
+from launch.megatron import export_gpt
 from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
@@ -118,7 +119,10 @@ class Job:
 
     def export(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the model and its tokenizer."""
-        merge_adapters(model).save_pretrained(folder)
+        if isinstance(model, PreTrainedModel):
+            merge_adapters(model).save_pretrained(folder)
+        else:
+            export_gpt(model, folder)
         self._write_tokenizer(folder)
 
     def _write_tokenizer(self, folder: Path) -> None:

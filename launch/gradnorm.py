@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from launch.bounded import all_reduce
 
@@ -21,9 +22,9 @@ def global_grad_norm(
     """Return the 2-norm of all gradients together, fp32 or wider, 0-d; 0 where there are none.
 
     Without a group, gradients are whole on every rank, so the norm is too, and no rank asks another. With one, its
-    ranks hold different parameters (a pipeline's): every rank of it calls, with those that it answers for, a tied one
-    on one rank only; the same norm returns on each. Raises WatchdogError, `what` first, when a rank does not come in
-    time.
+    ranks hold different parameters (a pipeline's), or shards of the same (FSDP2's): every rank of it calls, with those
+    that it answers for, a tied one on one rank only; the same norm returns on each. Raises WatchdogError, `what` first,
+    when a rank does not come in time.
     """
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -49,4 +50,5 @@ def clip_(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None
 
 def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
     unique = {id(param): param for param in params}
-    return [param.grad for param in unique.values() if param.grad is not None]
+    grads = [param.grad for param in unique.values() if param.grad is not None]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]

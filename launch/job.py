@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -22,16 +21,18 @@ from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
 from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
+from launch.megatron import export_gpt
 from launch.memory import PeakMemory
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
-from launch.optimizer import apply_settings, build_optimizer
+from launch.optimizer import Stepper, apply_settings, build_optimizer
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, check_whole_samples, find_place
 from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
 from launch.schedule import learning_rate
 from launch.state import TrainState
+from launch.zero import ZeroRunner
 
 BUILD_TIMEOUT_S = 4 * 3600.0
 """How long ranks wait for rank 0 to tokenize the data."""
@@ -49,7 +50,7 @@ class Job:
     whole: WholeModel
     loader: ChunkLoader
     runner: Runner
-    optimizer: Optimizer
+    optimizer: Stepper
     state: TrainState
     held_out: tuple[StepBatch, ...]
     """The held-out samples as steps, loaded once."""
@@ -80,7 +81,7 @@ class Job:
         loss = float(self.runner.forward_backward(batch))
         norm = self.runner.grad_norm()
         require_finite(batch.step + 1, loss, float(norm))
-        if settings.clip_norm is not None:
+        if settings.clip_norm is not None:  # ZeRO, whose gradients are not the parameters', clips as it steps
             clip_(self.model.parameters(), norm, settings.clip_norm)
         apply_settings(self.optimizer, settings, lr=lr)
         self.optimizer.step()
@@ -118,7 +119,10 @@ class Job:
 
     def export(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the model and its tokenizer."""
-        merge_adapters(model).save_pretrained(folder)
+        if isinstance(model, PreTrainedModel):
+            merge_adapters(model).save_pretrained(folder)
+        else:
+            export_gpt(model, folder)
         self._write_tokenizer(folder)
 
     def _write_tokenizer(self, folder: Path) -> None:
@@ -157,7 +161,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: _build(config, world, data))
     share_weights(model)
-    return world.board.together("job", lambda: _assemble(config, world, data, model, place))
+    return world.board.together("job", lambda: assemble(config, world, data, model, place))
 
 
 def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
@@ -168,25 +172,27 @@ def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
     return model
 
 
-def _assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrainedModel, place: Place) -> Job:
+def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrainedModel, place: Place) -> Job:
+    """Put a job together around its data and its model, which is the same on every rank. Every rank calls."""
     loader = _loader(data.train, config, place, epochs=config.run.epochs)
     sources = [source for source in (data.train, data.held_out) if source is not None]
     check_whole_samples(config, max(int(source.lengths.max()) for source in sources))
     runner = make_runner(model, config, place)
     for source in sources:
         check_lengths(source, runner.num_positions)
-    optimizer = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
     experts = runner if isinstance(runner, ExpertRunner) else None
+    zero = runner if isinstance(runner, ZeroRunner) else None
+    plain = build_optimizer(runner.model, config.optimizer, whole=runner.whole) if zero is None else None
     state = TrainState(
-        runner.model, optimizer, loader, rank=world.rank, world_size=world.world_size, device=world.device,
-        seed=config.run.seed, whole=runner.whole, spread=experts,
+        runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
+        seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
     )  # fmt: skip
     held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
-        optimizer=optimizer, state=state, held_out=held_out, memory=PeakMemory(world.device),
-        pipeline=runner.description, experts=experts,
+        optimizer=plain if zero is None else zero.optimizer, state=state, held_out=held_out,
+        memory=PeakMemory(world.device), pipeline=runner.description, experts=experts,
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-"""The model of a job: pretrained, or a small Llama with random weights."""
+"""The model of a job: pretrained, a small Llama with random weights, or a GPTModel of Megatron-core."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,13 +10,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.config import ModelConfig
+from launch.megatron import build_gpt
 from launch.pretrained import pretrained_model
 
 
-def build_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
-) -> PreTrainedModel:
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> Any:
     """Return the model on its device, in training mode. Random weights come from torch's seed, drawn on the CPU."""
+    if config.library == "megatron":
+        return build_gpt(config, device)
     path = config.path
     model = LlamaForCausalLM(llama_config(config, tokenizer)) if path is None else pretrained_model(path)
     nn.Module.to(model, device)
@@ -39,8 +42,10 @@ def llama_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None)
     )
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: Any) -> int:
     """Return how many tokens the model has embeddings for."""
+    if not isinstance(model, PreTrainedModel):
+        return model.vocab_size
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings.weight, torch.Tensor)
     return embeddings.weight.shape[0]

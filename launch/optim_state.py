@@ -56,18 +56,9 @@ class NamedOptimizer:
 
     def check(self, flat: Mapping[str, Any]) -> Iterator[str]:
         """Yield what keeps a saved state from being this optimizer's; changes nothing."""
+        yield from check_groups(flat, type(self.optimizer).__name__, self._all_settings())
         if CLASS not in flat or GROUPS not in flat:
-            yield f"{GROUPS} is missing"
             return
-        if flat[CLASS] != type(self.optimizer).__name__:
-            yield f"the optimizer was {flat[CLASS]} and is {type(self.optimizer).__name__}"
-        saved = unflatten(GROUPS, flat)
-        groups = self._all_settings()
-        if [group["params"] for group in saved] != [group["params"] for group in groups]:
-            yield (
-                f"the optimizer's parameter groups were of {[len(group['params']) for group in saved]} parameters and "
-                f"are of {[len(group['params']) for group in groups]}, or of others"
-            )
         live, elsewhere = {name: param for param, name in self._names.items()}, self._elsewhere()
         for name, slot in self._slots(flat):
             if name in elsewhere:
@@ -123,6 +114,21 @@ class NamedOptimizer:
                 outer, _, part = outer.rpartition(".")
                 inner = f"{part}.{inner}"
             yield (outer, inner) if outer else (name, slot)
+
+
+def check_groups(flat: Mapping[str, Any], kind: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what keeps saved settings from being those of an optimizer of this class and these groups."""
+    if CLASS not in flat or GROUPS not in flat:
+        yield f"{GROUPS} is missing"
+        return
+    if flat[CLASS] != kind:
+        yield f"the optimizer was {flat[CLASS]} and is {kind}"
+    saved = unflatten(GROUPS, flat)
+    if [group["params"] for group in saved] != [group["params"] for group in groups]:
+        yield (
+            f"the optimizer's parameter groups were of {[len(group['params']) for group in saved]} parameters and "
+            f"are of {[len(group['params']) for group in groups]}, or of others"
+        )
 
 
 def _copied(value: Any, device: torch.device | None) -> Any:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from launch.config import OptimizerConfig
 from launch.partial import WholeModel
+
+
+class Stepper(Protocol):
+    """What a job needs of an optimizer."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Settings that the next step reads."""
+        ...
+
+    def step(self) -> object:
+        """Step."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        ...
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, whole: WholeModel | None = None) -> Optimizer:
@@ -22,7 +41,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, whole: WholeMo
     return optimizer
 
 
-def apply_settings(optimizer: Optimizer, config: OptimizerConfig, *, lr: float) -> None:
+def apply_settings(optimizer: Stepper, config: OptimizerConfig, *, lr: float) -> None:
     """Set what the recipe and the step decide; after a resume the recipe wins over the checkpoint."""
     for group in optimizer.param_groups:
         group["lr"] = lr

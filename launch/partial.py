@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from launch.split import Layer
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's parameters and persistent buffers by name, detached; of tied ones the first name only."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: tensor for name, tensor in state.items() if name not in every or first[every[name]] == name}
+
+
 @dataclass(frozen=True, slots=True)
 class WholeModel:
     """What every rank of a pipeline knows of the model that none of them holds."""
@@ -26,13 +34,7 @@ class WholeModel:
     @staticmethod
     def of(model: nn.Module) -> WholeModel:
         """Describe a model."""
-        first = {id(p): name for name, p in model.named_parameters()}
-        every = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-        shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in model.state_dict().items()
-            if name not in every or first[every[name]] == name
-        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
         trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
         return WholeModel(shapes, trained, type(model).__name__, sum(p.numel() for p in model.parameters()))
 

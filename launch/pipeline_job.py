@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from chunkflow.engine import WholeParameters
 from chunkflow.support import require_exact
+from launch.compose import active, cell
 from launch.config import FinetuneConfig
 from launch.env import World
 from launch.errors import ConfigError
@@ -43,12 +44,6 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
     Raises ConfigError when the processes do not divide over the axes.
     """
     bound = config.schedule != "roundpipe"
-    if experts.wanted and (config.ranks > 1 or not bound):
-        raise ConfigError(
-            f"moe.ep and moe.num_experts spread experts over ranks that share the data; pipeline.ranks is "
-            f"{config.ranks} ({config.schedule}); set pipeline.ranks to 1 without a schedule, or leave moe out "
-            "and keep every stage's experts whole"
-        )
     esp, everyone = experts.esp, dist.group.WORLD
     assert everyone is not None, "the world is joined before its ranks are placed"
     mesh = make_mesh(world.device.type, world.world_size, pp=config.ranks, ep=experts.ep or 1, esp=esp)
@@ -68,14 +63,16 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
 
 def check_whole_samples(config: FinetuneConfig, longest: int) -> None:
     """Raise ConfigError when a sample would be split into dependent chunks and the schedule knows none."""
-    schedule = config.pipeline.schedule
-    spread = config.pipeline.ranks > 1 or schedule == "roundpipe"
-    if spread and schedule != "state_aware_1f1b" and longest > config.chunks.chunk_tokens:
-        raise ConfigError(
-            f"pipeline.schedule {schedule} needs every sample within one chunk, and the longest has {longest} tokens "
-            f"where chunks.chunk_tokens is {config.chunks.chunk_tokens}; use state_aware_1f1b, larger chunks, or leave "
-            "longer samples out"
-        )
+    if longest <= config.chunks.chunk_tokens:
+        return
+    for name in active(config):
+        found = cell("split", name)
+        if found is not None and found.reason is not None:
+            needed, _, advice = found.reason.partition("; ")
+            raise ConfigError(
+                f"pipeline.schedule {config.pipeline.schedule} {needed}, and the longest has {longest} tokens where "
+                f"chunks.chunk_tokens is {config.chunks.chunk_tokens}; {advice}"
+            )
 
 
 def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> PipelineRunner:

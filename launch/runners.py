@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,13 @@ from transformers import PreTrainedModel
 
 from chunkflow import ChunkRunner, StepBatch
 from launch.config import FinetuneConfig
-from launch.errors import ConfigError
 from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
 from launch.roundpipe_runner import roundpipe_runner
+from launch.shards import gather_shards, shard
+from launch.zero import ZeroRunner
 
 
 class Runner(Protocol):
@@ -63,15 +65,20 @@ class Runner(Protocol):
 
 
 class WholeRunner:
-    """The whole model on every rank; ranks share the data."""
+    """The whole model on every rank, or its shards of FSDP2; ranks share the data."""
 
-    def __init__(self, model: PreTrainedModel, config: FinetuneConfig, group: dist.ProcessGroup) -> None:
-        self.model = model
-        self.whole = WholeModel.of(model)
+    def __init__(self, model: PreTrainedModel, config: FinetuneConfig, place: Place) -> None:
+        self.whole, group = WholeModel.of(model), place.data_group
+        self._shards: dist.ProcessGroup | None = None
         self.description = None
-        self._precision = partial(autocast, config.model.precision, model.device)
+        if config.engine == "fsdp2":
+            model, self._shards = shard(model, place.mesh["dp"]), group
+            self.description = f"FSDP2: weights, gradients and moments sharded over {place.data_size} ranks"
+        self.model = model
+        self._precision = partial(autocast, config.model.precision, next(model.parameters()).device)
+        kind = ChunkRunner if config.model.library == "transformers" else _megatron_runner()
         with self._precision():
-            self._runner = ChunkRunner(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+            self._runner = kind(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
         self.num_positions = self._runner.num_positions
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
@@ -85,12 +92,18 @@ class WholeRunner:
             return self._runner.evaluate(batch)
 
     def grad_norm(self) -> Tensor:
-        """Return the norm of the gradient, which is whole here."""
-        return global_grad_norm(self.model.parameters())
+        """Return the norm of the gradient, which is whole here, or adds up over the shards."""
+        return global_grad_norm(self.model.parameters(), group=self._shards)
 
     def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
-        """Return the model itself, on rank 0."""
+        """Return the model itself, on rank 0, or one made of its shards."""
+        if self._shards is not None:
+            return gather_shards(self.model, build)
         return self.model if dist.get_rank() == 0 else None
+
+
+def _megatron_runner() -> Any:
+    return import_module("chunkflow.adapters.megatron").MegatronRunner
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -101,15 +114,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
     """Return what runs a job's steps. Raises, alike, what makes the model or the settings unfit. Every rank calls:
     ranks of RoundPipe open their shared memory."""
-    round_robin = config.pipeline.schedule == "roundpipe"
-    if place.transport is None and not config.moe.wanted and not round_robin:
-        return WholeRunner(model, config, place.data_group)
-    if config.model.precision != "fp32":
-        raise ConfigError(
-            f"model.precision is {config.model.precision}, and pipelines and expert-parallel layers compute in fp32; "
-            "set it to fp32"
-        )
-    if round_robin:
+    if config.engine.startswith("zero"):
+        return ZeroRunner(model, config, place.data_group)
+    if config.pipeline.schedule == "roundpipe":
         return roundpipe_runner(
             model,
             config,
@@ -118,4 +125,6 @@ def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) ->
             group=place.pipeline_group,
             data_group=place.data_group if place.data_size > 1 else None,
         )
-    return ExpertRunner(model, config, place) if config.moe.wanted else pipeline_runner(model, config, place)
+    if config.moe.wanted:
+        return ExpertRunner(model, config, place)
+    return WholeRunner(model, config, place) if place.transport is None else pipeline_runner(model, config, place)

@@ -10,7 +10,7 @@ progress                      {"step": optimizer steps done}
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from checkpointing import Mutability, TensorProvider
 from chunkflow.world import resolve_place
 from launch.errors import ResumeError
 from launch.flat import flatten, unflatten
+from launch.held import Held, ModelTensors
 from launch.optim_state import NamedOptimizer
 from launch.partial import WholeModel
 from launch.rng import rng_state, seed_rngs, set_rng_state
@@ -71,13 +72,14 @@ class TrainState:
     those of the default process group, or to one process where there is none. `whole` describes the model of which
     `model` is this rank's part: a checkpoint then has the names of the whole, whatever the cut, and loads into any.
     `parts` are what else belongs to the job, by name: a learning-rate scheduler, a GradScaler. `spread` is for models
-    with parameters of which every rank holds a part, as experts.
+    with parameters of which every rank holds a part, as experts; `held`, for engines that keep model and optimizer in a
+    way of their own, takes the place of both.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         loader: Position,
         *,
         rank: int | None = None,
@@ -87,6 +89,7 @@ class TrainState:
         whole: WholeModel | None = None,
         parts: Mapping[str, Part] | None = None,
         spread: Spread | None = None,
+        held: Sequence[Held] | None = None,
     ) -> None:
         self.step = 0
         self.notes: tuple[str, ...] = ()
@@ -95,9 +98,12 @@ class TrainState:
         self._rank, self._world_size = resolve_place(rank, world_size)
         self._seed = seed
         self._device = device or torch.device("cpu")
-        self._elsewhere = set() if whole is None else set(whole.shapes) - set(self._tensors())
-        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-        self._optimizer = NamedOptimizer(optimizer, names, groups=None if whole is None else whole.groups())
+        self._held: Sequence[Held] = held or ()
+        if held is None:
+            assert optimizer is not None
+            names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+            groups = None if whole is None else whole.groups()
+            self._held = (ModelTensors(model, whole=whole), NamedOptimizer(optimizer, names, groups=groups))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, flat. The tensors are the live ones, not copies."""
@@ -105,8 +111,7 @@ class TrainState:
         for name, part in self._parts.items():
             flatten(f"parts.{name}", part.state_dict(), parts)
         flat = {
-            **{f"model.{name}": tensor for name, tensor in self._tensors().items()},
-            **self._optimizer.state(),
+            **{name: value for one in self._held for name, value in one.state().items()},
             **parts,
             "loader": self._loader.state_dict(),
             **{f"rng.{self._rank}.{name}": value for name, value in rng_state(self._device).items()},
@@ -121,7 +126,8 @@ class TrainState:
         """
         frozen = {f"model.{name}" for name, param in self._model.named_parameters() if not param.requires_grad}
         state = self.state_dict()
-        return state | {name: TensorProvider(state[name], Mutability.NEVER) for name in frozen if name in state}
+        plain = {name: state[name] for name in frozen if isinstance(state.get(name), Tensor)}
+        return state | {name: TensorProvider(tensor, Mutability.NEVER) for name, tensor in plain.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state: all names of all ranks.
@@ -130,7 +136,7 @@ class TrainState:
         loader raises when it is of other data; nothing has been changed then.
         """
         flat = state_dict if self._spread is None else self._spread.to_local(state_dict)
-        problems = [*self._check_model(flat), *self._optimizer.check(flat)]
+        problems = [problem for one in self._held for problem in one.check(flat)]
         problems += [f"{name} is missing" for name in self._needed() if name not in flat]
         if problems:
             more = f", and {len(problems) - _SHOWN} more differences" if len(problems) > _SHOWN else ""
@@ -139,10 +145,8 @@ class TrainState:
                 "settings it was made with, another run.folder, or start over with --fresh true"
             )
         self._loader.load_state_dict(flat["loader"])
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(flat[f"model.{name}"])
-        self._optimizer.load(flat)
+        for one in self._held:
+            one.load(flat)
         for name, part in self._parts.items():
             part.load_state_dict(unflatten(f"parts.{name}", flat))
         self.step = int(flat["progress"]["step"])
@@ -150,24 +154,6 @@ class TrainState:
 
     def _needed(self) -> list[str]:
         return ["loader", "progress", *(f"parts.{name}" for name in self._parts)]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the model's parameters and persistent buffers by name; of tied ones the first name only."""
-        first = {id(param): name for name, param in self._model.named_parameters()}
-        every = {name: id(param) for name, param in self._model.named_parameters(remove_duplicate=False)}
-        state = self._model.state_dict()
-        return {name: tensor for name, tensor in state.items() if name not in every or first[every[name]] == name}
-
-    def _check_model(self, flat: Mapping[str, Any]) -> Iterator[str]:
-        live = {f"model.{name}": tensor for name, tensor in self._tensors().items()}
-        for name, tensor in live.items():
-            saved = flat.get(name)
-            if not isinstance(saved, Tensor):
-                yield f"{name} is not in it"
-            elif saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                yield (f"{name} was {list(saved.shape)} of {saved.dtype} and is {list(tensor.shape)} of {tensor.dtype}")
-        known = live.keys() | {f"model.{name}" for name in self._elsewhere}
-        yield from (f"{name} is not in the model" for name in flat if name.startswith("model.") and name not in known)
 
     def _load_rngs(self, flat: Mapping[str, Any]) -> None:
         saved = {int(name.split(".")[1]) for name in flat if name.startswith("rng.")}

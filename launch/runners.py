@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +17,7 @@ from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
+from launch.precision import autocast
 from launch.roundpipe_runner import roundpipe_runner
 
 
@@ -93,21 +92,17 @@ class WholeRunner:
         return self.model if dist.get_rank() == 0 else None
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a model with fp32 weights computes in a precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:
     """Return what runs a job's steps. Raises, alike, what makes the model or the settings unfit. Every rank calls:
     ranks of RoundPipe open their shared memory."""
     round_robin = config.pipeline.schedule == "roundpipe"
     if place.transport is None and not config.moe.wanted and not round_robin:
         return WholeRunner(model, config, place.data_group)
+    if config.moe.wanted and not round_robin:
+        return ExpertRunner(model, config, place)
     if config.model.precision != "fp32":
         raise ConfigError(
-            f"model.precision is {config.model.precision}, and pipelines and expert-parallel layers compute in fp32; "
-            "set it to fp32"
+            f"model.precision is {config.model.precision}, and pipelines and RoundPipe compute in fp32; set it to fp32"
         )
     if round_robin:
         return roundpipe_runner(
@@ -118,4 +113,4 @@ def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) ->
             group=place.pipeline_group,
             data_group=place.data_group if place.data_size > 1 else None,
         )
-    return ExpertRunner(model, config, place) if config.moe.wanted else pipeline_runner(model, config, place)
+    return pipeline_runner(model, config, place)

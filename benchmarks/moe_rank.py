@@ -25,7 +25,7 @@ from moe.cost import LayerLoad, Profile, gradient_time, lane_bound, serial_time,
 from moe.issue import Span
 from moe.metrics import covered
 from moe.netns import TwoHosts, reshape
-from moe.plan import COMPUTE, DISPATCH, GRADIENT, INTRA, SCATTER, LayerPlan
+from moe.plan import COMPUTE, GRADIENT, INTRA, LayerPlan
 from moe.planner import best_fixed, fixed_time, plan_layer
 from moe.profiler import Links, ProfileConfig, agree_on_plans, make_profile
 from moe.simulate import predict
@@ -180,20 +180,9 @@ def interleave(bench: Bench, stack: Stack, ways: dict[str, list[LayerPlan]]) -> 
 
 def measured_hidden(spans: Sequence[Span]) -> float:
     """Return the seconds of gradient slices, before the flush, during which experts or the intra-node link ran."""
-    slices = [(s.t0_ns, s.t1_ns) for s in spans if s.op == "gradient" and s.layer != "flush"]
-    computed = [(s.t0_ns, s.t1_ns) for s in spans if s.link == COMPUTE]
-    dispatched = [s.t1_ns for s in spans if DISPATCH in s.op]
-    moved = [
-        (_work_began(s, [end for _, end in computed] if SCATTER in s.op else dispatched), s.t1_ns)
-        for s in spans
-        if s.link == INTRA
-    ]
-    return covered(slices, [*computed, *moved]) * 1e-9
-
-
-def _work_began(span: Span, before: Sequence[int]) -> int:
-    """An operation waits on its lane for what it moves: from the last such moment on it surely works."""
-    return max([span.t0_ns, *(end for end in before if end <= span.t1_ns)])
+    slices = [(s.t0_ns, s.t1_ns) for s in spans if s.op == GRADIENT and s.layer != "flush"]
+    others = [(s.t0_ns, s.t1_ns) for s in spans if s.link in (COMPUTE, INTRA)]
+    return covered(slices, others) * 1e-9
 
 
 def planned_hidden(profile: Profile, load: LayerLoad, plan: LayerPlan) -> float:

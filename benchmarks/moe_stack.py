@@ -72,6 +72,7 @@ def make_world() -> World:
         exchange=DirectExchange(ep),
         timeout_s=TIMEOUT_S,
         rank=rank,
+        on_span=spans.append,
     )
     return World(lanes, gradients, spans)
 
@@ -79,9 +80,9 @@ def make_world() -> World:
 class WaitingExperts(nn.Module):
     """Experts whose computation is a wait: `row_s` seconds a row in forward, twice that in backward."""
 
-    def __init__(self, row_s: float, spans: list[Span], layer: str) -> None:
+    def __init__(self, row_s: float) -> None:
         super().__init__()
-        self.row_s, self.spans, self.layer = row_s, spans, layer
+        self.row_s = row_s
         self.num_experts = EXPERTS // 2
 
     def forward(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -91,10 +92,8 @@ class WaitingExperts(nn.Module):
         return out
 
     def wait(self, rows: int, factor: int) -> None:
-        """Sleep as long as that many rows take, and leave a span."""
-        t0_ns = time.monotonic_ns()
+        """Sleep as long as that many rows take."""
         time.sleep(rows * self.row_s * factor)
-        self.spans.append(Span("compute", self.layer, "expert", t0_ns, time.monotonic_ns()))
 
 
 class _Wait(torch.autograd.Function):
@@ -145,7 +144,7 @@ class Stack:
         layer, lanes, name = self.layers[i], self.world.lanes, str(i)
         rows_SPE = np.full((2, 2, EXPERTS), layer.rows // EXPERTS, dtype=np.int64)
         # With the rows of both ranks of a host, each of which computes its share of every expert on all of them.
-        experts = WaitingExperts(self.expert_s[i] / (2 * layer.rows), self.world.spans, name)
+        experts = WaitingExperts(self.expert_s[i] / (2 * layer.rows))
         traffic = Traffic(rows_SPE, lanes.member, lanes.position)
         return LayerRun(experts, traffic, plan, lanes, Hooks(), name, lambda layer, p: self._drain(layer, p))
 

@@ -137,8 +137,8 @@ RULES: tuple[tuple[frozenset[str], frozenset[str], Cell], ...] = (
         "layers whose experts are spread need all ranks of ep to run the same forwards and backwards in the same "
         "order, and each pipeline orders its own by its own chunks; set pipeline.ranks to 1 without a schedule, or "
         "leave moe out and keep every stage's experts whole")),
-    (frozenset({"bf16"}), frozenset({*PIPES, "experts"}), _refused(
-        "model.precision is bf16, and pipelines and expert-parallel layers compute in fp32; set it to fp32")),
+    (frozenset({"bf16"}), PIPES, _refused(
+        "model.precision is bf16, and pipelines and RoundPipe compute in fp32; set it to fp32")),
     (frozenset({"lora"}), frozenset({"experts"}), _refused(
         "adapters cannot stand beside expert-parallel layers; leave lora or moe out")),
     (frozenset({"megatron"}), frozenset({*SHARDING, *PIPES, "experts", "lora"}), _refused(
@@ -149,6 +149,8 @@ RULES: tuple[tuple[frozenset[str], frozenset[str], Cell], ...] = (
     (frozenset({"split"}), frozenset({"whole", "roundpipe"}), _refused(
         "needs every sample within one chunk; use state_aware_1f1b, larger chunks, or leave longer samples out")),
     (frozenset({"megatron"}), ANY, _tested("test_launch_megatron.py::test_a_gpt_model_trains_resumes_and_is_exported")),
+    (frozenset({"bf16"}), frozenset({"experts"}), _tested(
+        "test_launch_moe_bf16.py::test_bf16_is_as_near_the_exact_gradient_as_one_process_in_bf16")),
     (frozenset({"experts"}), ANY, _tested(
         "test_launch_moe.py::test_any_spread_trains_as_one_process_and_resumes_another")),
     (frozenset({"bf16"}), frozenset({"fsdp2"}), _tested("test_launch_fsdp2.py::test_bf16_in_shards_stays_near")),

@@ -62,12 +62,20 @@ class ExpertPlanner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, reducer: GradientReducer, *, tokens: int, slice_bytes: int, path: Path
+        self,
+        model: PreTrainedModel,
+        reducer: GradientReducer,
+        *,
+        tokens: int,
+        slice_bytes: int,
+        dtype: torch.dtype,
+        path: Path,
     ) -> None:
+        """`dtype` is that of the experts' products, and of the rows that travel."""
         self._model, self._reducer, self._path = model, reducer, path
         self._names = backward_order(model)
         self._layers = expert_layers(model)
-        self._slice_bytes = slice_bytes
+        self._slice_bytes, self._dtype = slice_bytes, dtype
         top_k = getattr(model.config, "num_experts_per_tok", None)
         if not isinstance(top_k, int):
             raise ConfigError(
@@ -80,7 +88,7 @@ class ExpertPlanner:
         self._ready: list[int] | None = None
         even = torch.ones(len(self._layers), first.placement.num_experts)
         self._planned = self._loads(even)
-        self._profile = _profile(first, self._planned[self._names[0]], self._rows)
+        self._profile = _profile(first, self._planned[self._names[0]], self._rows, dtype)
         self._plan()
 
     def describe(self) -> list[str]:
@@ -124,7 +132,7 @@ class ExpertPlanner:
         of_rank_P = rows_E.view(lanes.num_ranks, -1).sum(1)
         skew = float(of_rank_P.max() * lanes.num_ranks / of_rank_P.sum()) if of_rank_P.sum() else 1.0
         rows = self._rows * skew
-        nbytes = rows * down.shape[1] * down.itemsize
+        nbytes = rows * down.shape[1] * self._dtype.itemsize
         members = lanes.num_members
         return LayerLoad(
             exchange_bytes=nbytes,
@@ -134,13 +142,13 @@ class ExpertPlanner:
         )
 
 
-def _profile(layer: ParallelExperts, load: LayerLoad, rows: int) -> Profile:
+def _profile(layer: ParallelExperts, load: LayerLoad, rows: int, dtype: torch.dtype) -> Profile:
     """Measure links, experts of this layer's sizes, and the executor. Every rank calls."""
     lanes = layer.runner.lanes
     assert isinstance(lanes.inter, IssueQueue), "the settings refuse to measure where nothing moves between ranks"
     assert lanes.ep is not None
     count, width, inner = layer.down_proj.shape
-    shape = ExpertShape(width=width, inner=inner, count=count)
+    shape = ExpertShape(width=width, inner=inner, count=count, dtype=dtype)
     forward, backward = expert_jobs(shape)
     links = Links(
         inter=lanes.inter,

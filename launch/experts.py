@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from launch.files import RunFolder, replace_folder
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place
+from launch.precision import autocast, dtype_of
 from moe.config import ExpertsConfig
 from moe.gradients import GradientReducer
 from moe.metrics import load_balance
@@ -101,14 +103,16 @@ class ExpertRunner:
         moe.parallelize(model, place.mesh, ep="ep", esp=esp, dp="dp", plan=plan, config=layers)
         reducer = attach_reducer(model, slice_bytes=settings.slice_bytes, average=False)
         self._engine = ExpertEngine(place.data_group, model, reducer)
-        self._runner = ChunkRunner(
-            model,
-            retain=config.chunks.retain,
-            group=place.data_group,
-            seed=config.run.seed,
-            engine=lambda _: self._engine,
-        )
-        self.num_positions, self.evaluate = self._runner.num_positions, self._runner.evaluate
+        self._precision = partial(autocast, config.model.precision, model.device)
+        with self._precision():
+            self._runner = ChunkRunner(
+                model,
+                retain=config.chunks.retain,
+                group=place.data_group,
+                seed=config.run.seed,
+                engine=lambda _: self._engine,
+            )
+        self.num_positions = self._runner.num_positions
         self._planner = None
         if settings.plan == MEASURE:
             self._planner = ExpertPlanner(
@@ -116,6 +120,7 @@ class ExpertRunner:
                 reducer,
                 tokens=config.chunks.chunk_tokens,
                 slice_bytes=settings.slice_bytes,
+                dtype=dtype_of(config.model.precision),
                 path=RunFolder(Path(config.run.folder)).expert_plans,
             )
         self.loads: dict[str, float] = {}
@@ -137,11 +142,17 @@ class ExpertRunner:
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
         """Run one step; return its mean loss. Every rank calls."""
-        loss = self._runner.forward_backward(batch)
+        with self._precision():
+            loss = self._runner.forward_backward(batch)
         rows_LE = self._engine.take_rows()
         self.loads = _loads(rows_LE)
         self.notes = () if self._planner is None else self._planner.after_step(rows_LE)
         return loss
+
+    def evaluate(self, batch: StepBatch) -> Tensor:
+        """Return the mean loss of a step. Every rank calls."""
+        with self._precision():
+            return self._runner.evaluate(batch)
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the whole model's gradient: all experts, copies of them once. Every rank calls."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +17,7 @@ from launch.experts import ExpertRunner
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
+from launch.precision import autocast
 from launch.roundpipe_runner import roundpipe_runner
 from launch.shards import gather_shards, shard
 from launch.zero import ZeroRunner
@@ -104,11 +103,6 @@ class WholeRunner:
 
 def _megatron_runner() -> Any:
     return import_module("chunkflow.adapters.megatron").MegatronRunner
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a model with fp32 weights computes in a precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> Runner:

@@ -1,17 +1,20 @@
 """What each sub-module promises, as checks to run on one of your own. One rank is enough; T tokens, any dtype.
 
 `check_gate`, `check_order`, `check_experts` and `check_hooks` return nothing and raise ContractError, which says what
-was promised and what was seen.
+was promised and what was seen. `check_exchange`, for dispatch and combine, runs on all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.agree import problem_of
+from moe.dispatch import Exchange
 from moe.errors import ContractError
 from moe.hooks import Hooks
 from moe.order import Order
@@ -92,6 +95,32 @@ def check_hooks(hooks: Hooks, rows_ND: Tensor, *, tolerance: float = 0.0) -> Non
             _require(same, f"after_{name} returns {tuple(rows_ND.shape)} {rows_ND.dtype}; got {tuple(back.shape)}")
             error = float((back - rows_ND).abs().max()) if len(back) else 0.0
             _require(error <= tolerance, f"after_{name} undoes before_{name} within {tolerance:g}; got {error:.3g}")
+
+
+def check_exchange(exchange: Exchange, group: dist.ProcessGroup, *, tries: int = 3, seed: int = 0) -> None:
+    """Check that rows arrive whole, by source, also where ranks send nothing, and that combine brings them back.
+
+    Every rank of `group`, the `ep` axis, calls, and every rank gets the same error.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    generator = np.random.default_rng(seed)
+    for most in range(tries):
+        matrix_PP = generator.integers(0, most + 1, (size, size))
+        pairs = list(np.ndindex(size, size))
+        rows = {(s, d): torch.arange(matrix_PP[s, d] * 2.0).view(-1, 2) + 1000 * s + 100 * d for s, d in pairs}
+        sent = torch.cat([rows[rank, d] for d in range(size)])
+        arrived = torch.cat([rows[s, rank] for s in range(size)])
+        promise = "dispatch returns the rows that were sent, in order of their source"
+        _require_everywhere(torch.equal(exchange(sent, matrix_PP), arrived), promise, group)
+        promise = "combine, which gets the matrix transposed, brings the rows back"
+        _require_everywhere(torch.equal(exchange(arrived, matrix_PP.T), sent), promise, group)
+
+
+def _require_everywhere(holds: bool, promise: str, group: dist.ProcessGroup) -> None:
+    every: list[bool] = [True] * dist.get_world_size(group)
+    dist.all_gather_object(every, holds, group=group)
+    wrong = [rank for rank, held in enumerate(every) if not held]
+    _require(not wrong, f"{promise}; not on ranks {wrong} of the ep axis")
 
 
 def _check_scores(gate: Callable[[Tensor], Routing], weights: Tensor) -> None:

@@ -5,7 +5,8 @@ E experts of this rank, I inner width (of this rank's slice, where experts are s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,51 @@ from torch import Tensor, nn
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_ALIGN_BYTES = 16
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """Return x as autocast, where it is on, gives it to a product; it knows neither exchanges nor `grouped_mm`."""
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+@dataclass(frozen=True)
+class GatedStacks:
+    """Gated experts as a function of two stacked weights: `experts` as the executor calls them."""
+
+    gate_up_EID: Tensor
+    down_EDI: Tensor
+    act: Callable[[Tensor], Tensor]
+    grouped: bool
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of this rank."""
+        return len(self.down_EDI)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Return what backward gives gradients to."""
+        yield from (self.gate_up_EID, self.down_EDI)
+
+    def __call__(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Return `[N, D]`."""
+        if self.grouped and _can_group(rows_ND, self.gate_up_EID, self.down_EDI):
+            return self._grouped_mm(rows_ND, counts)
+        out = [self._one(e, rows) for e, rows in enumerate(rows_ND.split(counts)) if len(rows)]
+        return torch.cat(out) if out else rows_ND
+
+    def _one(self, e: int, rows_ND: Tensor) -> Tensor:
+        gate, up = F.linear(rows_ND, self.gate_up_EID[e]).chunk(2, dim=-1)
+        return F.linear(self.act(gate) * up, self.down_EDI[e])
+
+    def _grouped_mm(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        # Rows past the last offset would be left uninitialised: the counts must add up to N.
+        assert sum(counts) == len(rows_ND), (counts, rows_ND.shape)
+        offsets_E = torch.tensor(counts, device=rows_ND.device).cumsum(0).to(torch.int32)
+        gate_up = F.grouped_mm(rows_ND, self.gate_up_EID.transpose(-2, -1), offs=offsets_E)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.grouped_mm(self.act(gate) * up, self.down_EDI.transpose(-2, -1), offs=offsets_E)
 
 
 class StackedExperts(nn.Module):
@@ -31,24 +77,13 @@ class StackedExperts(nn.Module):
         self.num_experts = len(down_EDI)
         self._grouped = grouped
 
+    def stacks(self) -> GatedStacks:
+        """Return the experts with weights as the products take them: cast once, where autocast is on."""
+        return GatedStacks(narrowed(self.gate_up_proj), narrowed(self.down_proj), self.act_fn, self._grouped)
+
     def forward(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         """Return `[N, D]`."""
-        if self._grouped and _can_group(rows_ND, self.gate_up_proj, self.down_proj):
-            return self._grouped_mm(rows_ND, counts)
-        out = [self._one(e, rows) for e, rows in enumerate(rows_ND.split(counts)) if len(rows)]
-        return torch.cat(out) if out else rows_ND
-
-    def _one(self, e: int, rows_ND: Tensor) -> Tensor:
-        gate, up = F.linear(rows_ND, self.gate_up_proj[e]).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, self.down_proj[e])
-
-    def _grouped_mm(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
-        # Rows past the last offset would be left uninitialised: the counts must add up to N.
-        assert sum(counts) == len(rows_ND), (counts, rows_ND.shape)
-        offsets_E = torch.tensor(counts, device=rows_ND.device).cumsum(0).to(torch.int32)
-        gate_up = F.grouped_mm(rows_ND, self.gate_up_proj.transpose(-2, -1), offs=offsets_E)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.grouped_mm(self.act_fn(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets_E)
+        return self.stacks()(rows_ND, counts)
 
 
 def _can_group(rows_ND: Tensor, gate_up_EID: Tensor, down_EDI: Tensor) -> bool:

@@ -5,20 +5,23 @@ The calling thread computes; the inter- and intra-node lanes move rows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.dispatch import gather_rows, scatter_sum
 from moe.hooks import Hooks
-from moe.lanes import Lanes, Result
-from moe.plan import GATHER, LayerPlan
+from moe.issue import Result, Span, Ticket
+from moe.lanes import Lanes
+from moe.plan import COMPUTE, GATHER, LayerPlan
 from moe.records import ChunkInfo
 from moe.traffic import ChunkTraffic, Ints, Traffic, cuts
 
@@ -31,7 +34,7 @@ class Experts(Protocol):
         """Experts of this rank."""
         ...
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[Tensor]:
         """Return all that backward may have a gradient for."""
         ...
 
@@ -68,9 +71,9 @@ def run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bo
         # All of it now, while the first rows are on their way: between computations every lane would wait for it.
         pieces = [_pieces(chunk, every, Fraction(c, r), Fraction(c + 1, r)) for c, chunk in enumerate(chunks)]
         for c in range(r):
-            rows_ND = run.hooks.after_dispatch(flow.gathered.pop(c).result(), infos[c])
-            output_ND = _compute_chunk(rows_ND, pieces[c], compute)
-            flow.computed[c].set_result(run.hooks.before_combine(output_ND, infos[c]))
+            rows_N, t0_ns = flow.gathered.pop(c).result(), time.monotonic_ns()
+            output_ND = _compute_chunk(run.hooks.after_dispatch(rows_N, infos[c]), pieces[c], compute)
+            flow.hand_over(c, run.hooks.before_combine(output_ND, infos[c]), t0_ns)
     except BaseException as error:
         flow.give_up(error)
         raise
@@ -104,52 +107,56 @@ class _Flow:
 
     def __init__(self, run: LayerRun, chunks: list[ChunkTraffic], infos: list[ChunkInfo], rows_RD: Tensor) -> None:
         self.run, self.chunks, self.infos = run, chunks, infos
-        way = "backward " if infos[0].backward else ""
-        self.computed = [run.lanes.ticket(run.layer, f"{way}experts {c}") for c in range(len(chunks))]
+        self.way = way = "backward " if infos[0].backward else ""
+        computed = [run.lanes.ticket(run.layer, f"{way}experts {c}") for c in range(len(chunks))]
+        self.computed: list[Ticket | None] = [*computed]
         self.gathered: dict[int, Result] = {}
         self.combined: dict[int, Result] = {}
         scattered: dict[int, Result] = {}
         submit = _submitter(run, way)
-        dispatched = {c: submit("dispatch", c, self._dispatch(c, rows_RD)) for c in range(len(chunks))}
+        dispatched = [submit("dispatch", c, self._dispatch(c, rows_RD), None) for c in range(len(chunks))]
         for op in run.plan.intra_order(backward=infos[0].backward):
+            sizes, esp = chunks[op.chunk].member_rows, run.lanes.esp
             if op.name == GATHER:
-                self.gathered[op.chunk] = submit("gather", op.chunk, self._gather(op.chunk, dispatched))
+                gather = partial(gather_rows, sizes=sizes, group=esp)
+                self.gathered[op.chunk] = submit("gather", op.chunk, gather, dispatched[op.chunk])
             else:
-                scattered[op.chunk] = submit("scatter", op.chunk, self._scatter(op.chunk))
+                scatter = partial(scatter_sum, sizes=sizes, group=esp)
+                scattered[op.chunk] = submit("scatter", op.chunk, scatter, computed[op.chunk])
         if infos[0].backward and run.drain is not None:
             run.drain(run.layer, run.plan)
-        for c in range(len(chunks)):
-            self.combined[c] = submit("combine", c, self._combine(c, scattered))
+        for c, chunk in enumerate(chunks):
+            self.combined[c] = submit("combine", c, self._combine(chunk), scattered[c])
 
-    # Each of these returns what a lane's thread will run. They take results out of the dicts, to free the rows.
     def _dispatch(self, c: int, rows_RD: Tensor) -> Callable[[], Tensor]:
         chunk, exchange = self.chunks[c], self.run.lanes.exchange
         sent = self.run.hooks.before_dispatch(take(rows_RD, chunk.send_index), self.infos[c])
         return lambda: exchange(sent, chunk.matrix[self.run.lanes.member])
 
-    def _gather(self, c: int, dispatched: dict[int, Result]) -> Callable[[], Tensor]:
-        sizes, esp = self.chunks[c].member_rows, self.run.lanes.esp
-        return lambda: gather_rows(dispatched.pop(c).result(), sizes, esp)
+    def _combine(self, chunk: ChunkTraffic) -> Callable[[Tensor], Tensor]:
+        exchange, matrix_PP = self.run.lanes.exchange, chunk.matrix[self.run.lanes.member].T
+        return lambda rows: exchange(rows, matrix_PP)
 
-    def _scatter(self, c: int) -> Callable[[], Tensor]:
-        sizes, esp = self.chunks[c].member_rows, self.run.lanes.esp
-        return lambda: scatter_sum(self.computed[c].result(), sizes, esp)
-
-    def _combine(self, c: int, scattered: dict[int, Result]) -> Callable[[], Tensor]:
-        matrix_PP, exchange = self.chunks[c].matrix[self.run.lanes.member].T, self.run.lanes.exchange
-        return lambda: exchange(scattered.pop(c).result(), matrix_PP)
+    def hand_over(self, c: int, output: Tensor, t0_ns: int) -> None:
+        """Let a chunk's results go on their way; its computation began at `t0_ns`."""
+        span = Span(COMPUTE, self.run.layer, f"{self.way}expert {c}", t0_ns, time.monotonic_ns())
+        ticket, self.computed[c] = self.computed[c], None  # whoever sums the output frees it
+        assert ticket is not None
+        ticket.set_result(output)
+        if (on_span := self.run.lanes.on_span) is not None:
+            on_span(span)
 
     def give_up(self, error: BaseException) -> None:
         """Fail what waits for computations that will not come, so that no thread sits out its deadline."""
         for ticket in self.computed:
-            if not ticket.done():
+            if ticket is not None:
                 ticket.set_exception(error)
 
 
-def _submitter(run: LayerRun, way: str) -> Callable[[str, int, Callable[[], Tensor]], Result]:
-    def submit(op: str, chunk: int, fn: Callable[[], Tensor]) -> Result:
+def _submitter(run: LayerRun, way: str) -> Callable[[str, int, Callable[..., Tensor], Result | None], Result]:
+    def submit(op: str, chunk: int, fn: Callable[..., Tensor], needs: Result | None) -> Result:
         lane = run.lanes.intra if op in ("gather", "scatter") else run.lanes.inter
-        return lane.submit(fn, layer=run.layer, op=f"{way}{op} {chunk}")
+        return lane.submit(fn, needs=needs, layer=run.layer, op=f"{way}{op} {chunk}")
 
     return submit
 

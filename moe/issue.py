@@ -14,7 +14,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,21 @@ from moe.errors import ExchangeError
 
 
 class Span(NamedTuple):
-    """When one operation ran on its link, in nanoseconds of `time.monotonic_ns`."""
+    """When one operation ran on its link, in nanoseconds of `time.monotonic_ns`; from when it had what it needs."""
 
     link: str
     layer: str
     op: str
     t0_ns: int
     t1_ns: int
+
+
+class Result(Protocol):
+    """The handle of something submitted."""
+
+    def result(self) -> Any:
+        """Wait for the value, or raise the cause."""
+        ...
 
 
 class Ticket(Future):
@@ -48,6 +56,14 @@ class Ticket(Future):
             raise ExchangeError(
                 f"{self.who}: not done after {waited_s:g} s; a peer is lost, late, or issues in another order"
             ) from None
+
+
+class _Item(NamedTuple):
+    ticket: Ticket
+    layer: str
+    op: str
+    fn: Callable[..., Any]
+    needs: Result | None
 
 
 class IssueQueue:
@@ -72,19 +88,22 @@ class IssueQueue:
         self._broken: ExchangeError | None = None
         self._closed = False
         self._lock = Lock()
-        self._waiting: SimpleQueue[tuple[Ticket, str, str, Callable[[], Any]] | None] = SimpleQueue()
+        self._waiting: SimpleQueue[_Item | None] = SimpleQueue()
         # A daemon: a collective whose peer is gone may outlive every deadline, and must not keep the process.
         self._thread = Thread(target=self._run, name=f"moe-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, fn: Callable[[], Any], *, layer: str = "", op: str = "") -> Ticket:
-        """Run `fn`, which does its collectives synchronously, after all that was submitted before; does not wait."""
+    def submit(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Ticket:
+        """Run `fn`, which does its collectives synchronously, after all that was submitted before; does not wait.
+
+        With `needs`, the link waits for that value when it is this operation's turn, and `fn` gets it.
+        """
         where = f"rank {self._rank}, layer {layer or '?'}, {op or 'operation'} on the {self.name} link"
         ticket = Ticket(where, self.timeout_s)
         with self._lock:
             if self._closed:
                 raise ExchangeError(f"{where}: the queue is closed; build the layer anew")
-            self._waiting.put((ticket, layer, op, fn))
+            self._waiting.put(_Item(ticket, layer, op, fn, needs))
         return ticket
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -115,23 +134,25 @@ class IssueQueue:
     @torch.no_grad()
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
-            self._run_one(*item)
+            self._run_one(item)
             item = None  # closures hold tensors: free them before the next wait
 
-    def _run_one(self, ticket: Ticket, layer: str, op: str, fn: Callable[[], Any]) -> None:
+    def _run_one(self, item: _Item) -> None:
+        ticket = item.ticket
         if self._broken is not None:
             ticket.set_exception(ExchangeError(f"{ticket.who}: not issued, for the link broke before: {self._broken}"))
             return
-        t0_ns = time.monotonic_ns()
         try:
-            value = fn()
+            inputs = () if item.needs is None else (item.needs.result(),)
+            t0_ns = time.monotonic_ns()
+            value = item.fn(*inputs)
         except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
             self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}")
             self._broken.__cause__ = error
             ticket.set_exception(self._broken)
             return
         if self._on_span is not None:
-            self._on_span(Span(self.name, layer, op, t0_ns, time.monotonic_ns()))
+            self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
         ticket.set_result(value)
 
 

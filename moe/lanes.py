@@ -12,22 +12,14 @@ import torch.distributed as dist
 from moe.config import MoeConfig
 from moe.dispatch import DirectExchange, Exchange, TwoLevelExchange, stay
 from moe.errors import MoeConfigError
-from moe.issue import IssueQueue, Ticket, own_group
-
-
-class Result(Protocol):
-    """What a lane returns for something submitted."""
-
-    def result(self) -> Any:
-        """Wait for the value, or raise the cause."""
-        ...
+from moe.issue import IssueQueue, Result, Span, Ticket, own_group
 
 
 class Lane(Protocol):
     """Runs what is submitted in order."""
 
-    def submit(self, fn: Callable[[], Any], *, layer: str = "", op: str = "") -> Result:
-        """Return a handle at once."""
+    def submit(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Result:
+        """Return a handle at once; `fn` gets the value of `needs`, where that is given."""
         ...
 
 
@@ -47,9 +39,9 @@ class _Later:
 class NoLink:
     """The lane of an axis of one rank: nothing moves, so nothing has an order."""
 
-    def submit(self, fn: Callable[[], Any], *, layer: str = "", op: str = "") -> Result:
+    def submit(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Result:
         """Return the value, computed when asked for."""
-        return _Later(fn)
+        return _Later(fn if needs is None else lambda: fn(needs.result()))
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,8 @@ class Lanes:
     exchange: Exchange
     timeout_s: float
     rank: int
+    on_span: Callable[[Span], None] | None = None
+    """Told when each operation ran: those of the links by their threads, the experts' by the thread that computes."""
 
     @property
     def num_ranks(self) -> int:
@@ -99,22 +93,30 @@ ALONE = Lanes(NoLink(), NoLink(), None, None, stay, timeout_s=0.0, rank=0)
 """Every expert on this rank, whole."""
 
 
-def make_lanes(ep: dist.ProcessGroup | None, esp: dist.ProcessGroup | None, config: MoeConfig) -> Lanes:
+def make_lanes(
+    ep: dist.ProcessGroup | None,
+    esp: dist.ProcessGroup | None,
+    config: MoeConfig,
+    *,
+    on_span: Callable[[Span], None] | None = None,
+) -> Lanes:
     """Return the lanes over two axes, each with groups and a thread of its own. Every rank of both groups calls.
 
+    `on_span` is called with every operation that ended, from the thread that ran it.
     Raises MoeConfigError when the nodes do not divide the `ep` axis.
     """
     timeout_s = config.timeout_s
     ep = None if ep is None or ep.size() == 1 else own_group(ep, timeout_s=timeout_s)
     esp = None if esp is None or esp.size() == 1 else own_group(esp, timeout_s=timeout_s)
     return Lanes(
-        inter=NoLink() if ep is None else IssueQueue(ep, "inter", timeout_s=timeout_s),
-        intra=NoLink() if esp is None else IssueQueue(esp, "intra", timeout_s=timeout_s),
+        inter=NoLink() if ep is None else IssueQueue(ep, "inter", timeout_s=timeout_s, on_span=on_span),
+        intra=NoLink() if esp is None else IssueQueue(esp, "intra", timeout_s=timeout_s, on_span=on_span),
         ep=ep,
         esp=esp,
         exchange=stay if ep is None else _exchange(ep, config),
         timeout_s=timeout_s,
         rank=dist.get_rank() if dist.is_initialized() else 0,
+        on_span=on_span,
     )
 
 

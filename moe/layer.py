@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.agree import Problem, agree, problem_of
+from moe.experts import narrowed
 from moe.flow import Experts, LayerRun
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
@@ -44,7 +45,7 @@ class ExpertRunner:
             counts_E = torch.zeros(num_experts, dtype=torch.int64)
             agree(counts_E, x_TD.shape[-1], x_TD.dtype, problem, self.plan, self.lanes, self.name)
         ordered = order(x_TD, routing)
-        rows_RD, counts_E = ordered.rows_RD, ordered.counts_E
+        rows_RD, counts_E = narrowed(ordered.rows_RD), ordered.counts_E  # before they travel
         fits = len(counts_E) == num_experts and int(counts_E.sum()) == len(rows_RD)
         if not fits:
             problem, counts_E = Problem.TOKENS, torch.zeros(num_experts, dtype=torch.int64)

@@ -26,6 +26,8 @@ class ExpertShape:
     width: int
     inner: int
     count: int
+    dtype: torch.dtype = torch.float32
+    """Of products and of rows that travel."""
 
 
 def profile_here(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> tuple[int, Profile]:
@@ -84,10 +86,10 @@ def profile_world(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> P
 
 
 def made_experts(shape: ExpertShape) -> StackedExperts:
-    """Return random experts of a shape, fp32."""
+    """Return random experts of a shape."""
     return StackedExperts(
-        torch.randn(shape.count, 2 * shape.inner, shape.width) * 0.02,
-        torch.randn(shape.count, shape.width, shape.inner) * 0.02,
+        (torch.randn(shape.count, 2 * shape.inner, shape.width) * 0.02).to(shape.dtype),
+        (torch.randn(shape.count, shape.width, shape.inner) * 0.02).to(shape.dtype),
     )
 
 
@@ -98,7 +100,7 @@ def expert_jobs(shape: ExpertShape) -> tuple[Callable[[int], Any], Callable[[int
     def inputs(rows: int) -> tuple[torch.Tensor, list[int]]:
         each = [rows // shape.count] * shape.count
         each[0] += rows - sum(each)
-        return torch.randn(rows, shape.width, requires_grad=True), each
+        return torch.randn(rows, shape.width, dtype=shape.dtype, requires_grad=True), each
 
     def forward(rows: int) -> Callable[[], Any]:
         x, counts = inputs(rows)

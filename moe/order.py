@@ -49,7 +49,8 @@ class SparseOrder:
 
         def inverse(rows_RD: Tensor) -> Tensor:
             weighted_RD = rows_RD * routing.weights_A[chosen_R].unsqueeze(-1)
-            return _sum_tokens(weighted_RD, chosen_R, routing).to(x_TD.dtype)
+            wide = torch.promote_types(weighted_RD.dtype, x_TD.dtype)
+            return _sum_tokens(weighted_RD.to(wide), chosen_R, routing).to(x_TD.dtype)
 
         return Ordered(x_TD[routing.tokens_A[chosen_R]], counts_E, inverse)
 

@@ -6,7 +6,7 @@ shared by all tokens stay the model's own, so outputs and the auxiliary loss are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe.config import MoeConfig
 from moe.errors import MoeConfigError
 from moe.experts import INNER, StackedExperts, slice_inner
+from moe.issue import Span
 from moe.lanes import Lanes, make_lanes
 from moe.layer import ExpertRunner
 from moe.order import SparseOrder
@@ -62,29 +63,8 @@ class ParallelExperts(StackedExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
         routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
-        local = LocalExperts(self)
-        output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, SparseOrder(), local)
+        output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, SparseOrder(), self.stacks())
         return output_TD
-
-
-@dataclass(frozen=True)
-class LocalExperts:
-    """The experts of this rank as the executor calls them: rows expert by expert."""
-
-    module: ParallelExperts
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of this rank."""
-        return self.module.num_experts
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Return what backward gives gradients to."""
-        return self.module.parameters()
-
-    def __call__(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
-        """Return `[N, D]`."""
-        return StackedExperts.forward(self.module, rows_ND, counts)
 
 
 def parallelize(
@@ -96,13 +76,15 @@ def parallelize(
     dp: str,
     plan: LayerPlan | Mapping[str, LayerPlan] | None = None,
     config: MoeConfig | None = None,
+    on_span: Callable[[Span], None] | None = None,
 ) -> nn.Module:
     """Spread the experts of `model` over the `ep` axis of the mesh, and slices of each over `esp`; return the model.
 
     Every rank of the mesh calls with the whole model, the same weights on each. Axes: `ep`, `esp`, `dp` name dimensions
     of the mesh; all three have tokens of their own on each rank. `plan` is one for all layers, or one for each name of
     `expert_layers`; without it layers do not overlap. Expert parameters carry `is_expert = True`: what averages
-    gradients, leaves them out over `ep` and `esp` (see `moe.sync`); DDP must be told to ignore them.
+    gradients, leaves them out over `ep` and `esp` (see `moe.sync`); DDP must be told to ignore them. `on_span` gets the
+    measured timeline, for `moe.tracing.from_spans`.
 
     Raises MoeConfigError, and leaves the model as it was, when it has no such experts, or when experts do not divide.
     """
@@ -111,7 +93,7 @@ def parallelize(
     sizes = _check(model, blocks, mesh, ep, esp, dp)
     plans = {name: plan if isinstance(plan, LayerPlan) else (plan or {}).get(name, PLAIN) for name in blocks}
     _check_plans(plan, blocks)
-    lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config)
+    lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span)
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
         runner = ExpertRunner(lanes, plan=plans[name], name=name)

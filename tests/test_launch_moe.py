@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import moe
 from checkpointing import Checkpointer, KeepLast
-from chunkflow import SINGLE, ChunkLoader, ChunkRunner, MemorySource
+from chunkflow import SINGLE, ChunkRunner
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.reference import float64_throughout
 from launch import TrainState
@@ -22,42 +22,17 @@ from launch.gradnorm import clip_, global_grad_norm
 from launch.mesh import make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
-from launch.pipeline_job import Place
 from launch.recipe import read_config
 from moe.config import ExpertsConfig
 from moe.errors import MoeConfigError, PlanError
 from moe.plan import LayerPlan
 from tests.launch_jobs import run_job, settings, write_corpus
-from tests.moe_models import VOCABULARY, tiny_moe
+from tests.moe_jobs import loader_of, place_of
+from tests.moe_models import tiny_moe
 from tests.spawn import ROOT, run_ranks
-from tests.tiny import sequence, tiny_model
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.timeout(240)
-LENGTHS = [10, 9, 75, 30, 12, 7, 66, 25, 14, 90, 8, 31] * 2
-"""Of samples; chunks have 16 tokens, so that some samples are groups of up to six."""
-
-
-def source():
-    return MemorySource([shortened(sequence(n, length)) for n, length in enumerate(LENGTHS)])
-
-
-def shortened(sample):
-    """The same sample in the small vocabulary of the MoE models."""
-    ids, labels = sample.input_ids % VOCABULARY, sample.shift_labels
-    return type(sample)(ids, labels.clip(max=VOCABULARY - 1), sample.loss_weights)
-
-
-def loader_of(rank, size):
-    return ChunkLoader(source(), chunk_tokens=16, global_batch=3, rank=rank, world_size=size, retain=2, pair_cost=0.01)
-
-
-def place_of(info, ep, esp):
-    mesh = make_mesh("cpu", info.world_size, ep=ep, esp=esp)
-    world = torch.distributed.group.WORLD
-    return Place(
-        pipeline_rank=0, pipeline_group=mesh.get_group("pp"), data_rank=info.rank, data_size=info.world_size,
-        data_group=world, mesh=mesh, transport=None, device=torch.device("cpu"),
-    )  # fmt: skip
 
 
 def spread_runner(info, model, ep, esp, folder, **changes):
@@ -160,6 +135,8 @@ def rank_measures(info, folder):
                 losses.append(float(runner.forward_backward(next(steps))))
                 notes.append(runner.notes)
                 model.zero_grad()
+    one_expert = torch.tensor([[9, 0, 0, 0]] * 2)  # from now on, all rows of both layers
+    notes.append([note for _ in range(6) for note in runner._planner.after_step(one_expert)])
     plans = {name: layer.runner.plan.to_json() for name, layer in moe.expert_layers(model).items()}
     return losses, notes, plans, runner.description
 
@@ -170,6 +147,8 @@ def test_measured_plans_are_agreed_written_and_change_no_loss(tmp_path):
     assert all(plans == other for _, _, other, _ in found)
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
     assert "dense gradients of" in notes[0][0]
+    assert all(other == notes[3] for _, (*_, other), _, _ in found)
+    assert "Experts planned anew: model.layers.1.mlp.experts: exchange_bytes went from" in notes[3][0]
     assert "2 layers of 4 experts over dp 1 x ep 2 x esp 1" in description
     assert "limited by" in description
     written = read_plans(tmp_path / "moe_plan.json")

@@ -16,8 +16,9 @@ from launch import pretrained
 from launch.config import FinetuneConfig, ModelConfig
 from launch.errors import ConfigError, ModelError
 from launch.metrics import read_metrics
+from launch.precision import autocast
 from launch.pretrained import pretrained_model, pretrained_tokenizer
-from launch.runners import autocast, make_runner
+from launch.runners import make_runner
 from tests.launch_jobs import kill_job, run_job, start, wait_for_step
 from tests.spawn import ROOT
 from tests.tiny import tiny_model

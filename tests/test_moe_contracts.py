@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from moe.contracts import check_experts, check_gate, check_hooks, check_order
+from moe.contracts import check_exchange, check_experts, check_gate, check_hooks, check_order
+from moe.dispatch import DirectExchange
 from moe.errors import ContractError
 from moe.experts import StackedExperts
 from moe.gates import SoftmaxGate
@@ -103,6 +105,39 @@ def test_experts_that_break_a_promise_are_found():
         check_experts(ShortExperts(*stacks()), X)
     with pytest.raises(ContractError, match="experts have an int `num_experts`"):
         check_experts(nn.Identity(), X)
+
+
+class OneWay:
+    """Dispatch is right; combine loses what the rows hold."""
+
+    def __init__(self, right):
+        self.right, self.calls = right, 0
+
+    def __call__(self, rows, matrix_PP):
+        self.calls += 1
+        return self.right(rows, matrix_PP) * (self.calls % 2)
+
+
+def broken_exchanges(info):
+    right, said = DirectExchange(dist.group.WORLD), []
+    check_exchange(right, dist.group.WORLD)
+    for wrong in (
+        lambda rows, matrix: right(rows, matrix).flip(0),
+        lambda rows, matrix: right(rows, matrix)[: 0 if info.rank else None],
+        OneWay(right),
+    ):
+        with pytest.raises(ContractError) as caught:
+            check_exchange(wrong, dist.group.WORLD)
+        said.append(str(caught.value))
+    return said
+
+
+def test_exchanges_that_break_a_promise_are_found_on_every_rank():
+    first, second = run_ranks(broken_exchanges, 2)
+    assert first == second
+    assert first[0].startswith("the contract is broken: dispatch returns the rows that were sent, in order of")
+    assert first[1].endswith("; not on ranks [1] of the ep axis")
+    assert "combine, which gets the matrix transposed, brings the rows back" in first[2]
 
 
 class HalfHooks(Hooks):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe.contracts import check_exchange
 from moe.dispatch import DirectExchange, TwoLevelExchange, all_to_all, gather_rows, scatter_sum
 from moe.errors import MoeConfigError
 from moe.traffic import Traffic, cuts
@@ -70,6 +71,7 @@ def exchange_all(info):
             TwoLevelExchange(intra, inter, levels="2d"),
             TwoLevelExchange(intra, inter, levels="1d"),
         ):
+            check_exchange(exchange, group, tries=2, seed=density)
             assert torch.equal(exchange(rows, matrix), expected)
             assert torch.equal(exchange(expected, matrix.T), rows)
     sizes = np.array([2, 0, 3, 1])

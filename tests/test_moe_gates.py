@@ -26,7 +26,10 @@ from moe.gates import (
 from moe.gates.router import balance_loss
 from moe.layer import MoELayer
 from moe.order import EinsumOrder, SparseOrder
+from moe.plan import LayerPlan
 from moe.reference import reference_moe
+from tests.moe_case import lanes_of, make_mesh
+from tests.spawn import run_ranks
 
 T, D, E, K = 12, 8, 6, 2
 GATES = {
@@ -77,6 +80,35 @@ def test_layer_with_every_gate_and_order_equals_the_loop_in_values_and_gradients
     got = torch.autograd.grad((y * weights).sum(), params)
     for a, b in zip(got, torch.autograd.grad((expected * weights).sum(), params), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-11)
+
+
+def spread_gates(info):
+    """Every gate in every order, its experts spread over two ranks: the largest difference from the loop, by name."""
+    lanes, errors = lanes_of(make_mesh(2, 2, 1)), {}
+    own = range(info.rank * E // 2, (info.rank + 1) * E // 2)
+    every = [tokens(2, T // 2) + rank for rank in range(2)]
+    for kind in GATES:
+        for order in (SparseOrder(), EinsumOrder())[kind == "soft" :]:
+            layer = MoELayer(
+                gate_of(kind), ModuleExperts(Twist(e) for e in own), order=order, lanes=lanes, plan=LayerPlan(2, 3)
+            )
+            x = every[info.rank].requires_grad_()
+            y = layer(x).hidden
+            experts = [Twist(e) for e in range(E)]
+            expected = [reference_moe(tokens, gate_of(kind)(tokens), experts) for tokens in every]
+            torch.stack(expected).square().sum().backward(inputs=[e.w for e in experts])
+            y.square().sum().backward(inputs=list(layer.experts.parameters()))
+            pairs = [(y, expected[info.rank])]
+            pairs += [(layer.experts.each[i].w.grad, experts[e].w.grad) for i, e in enumerate(own)]
+            errors[f"{kind} {type(order).__name__}"] = max(float((a - b).abs().max()) for a, b in pairs)
+    lanes.close()
+    return errors
+
+
+def test_every_gate_and_order_over_two_ranks_equals_the_loop_over_both():
+    for errors in run_ranks(spread_gates, 2):
+        assert len(errors) == 2 * len(GATES) - 1
+        assert max(errors.values()) < 1e-11, errors
 
 
 @pytest.mark.parametrize("kind", GATES)

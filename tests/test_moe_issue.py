@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moe.errors import ExchangeError
-from moe.issue import IssueQueue, Span, own_group
+from moe.issue import IssueQueue, Span, Ticket, own_group
 from tests.spawn import run_ranks
 
 
@@ -32,6 +32,25 @@ def test_a_failure_names_rank_layer_and_operation_and_breaks_the_queue():
             bad.result()
         with pytest.raises(ExchangeError, match=r"dispatch 2.*not issued, for the link broke before.*dispatch 1"):
             after.result()
+
+
+def test_an_operation_waits_for_what_it_needs_and_its_span_begins_then():
+    spans: list[Span] = []
+    with IssueQueue(None, "intra", on_span=spans.append) as queue:
+        value = Ticket("the experts", 20.0)
+        sums = [queue.submit(lambda x, i=i: x + i, needs=value, op=f"scatter {i}") for i in range(2)]
+        doubled = queue.submit(lambda x: 2 * x, needs=sums[1], op="combine")
+        time.sleep(0.01)
+        there_ns = time.monotonic_ns()
+        value.set_result(40)
+        assert (sums[0].result(), doubled.result()) == (40, 82)
+        lost = Ticket("the experts", 20.0)
+        failed = queue.submit(lambda x: pytest.fail("it ran"), needs=lost, layer="3", op="scatter 2")
+        lost.set_exception(ValueError("broken"))
+        with pytest.raises(ExchangeError, match=r"layer 3, scatter 2 on the intra link: ValueError: broken"):
+            failed.result()
+    assert [s.op for s in spans] == ["scatter 0", "scatter 1", "combine"]
+    assert all(s.t0_ns >= there_ns for s in spans)
 
 
 def test_a_wait_has_a_deadline():

@@ -1,14 +1,18 @@
 """The layer against the loop over tokens, in fp64: gradcheck on one rank, outputs and every gradient on several."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moe.config import MoeConfig
 from moe.errors import MoeError
 from moe.experts import ModuleExperts
 from moe.gates import SoftmaxGate
+from moe.lanes import make_lanes
 from moe.layer import MoELayer
 from moe.plan import PLAIN, LayerPlan
 from tests.moe_case import (
@@ -214,3 +218,26 @@ def test_expert_relabelling_and_token_order_do_not_matter():
     layer.experts.down_proj = nn.Parameter(layer.experts.down_proj[turned])
     mixed = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(layer(x[mixed]).hidden, y[mixed], rtol=0, atol=EXACT)
+
+
+def timelines(info):
+    spans = []
+    mesh = make_mesh(4, 2, 2)
+    lanes = make_lanes(mesh.get_group("ep"), mesh.get_group("esp"), MoeConfig(timeout_s=20), on_span=spans.append)
+    layer, x = make_layer(lanes, LayerPlan(2, 3)), tokens_of(info.rank, [6, 3, 5, 4]).requires_grad_()
+    backward_of(layer(x).hidden)
+    lanes.close()
+    return [tuple(span) for span in spans]
+
+
+def test_the_measured_timeline_has_every_operation_from_when_it_had_its_input():
+    for spans in run_ranks(timelines, 4):
+        ran = {op: (link, t0, t1) for link, _, op, t0, t1 in spans}
+        assert {layer for _, layer, *_ in spans} == {"case"}
+        for way, r in (("", 2), ("backward ", 3)):
+            for c in range(r):
+                steps = [ran[f"{way}{op} {c}"] for op in ("dispatch", "gather", "expert", "scatter", "combine")]
+                assert [link for link, *_ in steps] == ["inter", "intra", "compute", "intra", "inter"]
+                assert all(t0 <= t1 for _, t0, t1 in steps)
+                assert all(a[2] <= b[1] for a, b in pairwise(steps)), (way, c, steps)
+        assert len(spans) == len(ran) + 1 == 5 * 5 + 2  # and both exchanges of counts, of one name

@@ -1,12 +1,14 @@
 """Two emulated hosts: they are apart, shaped, reshaped, and gone afterwards, also after a failure."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
-from moe import netns
+from moe import cli, netns
 from moe.errors import MoeConfigError, MoeError
 from moe.netns import TwoHosts, two_hosts
 
@@ -87,3 +89,19 @@ def test_without_root_it_says_so(net, monkeypatch):
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(MoeConfigError, match=message):
         TwoHosts(**arguments)
+
+
+@needs_root
+def test_the_commands_bring_two_hosts_up_and_down(net):
+    name = ["--name", net.name]
+    made = CliRunner().invoke(cli.app, ["netns", "up", *name, "--inter-mbit", "80", "--intra-mbit", "400", "--json"])
+    assert json.loads(made.stdout) == {
+        "hosts": list(net.hosts), "addresses": ["10.77.0.1", "10.77.0.2"], "interface": net.interface,
+    }  # fmt: skip
+    assert set(net.hosts) <= set(netns.namespaces())
+    assert "rate 80Mbit" in qdiscs(net, 0)
+    for removed in (True, False):
+        assert json.loads(CliRunner().invoke(cli.app, ["netns", "down", *name, "--json"]).stdout) == {
+            "removed": removed
+        }
+    assert not set(net.hosts) & set(netns.namespaces())

@@ -1,10 +1,12 @@
 """The profiler over real groups: every rank gets one profile, whose parts are what was measured."""
 
+import threading
 import time
+from dataclasses import replace
 
 import torch
 
-from moe.cost import LayerLoad, Profile
+from moe.cost import LayerLoad, Line, Profile
 from moe.issue import IssueQueue, own_group
 from moe.plan import LayerPlan
 from moe.planner import plan_layer
@@ -17,6 +19,7 @@ from moe.profiler import (
     log_spaced,
     make_profile,
     measure,
+    measure_slowdowns,
     reduce,
     scatter,
 )
@@ -85,3 +88,41 @@ def test_jobs_move_the_bytes_they_are_asked_for():
 def test_sizes_are_log_spaced():
     assert log_spaced(1 << 16, 1 << 20, 5) == [1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20]
     assert torch.tensor(log_spaced(16, 4096, 6)).diff().min() > 0
+
+
+class Shared(IssueQueue):
+    """A link whose operations take one device: nothing else may run on it meanwhile."""
+
+    device = threading.Lock()
+
+    def submit(self, fn, *, needs=None, layer="", op=""):
+        def alone():
+            with self.device:
+                time.sleep(0.03)
+                return fn()
+
+        return super().submit(alone, needs=needs, layer=layer, op=op)
+
+
+def contended(info, kind):
+    """Experts and the link wait for one another, or have nothing to do with one another."""
+    inter = kind(own_group(None, timeout_s=30), "inter", timeout_s=30)
+
+    def expert(rows):
+        def run():
+            with Shared.device:
+                time.sleep(0.03)
+
+        return run
+
+    links = Links(inter=inter, ep=inter.group, gradients=inter.group)
+    known = Profile(all_to_all=Line(0.03, 1e-9), expert_forward=Line(0.03, 1e-9), expert_backward=Line(0.03, 1e-9))
+    found = measure_slowdowns(links, expert, known, replace(CONFIG, tries=3, repeats=1))
+    inter.close()
+    return found
+
+
+def test_lanes_that_share_a_device_have_a_slowdown_and_the_plan_is_told():
+    for found in run_ranks(contended, 2, Shared):
+        assert found.keys() == {"compute+inter"}
+        assert 1.05 < found["compute+inter"] < 3

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(module: str, options: Mapping[str, Any], *, ranks: int, deadline_s: float) -> list[dict[str, Any]]:
+    """Run `python -m MODULE RANK FOLDER OPTIONS` for every rank, one thread each; return what they wrote to rows.jsonl.
+
+    Raises RuntimeError as soon as one fails, or after `deadline_s`; none of them is left then.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as started:
+        processes = []
+        for rank in range(ranks):
+            command = [sys.executable, "-m", module, str(rank), folder, json.dumps(options)]
+            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            started.callback(process.wait)
+            started.callback(process.kill)
+            processes.append(process)
+        wait_for(processes, deadline_s=deadline_s)
+        return [json.loads(line) for line in (Path(folder) / "rows.jsonl").read_text().splitlines()]
 
 
 def wait_for(ranks: Sequence[subprocess.Popen[bytes]], *, deadline_s: float) -> None:

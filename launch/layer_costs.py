@@ -60,7 +60,7 @@ def measure_costs(model: Any, *, tokens: int, repeats: int = 5) -> Costs:
             "norm": lambda x, m=layer.module: m(x),
             "head": lambda x, m=layer.module: _loss(m, x, ids),
         }
-        found.append(_measure(runs[layer.kind], hidden, layer.module, repeats))
+        found.append(measure_layer(runs[layer.kind], hidden, layer.module, repeats=repeats))
     return Costs(
         forward_s=(tuple(cost.forward_s for cost in found),),
         backward_s=(tuple(cost.backward_s for cost in found),),
@@ -78,7 +78,11 @@ def _loss(head: Any, hidden: Tensor, ids: Tensor) -> Tensor:
     return tiled_cross_entropy(hidden[0], head.weight, head.bias, ids[0], torch.ones_like(ids[0], dtype=hidden.dtype))
 
 
-def _measure(run: Callable[[Tensor], Tensor], hidden: Tensor, module: Any, repeats: int) -> LayerCost:
+def measure_layer(run: Callable[[Tensor], Tensor], hidden: Tensor, module: Any, *, repeats: int) -> LayerCost:
+    """Return what `run` costs for an input like `hidden`, medians of `repeats`; `module` has the weights it uses.
+
+    Gradients of the module's parameters are dropped.
+    """
     import torch
 
     forwards, backwards, saved = [], [], {}

@@ -131,13 +131,15 @@ def plan_whole_sequences(
 ) -> OrderPlan:
     """What state-aware 1F1B is compared with: 1F1B, each sequence one micro-batch, in the best of the four orders.
 
+    Micro-batch m is `best.schedule.units[m]`.
+
     Raises PlanError when nothing fits the cap.
     """
     tried = []
     for name, arrange in ORDERS.items():
         units = [u for b in arrange([(Unit(n),) for n in lengths]) for u in b]
         schedule = one_f_one_b(devices=devices, microbatches=len(units), layers=even_stages(model.layers, devices))
-        schedule = with_recompute(schedule) if recompute else schedule
+        schedule = replace(with_recompute(schedule) if recompute else schedule, units=tuple(units))
         tried.append(_candidate(schedule, simulate(schedule, model.costs(units)), memory_cap_bytes, order=name))
     return _choose(tried, memory_cap_bytes)
 

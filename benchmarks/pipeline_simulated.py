@@ -1,31 +1,30 @@
-"""RoundPipe's planner in simulation, on the published cost tables: bubble of one synchronous step, 8 devices.
+"""The part `simulated` of `benchmarks.pipeline`: RoundPipe's planner on the published cost tables, 8 devices.
 
-    python -m benchmarks.pipeline_sim [--quick] [--only MODEL] [--json FILE]
-
-Simulated, with measured layer times of one RTX 4090; no model runs here. First the published column is made again
-from its own partitions and rules (two rounds of eight, strict order; in it the head may start its forward before its
-input is there, which two rows need to come out). Then ours: all data dependencies kept, partition, fused layers, rounds
-and open slots searched. The bubble counts recomputation as work, as published; `useful` does not. Beside each stands
-the makespan over the bound of no idle device for the same recomputed layers.
+Measured layer times of one RTX 4090; no model runs here. First the published column is made again from its own
+partitions and rules (two rounds of eight, strict order; in it the head may start its forward before its input is
+there, which two rows need to come out). Then ours: all data dependencies kept, partition, fused layers, rounds and open
+slots searched. The bubble counts recomputation as work, as published; `useful` does not. Beside each stands the
+makespan over the bound of no idle device for the same recomputed layers.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import Claim, print_claims, write_report
+from benchmarks.claims import Claim
+from benchmarks.moe_claims import at_most
+from benchmarks.pipeline_options import Options
 from benchmarks.pipeline_tables import NUM_DEVICES, NUM_MICROBATCHES, PUBLISHED_ROUNDS, Model, read_models
 from pipeline.roundpipe.planner import RoundPipePlan, evaluate, plan, zero_bubble_s
 from pipeline.roundpipe.search import Problem
 
+PART = "simulated"
 TARGETS = {"Qwen3-1.7B": 0.104, "Llama3-8B": 0.075, "GPT-OSS-20B": 0.125, "Qwen3-32B": 0.042, "Qwen3-235B": 0.027}
 PLAN_SECONDS = 10.0
 REPRODUCED = 0.001
@@ -86,6 +85,7 @@ def measure(model: Model, effort: float) -> dict[str, Any]:
         model.costs, num_devices=NUM_DEVICES, num_microbatches=NUM_MICROBATCHES, open_slots=(1,), effort=effort
     )
     return {
+        "part": PART,
         "model": model.name,
         "published_bubble": model.published_bubble,
         "reproduced_bubble": published_rules(model),
@@ -102,40 +102,16 @@ def claims_of(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     claims = []
     for row in rows:
         name, ours = row["model"], row["ours"]
-        common = {"unit": "share", "bound": 0.0}
+        over = ours["makespan_ms"] / ours["zero_bubble_ms"]
+        note = f"published {row['published_bubble']:.3f}; {over:.3f} times the zero-bubble makespan of the same work"
         claims.append(
-            Claim(
-                name=f"simulated bubble, {name}",
-                value=ours["bubble"],
-                target=f"<= {TARGETS[name]}",
-                met=ours["bubble"] <= TARGETS[name],
-                note=f"published {row['published_bubble']:.3f}; {ours['makespan_ms'] / ours['zero_bubble_ms']:.3f} "
-                "times the zero-bubble makespan of the same work (simulated)",
-                **common,
-            )
+            at_most(f"simulated bubble, {name}", ours["bubble"], TARGETS[name], "share", 0.0, f"{note} (simulated)")
         )
         off = abs(row["reproduced_bubble"] - row["published_bubble"])
-        claims.append(
-            Claim(
-                name=f"published bubble reproduced, {name}",
-                value=off,
-                target=f"<= {REPRODUCED}",
-                met=off <= REPRODUCED,
-                note=f"{row['reproduced_bubble']:.4f} by its partition and rules",
-                **common,
-            )
-        )
-        claims.append(
-            Claim(
-                name=f"planning time, {name}",
-                value=row["plan_seconds"],
-                unit="s",
-                target=f"<= {PLAN_SECONDS}",
-                bound=None,
-                met=row["plan_seconds"] <= PLAN_SECONDS,
-                note="one core, compilation included where this is the first row and nothing was cached",
-            )
-        )
+        note = f"{row['reproduced_bubble']:.4f} by its partition and rules"
+        claims.append(at_most(f"published bubble reproduced, {name}", off, REPRODUCED, "share", 0.0, note))
+        note = "one core, compilation included where this is the first row and nothing was cached"
+        claims.append(at_most(f"planning time, {name}", row["plan_seconds"], PLAN_SECONDS, "s", None, note))
     return claims
 
 
@@ -164,21 +140,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=160).print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the models that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the search")
-    parser.add_argument("--only", choices=list(TARGETS), help="one model")
-    parser.add_argument("--json", type=Path, help="write rows and claims here")
-    options = parser.parse_args(arguments)
-    models = [m for m in read_models() if options.only in (None, m.name)]
-    rows = [measure(model, 0.05 if options.quick else 1.0) for model in models]
-    show(rows)
-    claims = claims_of(rows)
-    print_claims(claims)
-    if options.json:
-        write_report(options.json, rows=rows, claims=claims)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Plan the models that are asked for, anew: the time it takes is part of the result."""
+    for model in read_models():
+        if not options.models or model.name in options.models:
+            yield measure(model, 0.05 if options.quick else options.effort)

@@ -1,23 +1,19 @@
-"""RoundPipe's runtime on emulated devices, against its simulation and the simulated peers.
+"""The part `emulated` of `benchmarks.pipeline`: RoundPipe's runtime on emulated devices, its simulation, and peers.
 
-    python -m benchmarks.roundpipe_emulated [--quick] [--only MODEL] [--devices 8] [--repeats 3] [--json FILE]
-
-Emulated: one process a device, the real runtime (shared memory, words, uploads, host optimizer), and a calibrated wait
-in the place of every computation, as long as the published cost tables say, scaled so that none is below 10 ms. A
-micro-batch a device and another one. Peers are 1F1B and interleaved 1F1B with recomputation and the best balanced
-split, simulated, which is a little better than what they would run. Run it with nothing else on the machine.
+One process a device, the real runtime (shared memory, words, uploads, host optimizer), and a calibrated wait in the
+place of every computation, as long as the published cost tables say, scaled so that none is below 10 ms. Two
+micro-batches a device. Peers are simulated (`benchmarks.pipeline_peers`), which is a little better than what they would
+run. Run it with nothing else on the machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +21,14 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import Claim, print_claims, write_report
+from benchmarks.claims import Claim
+from benchmarks.moe_claims import at_least, at_most
+from benchmarks.pipeline_options import Options
+from benchmarks.pipeline_peers import best_peers
+from benchmarks.pipeline_plans import PlanFile
 from benchmarks.pipeline_tables import Model, read_models
 from pipeline.actions import COMPUTE
-from pipeline.comms import complete
 from pipeline.costs import Costs
-from pipeline.errors import PipelineError
-from pipeline.named import named_schedule
 from pipeline.roundpipe.compute import WaitCompute
 from pipeline.roundpipe.emulate import BOUNDARY_BYTES, emulated_layers, waits
 from pipeline.roundpipe.host_plan import plan_host
@@ -39,13 +36,16 @@ from pipeline.roundpipe.host_store import exchange_pids, open_store
 from pipeline.roundpipe.lowering import completed
 from pipeline.roundpipe.optimizer import HostOptimizer
 from pipeline.roundpipe.peers import Peers
-from pipeline.roundpipe.planner import RoundPipePlan, plan
+from pipeline.roundpipe.planner import RoundPipePlan, evaluate
+from pipeline.roundpipe.search import Problem
 from pipeline.roundpipe.slots import LayerCosts
 from pipeline.roundpipe.worker import SlotWorker
 from pipeline.schedule import Schedule
 from pipeline.simulate import duration, simulate
 from pipeline.tracing import Trace
 
+PART = "emulated"
+MODES = ("synchronous", "asynchronous")
 SHORTEST_S = 0.010
 STEPS = 4
 """Of an asynchronous run."""
@@ -61,23 +61,6 @@ def scaled(model: Model, found: RoundPipePlan) -> Costs:
     factor = SHORTEST_S / shortest
     rows = [tuple(factor * t for t in row) for row in (model.costs.forward_s, model.costs.backward_s)]
     return Costs(forward_s=(rows[0],), backward_s=(rows[1],))
-
-
-def peer_s(costs: Costs, *, devices: int, microbatches: int) -> tuple[float, str]:
-    """Return the simulated makespan of the better peer, and which it is."""
-    found = []
-    counts = [("1f1b", devices)] + [
-        ("interleaved", devices * v) for v in range(2, min(6, costs.num_layers // devices) + 1)
-    ]
-    for name, stages in counts:
-        try:
-            schedule = named_schedule(
-                name, devices=devices, microbatches=microbatches, costs=costs, stages=stages, recompute=True
-            )
-        except PipelineError:
-            continue
-        found.append((simulate(complete(schedule), costs).makespan_s, f"{name}, {stages} stages"))
-    return min(found)
 
 
 def rank_runs(rank: int, folder: str, schedule: Schedule, found: RoundPipePlan, costs: Costs, repeats: int) -> list:
@@ -142,32 +125,66 @@ def run_devices(schedule: Schedule, found: RoundPipePlan, costs: Costs, repeats:
     return [(max(a[k][1] for a in answers) - min(a[k][0] for a in answers)) / 1e9 for k in range(repeats)]
 
 
-def measure(model: Model, devices: int, *, repeats: int, effort: float, asynchronous: bool) -> dict[str, Any]:
+def find_plan(model: Model, devices: int, plans: PlanFile, *, effort: float, asynchronous: bool) -> RoundPipePlan:
+    """Return the plan of one step; for an asynchronous run the one of which several steps in a row are shortest."""
+    costs = LayerCosts(forward_s=model.costs.forward_s, backward_s=model.costs.backward_s)
+    num = 2 * devices
+    found = plans.plan(costs, num_devices=devices, num_microbatches=num, effort=effort)
+    if not asynchronous:
+        return found
+    # Steps that do not wait for the optimizer follow each other as rounds do.
+    row = plans.plan(
+        costs, num_devices=devices, num_microbatches=num * STEPS, num_rounds=[STEPS], open_slots=[1], effort=effort
+    )
+    alone = Problem(costs=costs, rounds=(num,), num_devices=devices, open_slots=1)
+    general = Costs(forward_s=(costs.forward_s,), backward_s=(costs.backward_s,))
+
+    def seconds(candidate: RoundPipePlan) -> float:
+        return simulate(completed(candidate.schedule(steps=STEPS, staleness=1)), general).makespan_s
+
+    return min(found, evaluate(alone, row.partition), key=seconds)
+
+
+def find_peer(costs: Costs, devices: int, plans: PlanFile) -> tuple[float, str]:
+    """Return the simulated makespan of the better peer, and which it is."""
+
+    def search() -> list[Any]:
+        best = best_peers(costs, devices=devices, microbatches=2 * devices)[0]
+        return [best.makespan_s, f"{best.name}, {len(best.bounds)} stages"]
+
+    seconds, name = plans.kept({"peer": costs.to_json(), "devices": devices}, search)
+    return seconds, name
+
+
+def measure(model: Model, devices: int, plans: PlanFile, *, repeats: int, effort: float, mode: str) -> dict[str, Any]:
     """Return one row."""
-    microbatches = 2 * devices
-    layer_costs = LayerCosts(forward_s=model.costs.forward_s, backward_s=model.costs.backward_s)
-    found = plan(layer_costs, num_devices=devices, num_microbatches=microbatches, effort=effort)
+    microbatches, asynchronous = 2 * devices, mode == "asynchronous"
+    found = find_plan(model, devices, plans, effort=effort, asynchronous=asynchronous)
     costs = scaled(model, found)
     steps = STEPS if asynchronous else 1
     schedule = completed(found.schedule(steps=steps, staleness=int(asynchronous)))
     predicted_s = simulate(schedule, costs).makespan_s
     times = run_devices(schedule, found, costs, repeats)
-    peer, which = peer_s(costs, devices=devices, microbatches=microbatches)
+    table = Costs(forward_s=(model.costs.forward_s,), backward_s=(model.costs.backward_s,))
+    peer_s, which = find_peer(table, devices, plans)
+    peer_s *= costs.forward_s[0][0] / model.costs.forward_s[0]
     again = sum(costs.forward_s[0][: sum(found.partition.backward)])
     floor_s = (sum(costs.forward_s[0]) + sum(costs.backward_s[0]) + again) * microbatches / devices
     measured_s = statistics.median(times)
     return {
+        "part": PART,
         "model": model.name,
         "devices": devices,
-        "mode": "asynchronous" if asynchronous else "synchronous",
+        "mode": mode,
         "step_s": measured_s / steps,
         "predicted_step_s": predicted_s / steps,
         "excess": measured_s / predicted_s - 1,
         "excess_of_each": [t / predicted_s - 1 for t in times],
-        "peer_step_s": peer,
+        "peer_step_s": peer_s,
         "peer": which,
-        "speedup": peer * steps / measured_s,
-        "bound": peer / floor_s,
+        "speedup": peer_s * steps / measured_s,
+        "simulated": peer_s * steps / predicted_s,
+        "bound": peer_s / floor_s,
         "slots": found.partition.num_slots,
         "rounds": list(found.rounds),
         "open_slots": found.open_slots,
@@ -180,77 +197,48 @@ def claims_of(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     for n in sorted({row["devices"] for row in rows}):
         here = [abs(row["excess"]) for row in rows if row["devices"] == n and row["mode"] == "synchronous"]
         if here:
-            claims.append(
-                Claim(
-                    name=f"emulated run against simulation, {n} devices", value=max(here), unit="share", bound=0.0,
-                    target=f"<= {WITHIN}", met=max(here) <= WITHIN, note="worst model, median of repeats (emulated)",
-                )
-            )  # fmt: skip
+            name, note = f"emulated run against simulation, {n} devices", f"worst of {len(here)} models, medians"
+            claims.append(at_most(name, max(here), WITHIN, "share", 0.0, f"{note} (emulated)"))
     for mode, mean_target in (("synchronous", 1.12), ("asynchronous", 1.22)):
         eight = [row for row in rows if row["devices"] == 8 and row["mode"] == mode]
         if not eight:
             continue
-        speedups, bound = [row["speedup"] for row in eight], statistics.mean(row["bound"] for row in eight)
-        best = max(speedups)
-        wanted = [("on average", statistics.mean(speedups), mean_target)]
-        wanted += [("at best", best, 1.20)] if mode == "synchronous" else []
-        for what, value, target in wanted:
-            claims.append(
-                Claim(
-                    name=f"{mode} against the better peer, 8 devices, {what}", value=value, unit="x", bound=bound,
-                    target=f">= {target}", met=value >= target, note=f"{len(eight)} models; the peer is simulated",
-                )
-            )  # fmt: skip
+        speedups, bounds = [row["speedup"] for row in eight], [row["bound"] for row in eight]
+        wanted = [("on average", statistics.mean(speedups), mean_target, statistics.mean(bounds))]
+        wanted += [("at best", max(speedups), 1.20, max(bounds))] if mode == "synchronous" else []
+        for what, value, target, bound in wanted:
+            name, note = f"{mode} against the better peer, 8 devices, {what}", f"{len(eight)} models; peers simulated"
+            claims.append(at_least(name, value, target, "x", bound, note))
     return claims
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
-    table = Table(title="Emulated devices: the real runtime, waits for computation; the bound is the zero-bubble step")
+    table = Table(title="emulated devices: the real runtime, waits for computation; the bound is the zero-bubble step")
     for column in ("model", "devices", "mode"):
         table.add_column(column)
-    for column in ("step s", "simulated", "excess", "peer", "peer step s", "speed-up", "bound", "slots", "open"):
+    for column in ("step s", "simulated", "excess", "peer", "peer step s", "speed-up", "simulated", "bound", "slots",
+                   "open"):  # fmt: skip
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["model"], str(row["devices"]), row["mode"], f"{row['step_s']:.3f}", f"{row['predicted_step_s']:.3f}",
             f"{row['excess']:+.1%}", row["peer"], f"{row['peer_step_s']:.3f}", f"{row['speedup']:.3f}",
-            f"{row['bound']:.3f}", str(row["slots"]), str(row["open_slots"]),
+            f"{row['simulated']:.3f}", f"{row['bound']:.3f}", str(row["slots"]), str(row["open_slots"]),
         )  # fmt: skip
     Console(width=170).print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest model, 2 devices, a small search")
-    parser.add_argument("--only", help="one model")
-    parser.add_argument("--devices", type=int, nargs="*", default=[2, 4, 8], help="numbers of devices")
-    parser.add_argument("--modes", nargs="*", default=["synchronous", "asynchronous"], help="asynchronous: 8 only")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write rows and claims here")
-    options = parser.parse_args(arguments)
-    models = [m for m in read_models() if options.only in (None, m.name)]
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Measure what is asked for; yield rows as they come."""
+    models = [m for m in read_models() if not options.models or m.name in options.models]
+    devices, modes, effort = options.devices or (2, 4, 8), options.modes or MODES, options.effort
     if options.quick:
-        models, options.devices, options.modes = models[:1], [2], ["synchronous"]
-    rows = []
+        models, devices, modes, effort = models[:1], [2], MODES[:1], 0.02
     for model in models:
-        for devices in options.devices:
-            for mode in options.modes:
-                if mode == "synchronous" or devices == 8:
-                    effort = 0.02 if options.quick else 0.1
-                    rows.append(
-                        measure(
-                            model, devices, repeats=options.repeats, effort=effort, asynchronous=mode == "asynchronous"
-                        )
-                    )
-                    show(rows[-1:])
-    show(rows)
-    claims = claims_of(rows)
-    print_claims(claims)
-    if options.json:
-        write_report(options.json, rows=rows, claims=claims)
-
-
-if __name__ == "__main__":
-    main()
+        for n in devices:
+            for mode in modes:
+                if mode == "synchronous" or n == 8:
+                    row = measure(model, n, options.plans, repeats=options.rounds or 3, effort=effort, mode=mode)
+                    show([row])
+                    yield row

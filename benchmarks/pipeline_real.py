@@ -144,8 +144,8 @@ def claims_of_real(rows: Sequence[Row]) -> list[Claim]:
         gains, promised = speedups(row), peer_s / row["ways"]["ours"]["simulated_s"]
         with_copies = peer_s / (row["ways"]["ours"]["simulated_s"] + row["copies_s"])
         note = (
-            f"{len(gains)} interleaved rounds, {min(gains):.2f} to {max(gains):.2f}; the bound is the simulator's, with "
-            f"the copies that take the same cores {with_copies:.2f}; {peer}"
+            f"{len(gains)} interleaved rounds, {min(gains):.2f} to {max(gains):.2f}; the bound is the simulator's, "
+            f"with the copies that take the same cores {with_copies:.2f}; {peer}"
         )
         claims.append(at_least(f"{name}: over the better peer, {what}", median(gains), target, "x", promised, note))
         claims.append(at_most(f"{name}: losses apart", losses_apart(row), 1e-4, "relative", 0.0, "every step"))

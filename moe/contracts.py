@@ -107,7 +107,7 @@ def check_exchange(exchange: Exchange, group: dist.ProcessGroup, *, tries: int =
     for most in range(tries):
         matrix_PP = generator.integers(0, most + 1, (size, size))
         pairs = list(np.ndindex(size, size))
-        rows = {(s, d): torch.arange(matrix_PP[s, d] * 2.0).view(-1, 2) + 1000 * s + 100 * d for s, d in pairs}
+        rows = {(s, d): torch.arange(2.0 * int(matrix_PP[s, d])).view(-1, 2) + 1000 * s + 100 * d for s, d in pairs}
         sent = torch.cat([rows[rank, d] for d in range(size)])
         arrived = torch.cat([rows[s, rank] for s in range(size)])
         promise = "dispatch returns the rows that were sent, in order of their source"

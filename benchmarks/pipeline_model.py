@@ -46,7 +46,7 @@ def shapes(*, quick: bool) -> list[Shape]:
 
 
 def build(shape: Shape, *, vocabulary: int | None = None) -> PreTrainedModel:
-    """Return the model, in fp32 and training mode, the same on every rank; its head weighs `shape.head` layers."""
+    """Return the model, in fp32 and training mode, the same on every rank; its head has `shape.head` layers' weight."""
     if not shape.head:
         return pretrained_model(SMOLLM2).train()
     torch.manual_seed(0)

@@ -42,8 +42,8 @@ def run_real(options: Options) -> Iterator[Row]:
 
 def run_capped(options: Options) -> Iterator[Row]:
     """Train the deep model."""
-    layers, tokens = (16, 32) if options.quick else (48, 128)
-    shape = Shape(name=f"{layers} layers, head 4", layers=layers, head=4, tokens=tokens, microbatches=4)
+    layers, tokens = (32, 32) if options.quick else (48, 128)
+    shape = Shape(name=f"{layers} layers, head 2", layers=layers, head=2, tokens=tokens, microbatches=4)
     yield from _run("capped", shape, options, options.rounds or 3)
 
 
@@ -145,7 +145,7 @@ def claims_of_real(rows: Sequence[Row]) -> list[Claim]:
         with_copies = peer_s / (row["ways"]["ours"]["simulated_s"] + row["copies_s"])
         note = (
             f"{len(gains)} interleaved rounds, {min(gains):.2f} to {max(gains):.2f}; the bound is the simulator's, "
-            f"with the copies that take the same cores {with_copies:.2f}; {peer}"
+            f"{with_copies:.2f} with the copies that take the same cores; {peer}"
         )
         claims.append(at_least(f"{name}: over the better peer, {what}", median(gains), target, "x", promised, note))
         claims.append(at_most(f"{name}: losses apart", losses_apart(row), 1e-4, "relative", 0.0, "every step"))

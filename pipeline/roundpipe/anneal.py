@@ -2,6 +2,9 @@
 
 `sizes` holds a forward slot sizes and then b backward ones, `shape` is (a, b, fused), `sums_4L` running sums over
 layers of forward seconds, backward seconds, weight bytes and activation bytes. `cap_bytes` 0 means no cap.
+
+Compiled code is kept by the file that a function is in: a change in `moves` or `slot_sim` needs one here, or what was
+compiled before is used.
 """
 
 from __future__ import annotations

@@ -77,6 +77,18 @@ def merge_slots(sizes, shape, low, count):
 
 
 @compiled
+def recut(sizes, shape):
+    """Cut a slot in two and make one of two others, of any side: all other slots stay on their devices."""
+    side = np.random.randint(2)
+    low, count = (0, shape[0]) if side == 0 else (shape[0], shape[1])
+    if not split_slot(sizes, shape, side, low, count):
+        return False
+    side = np.random.randint(2)
+    low, count = (0, shape[0]) if side == 0 else (shape[0], shape[1])
+    return merge_slots(sizes, shape, low, count)
+
+
+@compiled
 def change_fused(sizes, shape):
     """Let the fused slot take the last layer of the others, or give one back."""
     a, b, fused = shape
@@ -106,14 +118,16 @@ def propose(sizes, shape, free_fused):
     side = np.random.randint(2)
     low, count = (0, shape[0]) if side == 0 else (shape[0], shape[1])
     draw = np.random.random()
-    if draw < 0.30:
+    if draw < 0.24:
         return shift_layer(sizes, low, count, True)
-    if draw < 0.42:
+    if draw < 0.34:
         return shift_layer(sizes, low, count, False)
-    if draw < 0.60:
+    if draw < 0.48:
         return swap_slots(sizes, low, count)
-    if draw < 0.74:
+    if draw < 0.68:
+        return recut(sizes, shape)
+    if draw < 0.80:
         return split_slot(sizes, shape, side, low, count)
-    if draw < 0.88:
+    if draw < 0.92:
         return merge_slots(sizes, shape, low, count)
     return free_fused and change_fused(sizes, shape)

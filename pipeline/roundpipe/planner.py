@@ -1,7 +1,9 @@
 """Choose how RoundPipe runs a model: rounds, partition, fused layers, open slots and the order of dispatch.
 
 For each number of rounds and of open slots even cuts are simulated, the best few and a coarse one annealed; the setting
-with the shortest makespan is then searched longer. Pure: the same costs and seed give every rank the same plan.
+with the shortest makespan is then searched longer, also with few layers in the fused slot. Of what is as good as the
+shortest (`AS_GOOD`), the plan whose devices idle least is taken: it fuses fewer layers, so that a device keeps fewer
+activations. Pure: the same costs and seed give every rank the same plan.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PlanError
-from pipeline.roundpipe.search import Problem, Tables, even_cuts, search
+from pipeline.roundpipe.search import Problem, Tables, even_cuts, few_fused, search
 from pipeline.roundpipe.slots import LayerCosts, Op, check_model, rounds_of
 from pipeline.schedule import Schedule
 from pipeline.schedules.roundpipe import Slots, roundpipe
 
-SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 1_500_000_000
+SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 3_600_000_000
 """Simulated operations for looking at every setting, and for the best one: some seconds together."""
 READY_SHARE = 1 / 20
 """What of these ready-first dispatch gets: an operation of its simulation takes that much longer."""
 HOT = (0.32, 0.12)
 """First temperatures, in shares of the ideal makespan of a layer: a coarse search, one that keeps more of its start."""
+AS_GOOD = 0.005
+"""How much longer than the shortest a step may be for the sake of a smaller bubble."""
 STARTS, SETTLED = 1, 4
 """Even cuts to start from, for each number of fused layers; results of the survey to search from longer."""
 
@@ -129,6 +133,24 @@ def anneal_all(
     return sorted(found, key=lambda pair: pair[0])
 
 
+def settle(problem: Problem, found: Sequence[tuple[float, Slots]], *, seed: int, operations: float) -> Slots:
+    """Search one setting longer, from the (seconds, partition) of a survey, best first; return what is to be run.
+
+    Where the number of fused layers is free, part of the search has few of them.
+    """
+    problems = [problem]
+    if problem.fused is None:
+        problems += [replace(problem, fused=f) for f in few_fused(problem)]
+    every = list(found)
+    for one in problems:
+        cuts = dict.fromkeys(cut for _, cut in found if one.fused in (None, cut.fused))
+        starts = list(cuts)[: SETTLED // len(problems) + 1] or even_cuts(one, STARTS)
+        every += anneal_all(one, starts, HOT[-1:], seed=seed, operations=operations / len(problems))
+    shortest_s = min(seconds for seconds, _ in every)
+    good = dict.fromkeys(cut for seconds, cut in every if seconds <= (1 + AS_GOOD) * shortest_s)
+    return min((evaluate(problem, cut) for cut in good), key=lambda plan: (plan.bubble, plan.makespan_s)).partition
+
+
 def plan(
     costs: LayerCosts,
     *,
@@ -141,7 +163,7 @@ def plan(
     effort: float = 1.0,
     seed: int = 0,
 ) -> RoundPipePlan:
-    """Return the plan with the shortest simulated makespan of one synchronous optimizer step.
+    """Return the plan with the shortest simulated makespan of one synchronous optimizer step, or one as good.
 
     Args:
         costs: What each layer costs for one micro-batch.
@@ -168,9 +190,7 @@ def plan(
         found = anneal_all(problem, cuts, HOT, seed=seed, operations=effort * SURVEY_OPS / len(settings))
         survey.append((found[0][0], problem, found))
     _, problem, found = min(survey, key=lambda entry: entry[0])
-    starts = list(dict.fromkeys(cut for _, cut in found))[:SETTLED]
-    settled = anneal_all(problem, starts, HOT[-1:], seed=seed + 1000, operations=effort * SETTLE_OPS)
-    best = evaluate(problem, min(settled[0], found[0], key=lambda pair: pair[0])[1])
+    best = evaluate(problem, settle(problem, found, seed=seed + 1000, operations=effort * SETTLE_OPS))
     others = [(t, p) for t, p, _ in survey if p is not problem]
     return replace(best, reasons=reasons(best, others, costs))
 

@@ -112,9 +112,13 @@ def search(problem: Problem, start: Slots, *, seed: int, evaluations: int, hot: 
 
 def even_cuts(problem: Problem, num: int) -> list[Slots]:
     """Return, for few fused layers, the best `num` of all even cuts and a coarse one."""
-    most = max(1, min(MOST_FUSED, problem.costs.num_layers - 1))
-    fused = [problem.fused] if problem.fused else range(1, most + 1)
+    fused = [problem.fused] if problem.fused else few_fused(problem)
     return [cut for f in fused for cut in _even_cuts(problem, f, num)]
+
+
+def few_fused(problem: Problem) -> range:
+    """Return the small numbers of fused layers."""
+    return range(1, max(1, min(MOST_FUSED, problem.costs.num_layers - 1)) + 1)
 
 
 def _even_cuts(problem: Problem, fused: int, num: int) -> list[Slots]:

@@ -49,11 +49,6 @@ class Bench:
         self.world: World = make_world()
         self.rows: list[dict[str, Any]] = []
 
-    @property
-    def rounds(self) -> int:
-        """Interleaved repetitions of each way."""
-        return 3 if self.quick else 7
-
     def set_speed(self, share: float) -> None:
         """Change the links of both hosts, for communication to have this share where at 0.5 it equals computation."""
         faster = (1 - share) / share
@@ -140,7 +135,7 @@ def grid_row(bench: Bench, profile: Profile, layer: BenchLayer, expert_s: float,
     stack = Stack(bench.world, [layer], [expert_s], [layer.gradient_bytes, 0])
     fixed_r = search_fixed(stack, best_fixed(profile, load)[0])
     ways = {"ours": plan, "fixed": LayerPlan(fixed_r, fixed_r), "none": LayerPlan(1, 1)}
-    measured, hidden = interleave(bench, stack, {name: [p] for name, p in ways.items()})
+    measured, hidden = interleave(stack, {name: [p] for name, p in ways.items()}, rounds=3 if bench.quick else 7)
     serial_s = sum(serial_time(profile, load, backward=b) for b in (False, True))
     planned, sent = planned_hidden(profile, load, plan)
     after = 0.0 if plan.gradient_bytes else gradient_time(profile, load)
@@ -158,21 +153,26 @@ def grid_row(bench: Bench, profile: Profile, layer: BenchLayer, expert_s: float,
 
 
 def search_fixed(stack: Stack, predicted: int) -> int:
-    """Return the single r that is fastest when measured, in runs of their own: each twice, the faster counts."""
-    tried = {r: min(stack.step([LayerPlan(r, r)] * len(stack.layers)) for _ in range(2)) for r in {*FIXED, predicted}}
-    return min(tried, key=lambda r: tried[r])
+    """Return the single r that is fastest when measured, in runs of their own: each once, the best three again."""
+
+    def run(r: int) -> float:
+        return stack.step([LayerPlan(r, r)] * len(stack.layers))
+
+    first = {r: run(r) for r in sorted({*FIXED, predicted})}
+    again = {r: min(first[r], run(r)) for r in sorted(first, key=lambda r: first[r])[:3]}
+    return min(again, key=lambda r: again[r])
 
 
-def interleave(bench: Bench, stack: Stack, ways: dict[str, list[LayerPlan]]) -> tuple[dict[str, float], float]:
+def interleave(stack: Stack, ways: dict[str, list[LayerPlan]], *, rounds: int) -> tuple[dict[str, float], float]:
     """Run every way once a round, in turning order; return medians, and the median of what `ours` hid."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     hidden: list[float] = []
     names = list(ways)
-    for i in range(bench.rounds):
+    for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(stack.step(ways[name]))
             if name == "ours":
-                hidden.append(measured_hidden(bench.world.spans))
+                hidden.append(measured_hidden(stack.world.spans))
     mine = torch.tensor([median(hidden)], dtype=torch.float64)
     dist.all_reduce(mine, dist.ReduceOp.MIN)
     return {name: median(values) for name, values in times.items()}, mine.item()
@@ -223,7 +223,7 @@ def model_row(
     stack = Stack(bench.world, layers, [expert_s] * count, ready)
     fixed_r = search_fixed(stack, best_fixed(profile, loads[0])[0])
     ways = {"ours": plans, "fixed": [LayerPlan(fixed_r, fixed_r)] * count, "none": [LayerPlan(1, 1)] * count}
-    measured, hidden = interleave(bench, stack, ways)
+    measured, hidden = interleave(stack, ways, rounds=3 if bench.quick else 5)
     flush = gradient_time(profile, replace(loads[0], gradient_bytes=sum(ready) - sum(p.gradient_bytes for p in plans)))
     after = gradient_time(profile, replace(loads[0], gradient_bytes=sum(ready)))
     slices = [planned_hidden(profile, load, p) for load, p in zip(loads, plans, strict=True)]

@@ -76,14 +76,14 @@ def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:
     """Print one line a row: times, T(r*), gains measured and predicted, and what the hardware model allows."""
     table = Table(title=f"{part}: ms, medians of interleaved runs; gains are measured (predicted)")
     for column in ("layer", "comm\nshare", "r fwd/bwd", "fixed\nr", "ours", "T(r*)", "ours/\nT(r*)", "over\nfixed",
-                   "over\nnone", "bound\nover none", "hidden\nof planned"):  # fmt: skip
+                   "over\nnone", "bound\nover none", "gradients\nhidden"):  # fmt: skip
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in (r for r in rows if r["part"] == part):
         chunks = [
             "/".join(map(str, v if isinstance(v, list) else [v]))
             for v in (row["forward_chunks"], row["backward_chunks"])
         ]
-        planned = row["hidden_planned_s"]
+        planned = row["hidden_planned"]
         table.add_row(
             row["layer"],
             f"{row['share']:.2f}",
@@ -97,7 +97,7 @@ def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:
                 for peer in ("fixed", "none")
             ),
             f"{row['none_s'] / row['bound_s']:.2f}",
-            f"{row['hidden_s'] / planned:.2f}" if planned else "-",
+            f"{row['hidden']:.2f} ({planned:.2f})",
         )
     Console(width=170).print(table)
 

@@ -19,8 +19,8 @@ def claims_of(rows: Sequence[Row], *, quick: bool) -> list[Claim]:
         claims += grid_claims(layers, quick=quick)
     if stacks := [r for r in rows if r["part"] == "models"]:
         claims += model_claims(stacks)
-    if emulated := [r for r in rows if r["part"] != "real" and r["hidden_planned_s"] > 1e-3]:
-        hidden = [r["hidden_s"] / r["hidden_planned_s"] for r in emulated]
+    if emulated := [r for r in rows if r["part"] != "real" and r["hidden_planned"] > 0.02]:
+        hidden = [r["hidden"] / r["hidden_planned"] for r in emulated]
         note = f"{len(hidden)} rows that planned to hide gradients"
         claims += [
             at_least(

@@ -96,6 +96,11 @@ class WaitingExperts(nn.Module):
         time.sleep(rows * self.row_s * factor)
 
 
+def waiting_experts(layer: BenchLayer, expert_s: float) -> WaitingExperts:
+    """Return experts that take `expert_s` in forward for all rows of a layer, of both ranks of a host."""
+    return WaitingExperts(expert_s / (2 * layer.rows))
+
+
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: torch.Tensor, experts: WaitingExperts) -> torch.Tensor:
@@ -143,8 +148,7 @@ class Stack:
     def _run(self, i: int, plan: LayerPlan) -> LayerRun:
         layer, lanes, name = self.layers[i], self.world.lanes, str(i)
         rows_SPE = np.full((2, 2, EXPERTS), layer.rows // EXPERTS, dtype=np.int64)
-        # With the rows of both ranks of a host, each of which computes its share of every expert on all of them.
-        experts = WaitingExperts(self.expert_s[i] / (2 * layer.rows))
+        experts = waiting_experts(layer, self.expert_s[i])
         traffic = Traffic(rows_SPE, lanes.member, lanes.position)
         return LayerRun(experts, traffic, plan, lanes, Hooks(), name, lambda layer, p: self._drain(layer, p))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from launch.errors import ConfigError
 from launch.files import write_json
-from moe.calibrate import layer_seconds, with_overheads
+from moe.calibrate import measure_layer, with_overheads
 from moe.config import ExpertsConfig
 from moe.cost import LayerLoad, Profile
 from moe.gradients import GradientReducer
@@ -163,7 +163,8 @@ def _profile(layer: ParallelExperts, load: LayerLoad, rows: int, dtype: torch.dt
     )
     profile = make_profile(links, expert_forward=forward, expert_backward=backward, config=config)
     stand_in = made_experts(shape)
-    return with_overheads(profile, load, layer_seconds(stand_in, lanes, rows=rows, width=width))
+    took = measure_layer(stand_in, lanes, rows=rows, width=width, like=stand_in.down_proj)
+    return with_overheads(profile, load, *took)
 
 
 def _least(amounts: Sequence[int]) -> list[int]:

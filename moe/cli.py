@@ -124,7 +124,8 @@ def simulate(
     made = LayerPlan.from_json(plan.read_text()) if plan else plan_layer(known, load)
     backward = way == "backward"
     r, lag = made.chunks(backward=backward), made.backward_lag if backward else made.forward_lag
-    timeline = predict(known, stage_times(known, load, r, backward=backward), r, order=made.order, lag=lag)
+    times = stage_times(known, load, r, backward=backward, pieces=made.pieces)
+    timeline = predict(known, times, r, order=made.order, lag=lag)
     if events is not None:
         write_events(events, from_timeline(timeline))
     if as_json:
@@ -211,7 +212,7 @@ def _load(exchange: float, rows: float, gather: float, gradient: float, part: fl
 def _print_profile(found: Profile) -> None:
     from moe.cost import OPERATIONS, Line
 
-    table = Table(title="t(n) = alpha + n * beta; n in bytes, rows for experts")
+    table = Table(title="t(n) = alpha + n * beta; n in bytes, rows for experts; pieces are what the executor adds")
     for column in ("operation", "alpha ms", "beta us / 1000", "largest residual"):
         table.add_column(column, justify="left" if column == "operation" else "right")
     for name in OPERATIONS:
@@ -223,6 +224,6 @@ def _print_profile(found: Profile) -> None:
         residual = found.residuals.get(name)
         table.add_row(name, *cells, "-" if residual is None else f"{residual:.1%}")
     Console().print(table)
-    print(f"the executor itself: {found.chunk_s * 1e3:.3f} ms a chunk, {found.layer_s * 1e3:.3f} ms a direction")
+    print(f"the executor itself: {found.layer_s * 1e3:.3f} ms a layer and direction, beside the pieces")
     for pair, factor in found.slowdowns.items():
         print(f"{pair} together: {factor:.2f}x")

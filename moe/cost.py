@@ -53,7 +53,10 @@ class Table:
 
 Cost = Line | Table
 FREE = Line(0.0, 0.0)
-OPERATIONS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "expert_forward", "expert_backward")
+OPERATIONS = (
+    "all_to_all", "all_gather", "reduce_scatter", "all_reduce", "expert_forward", "expert_backward", "piece_forward",
+    "piece_backward",
+)  # fmt: skip
 PAIRS = ((INTER, INTRA), (COMPUTE, INTER), (COMPUTE, INTRA))
 
 
@@ -68,18 +71,20 @@ class Profile:
     expert_forward: Cost
     expert_backward: Cost
     """Includes the recomputation, if there is any."""
-    chunk_s: float = 0.0
-    """What the executor itself adds to the experts of every chunk: taking rows, keeping a graph, putting them back."""
+    piece_forward: Cost = FREE
+    """What the executor itself adds to a piece of the experts' work, by the bytes of its rows: taking them, keeping a
+    graph, putting them back. This and the next two come from `moe.calibrate`."""
+    piece_backward: Cost = FREE
     layer_s: float = 0.0
-    """What it adds to a layer in each direction, whatever the chunks. Both from `moe.calibrate`."""
+    """What it adds to a layer in each direction, whatever the chunks."""
     slowdowns: Mapping[str, float] = field(default_factory=dict)
     """`inter+intra` and so on: how much longer each of the two takes while both run; 1 when absent."""
     residuals: Mapping[str, float] = field(default_factory=dict)
     """Largest relative residual of each fit; an operation with a table shows what its line would have had."""
 
     def __post_init__(self) -> None:
-        if not (self.chunk_s >= 0 and self.layer_s >= 0):
-            raise PlanError(f"chunk_s is {self.chunk_s!r} and layer_s {self.layer_s!r}; give seconds of at least 0")
+        if not self.layer_s >= 0:
+            raise PlanError(f"layer_s is {self.layer_s!r}; give seconds of at least 0")
         known = {"+".join(pair) for pair in PAIRS}
         for name, value in self.slowdowns.items():
             if name not in known or not value >= 1.0:
@@ -131,6 +136,11 @@ class LayerLoad:
         if not self.slice_bytes > 0:
             raise PlanError(f"slice_bytes is {self.slice_bytes!r}; a slice has more than no bytes")
 
+    @property
+    def held_bytes(self) -> float:
+        """Rows that the busiest rank computes on, in bytes."""
+        return self.gather_bytes or self.exchange_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
@@ -149,13 +159,20 @@ def gradient_time(profile: Profile, load: LayerLoad) -> float:
     return whole * profile.all_reduce(load.slice_bytes) + profile.all_reduce(rest)
 
 
-def stage_times(profile: Profile, load: LayerLoad, chunks: int, *, backward: bool) -> StageTimes:
-    """Return what one of `chunks` chunks takes; gradients count in backward only."""
+def stage_times(
+    profile: Profile, load: LayerLoad, chunks: int, *, backward: bool, pieces: int | None = None
+) -> StageTimes:
+    """Return what one of `chunks` chunks takes; gradients count in backward only.
+
+    `pieces` are those of the layer (`LayerPlan.pieces`), in which the experts run; without it as many as chunks.
+    """
+    pieces = pieces or chunks
     expert = profile.expert_backward if backward else profile.expert_forward
+    extra = profile.piece_backward if backward else profile.piece_forward
     return StageTimes(
         all_to_all=profile.all_to_all(load.exchange_bytes / chunks),
         gather=profile.all_gather(load.gather_bytes / chunks),
-        expert=expert(load.expert_rows / chunks) + profile.chunk_s,
+        expert=(expert(load.expert_rows / pieces) + extra(load.held_bytes / pieces)) * pieces / chunks,
         scatter=profile.reduce_scatter(load.gather_bytes / chunks),
         gradient=gradient_time(profile, load) if backward else 0.0,
     )

@@ -42,7 +42,7 @@ def fit_line(n: np.ndarray, t: np.ndarray) -> Line:
     weights = np.ones_like(t)
     alpha = beta = 0.0
     for _ in range(ROUNDS):
-        alpha, beta = _nonnegative(weights / t, weights * n / t, weights)
+        alpha, beta = nonnegative(weights / t, weights * n / t, weights)
         error = np.abs((alpha + beta * n) / t - 1)
         weights = np.sqrt(HUBER / np.maximum(error, HUBER))
     return Line(float(alpha), float(beta))
@@ -59,7 +59,7 @@ def monotone_table(n: np.ndarray, t: np.ndarray) -> Table:
     return Table(tuple(s for _, sizes in pools for s in sizes), tuple(time for time, sizes in pools for _ in sizes))
 
 
-def _nonnegative(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple[float, float]:
+def nonnegative(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple[float, float]:
     """Return a, b >= 0 that minimise |a x + b y - z|: the free solution, or the better edge."""
     xx, yy, xy, xz, yz = x @ x, y @ y, x @ y, x @ z, y @ z
     determinant = xx * yy - xy * xy

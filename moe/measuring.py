@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe.calibrate import layer_seconds, with_overheads
+from moe.calibrate import measure_layer, with_overheads
 from moe.cost import LayerLoad, Profile
 from moe.dispatch import DirectExchange
 from moe.errors import MoeConfigError
@@ -81,8 +81,9 @@ def profile_world(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> P
         nbytes = 4.0 * rows * experts.width
         gathered = members * nbytes if members > 1 else 0.0
         load = LayerLoad(exchange_bytes=nbytes, gather_bytes=gathered, expert_rows=rows * members)
-        took = layer_seconds(made_experts(experts), lanes, rows=rows, width=experts.width)
-        return with_overheads(profile, load, took)
+        module = made_experts(experts)
+        took = measure_layer(module, lanes, rows=rows, width=experts.width, like=module.down_proj)
+        return with_overheads(profile, load, *took)
 
 
 def made_experts(shape: ExpertShape) -> StackedExperts:

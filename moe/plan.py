@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from math import gcd
 from typing import Any, Literal, NamedTuple
 
 from moe.errors import PlanError
@@ -72,6 +73,11 @@ class LayerPlan:
         """What decides the order of collectives: ranks whose schedules differ would deadlock."""
         return tuple(getattr(self, name) for name in _SCHEDULE)
 
+    @property
+    def pieces(self) -> int:
+        """Parts in which the experts run, both ways: cut where either direction has a border."""
+        return pieces(self.forward_chunks, self.backward_chunks)
+
     def chunks(self, *, backward: bool) -> int:
         """Return r of one direction."""
         return self.backward_chunks if backward else self.forward_chunks
@@ -105,6 +111,12 @@ class LayerPlan:
 
 
 _SCHEDULE = ("forward_chunks", "backward_chunks", "order", "forward_lag", "backward_lag", "gradient_bytes")
+
+
+def pieces(forward_chunks: int, backward_chunks: int) -> int:
+    """Return into how many parts the borders of both directions cut a layer."""
+    return forward_chunks + backward_chunks - gcd(forward_chunks, backward_chunks)
+
 
 PLAIN = LayerPlan(1, 1)
 """No overlap: one chunk each way, in order."""

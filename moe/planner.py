@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from moe.cost import (
     MAX_CHUNKS,
@@ -22,7 +23,7 @@ from moe.cost import (
     stage_times,
 )
 from moe.errors import PlanError
-from moe.plan import LayerPlan, Order, intra_order
+from moe.plan import LayerPlan, Order, intra_order, pieces
 from moe.simulate import makespan, peak_bytes, predict
 
 READY_GAIN = 1.08
@@ -30,7 +31,9 @@ READY_GAIN = 1.08
 LEAVE_FIXED_GAIN = 1.03
 """A plan within 3% of the best single r, or of no overlap, is not worth leaving those for."""
 FEWER_CHUNKS = 1.01
-"""Within 1% of the fastest, fewer chunks are taken: every operation more is one more that can be late."""
+"""Within 1% of the fastest, fewer chunks and pieces are taken: every operation more is one more that can be late."""
+_WORSE = 1.1
+"""How much slower than the best of its direction an r may be, to be the better one of a pair with fewer pieces."""
 DRIFT = 0.25
 """Relative change of a load after which a plan is made anew."""
 
@@ -45,9 +48,11 @@ class Choice:
     time_s: float
 
 
-def direction_time(profile: Profile, load: LayerLoad, chunks: int, *, backward: bool) -> float:
-    """Return T(r) in fifo order; simulated where lanes slow one another, else exact."""
-    t = stage_times(profile, load, chunks, backward=backward)
+def direction_time(
+    profile: Profile, load: LayerLoad, chunks: int, *, backward: bool, pieces: int | None = None
+) -> float:
+    """Return T(r) in fifo order; simulated where lanes slow one another, else exact. `pieces`: see `stage_times`."""
+    t = stage_times(profile, load, chunks, backward=backward, pieces=pieces)
     return _time(profile, t, chunks, "fifo", 1)
 
 
@@ -64,28 +69,75 @@ def best_choice(
 
     Raises PlanError when no r fits in `memory_bytes`.
     """
+    fitting = _choices(profile, load, backward, order, max_chunks, memory_bytes)
+    best_s = min(c.time_s for c in fitting)
+    return next(c for c in fitting if c.time_s <= best_s * FEWER_CHUNKS)
+
+
+def best_pair(
+    profile: Profile,
+    load: LayerLoad,
+    *,
+    order: Order = "fifo",
+    max_chunks: int = MAX_CHUNKS,
+    memory_bytes: float | None = None,
+) -> tuple[Choice, Choice]:
+    """Return forward and backward chosen together: the fewest pieces, then chunks, within 1% of the fastest pair.
+
+    Where the two r differ, the experts run in more pieces than either has chunks, and each piece costs.
+    Raises PlanError when no r fits in `memory_bytes`.
+    """
+    every = [_choices(profile, load, b, order, max_chunks, memory_bytes) for b in (False, True)]
+    # The fastest of each alone is a lower bound: pieces only add to it.
+    pairs = sorted(product(*every), key=_sum)
+    found: list[tuple[Choice, Choice]] = []
+    best_s = float("inf")
+    for pair in pairs:
+        if _sum(pair) > best_s * FEWER_CHUNKS:
+            break
+        found.append(_in_pieces(profile, load, pair))
+        best_s = min(best_s, _sum(found[-1]))
+    near = (pair for pair in found if _sum(pair) <= best_s * FEWER_CHUNKS)
+    return min(near, key=lambda p: (pieces(p[0].chunks, p[1].chunks), p[0].chunks + p[1].chunks, _sum(p)))
+
+
+def _in_pieces(profile: Profile, load: LayerLoad, pair: tuple[Choice, Choice]) -> tuple[Choice, Choice]:
+    count = pieces(pair[0].chunks, pair[1].chunks)
+
+    def timed(c: Choice, backward: bool) -> Choice:
+        if count == c.chunks:
+            return c
+        t = stage_times(profile, load, c.chunks, backward=backward, pieces=count)
+        return replace(c, time_s=_time(profile, t, c.chunks, c.order, c.lag))
+
+    return timed(pair[0], False), timed(pair[1], True)
+
+
+def _choices(
+    profile: Profile, load: LayerLoad, backward: bool, order: Order, max_chunks: int, memory_bytes: float | None
+) -> list[Choice]:
+    """Return every r and lag worth a look, ascending."""
     fitting: list[Choice] = []
     best_s = float("inf")
     for chunks in range(1, max_chunks + 1):
         t = stage_times(profile, load, chunks, backward=backward)
         for lag in range(1, max(2, chunks)) if order == "ready" else (1,):
-            if _least(t, chunks) >= best_s:
+            if _least(t, chunks) >= best_s * _WORSE:
                 break
             if memory_bytes is not None and _buffers(profile, load, t, chunks, order, lag) > memory_bytes:
                 continue
             fitting.append(Choice(chunks, order, lag, _time(profile, t, chunks, order, lag)))
             best_s = min(best_s, fitting[-1].time_s)
-    found = next((c for c in fitting if c.time_s <= best_s * FEWER_CHUNKS), None)
-    if found is None:
-        least = min(
-            _buffers(profile, load, stage_times(profile, load, r, backward=backward), r, order, 1)
-            for r in range(1, max_chunks + 1)
-        )
-        raise PlanError(
-            f"no r of 1..{max_chunks} keeps the communication buffers in {memory_bytes:.0f} bytes; the smallest needs "
-            f"{least:.0f}: raise the limit or give each rank fewer tokens"
-        )
-    return found
+    if fitting:
+        return fitting
+    least = min(
+        _buffers(profile, load, stage_times(profile, load, r, backward=backward), r, order, 1)
+        for r in range(1, max_chunks + 1)
+    )
+    raise PlanError(
+        f"no r of 1..{max_chunks} keeps the communication buffers in {memory_bytes:.0f} bytes; the smallest needs "
+        f"{least:.0f}: raise the limit or give each rank fewer tokens"
+    )
 
 
 def fixed_time(profile: Profile, load: LayerLoad, chunks: int) -> tuple[float, float]:
@@ -175,11 +227,7 @@ def _search(
     profile: Profile, load: LayerLoad, max_chunks: int, memory_bytes: float | None
 ) -> tuple[tuple[Choice, Choice], list[str]]:
     def both(order: Order) -> tuple[Choice, Choice]:
-        forward, backward = (
-            best_choice(profile, load, backward=b, order=order, max_chunks=max_chunks, memory_bytes=memory_bytes)
-            for b in (False, True)
-        )
-        return forward, backward
+        return best_pair(profile, load, order=order, max_chunks=max_chunks, memory_bytes=memory_bytes)
 
     chosen, why_not = both("fifo"), []
     if load.gather_bytes:
@@ -189,7 +237,8 @@ def _search(
         chosen = ready if taken else chosen
         verb = "taken" if taken else "not taken"
         why_not.append(f"ready order promises {promise:.3f}x over fifo, {READY_GAIN} needed: {verb}")
-    return chosen, [_why(profile, load, choice, backward=bool(b)) for b, choice in enumerate(chosen)] + why_not
+    count = pieces(chosen[0].chunks, chosen[1].chunks)
+    return chosen, [_why(profile, load, choice, count, backward=bool(b)) for b, choice in enumerate(chosen)] + why_not
 
 
 def _fixed_fits(profile: Profile, load: LayerLoad, chunks: int, memory_bytes: float | None) -> bool:
@@ -225,12 +274,12 @@ def _as_plan(chosen: tuple[Choice, Choice], load: LayerLoad, serial_s: float) ->
     )
 
 
-def _sum(choices: tuple[Choice, Choice]) -> float:
+def _sum(choices: tuple[Choice, ...]) -> float:
     return choices[0].time_s + choices[1].time_s
 
 
-def _why(profile: Profile, load: LayerLoad, choice: Choice, *, backward: bool) -> str:
-    t = stage_times(profile, load, choice.chunks, backward=backward)
+def _why(profile: Profile, load: LayerLoad, choice: Choice, count: int, *, backward: bool) -> str:
+    t = stage_times(profile, load, choice.chunks, backward=backward, pieces=count)
     r = choice.chunks
     terms = {
         "the inter-node link": 2 * r * t.all_to_all + t.gradient,

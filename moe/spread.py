@@ -79,7 +79,9 @@ def plan_model(
         return gradient_time(profile, replace(bare, gradient_bytes=left)) if bare else 0.0
 
     sent = spread(ready, costs, flush, quantum=quantum)
-    return [plan_layer(profile, replace(load, gradient_bytes=b)) for load, b in zip(loads, sent, strict=True)]
+    every = [replace(load, gradient_bytes=b) for load, b in zip(loads, sent, strict=True)]
+    plans = {load: plan_layer(profile, load) for load in dict.fromkeys(every)}
+    return [plans[load] for load in every]
 
 
 def _step(best: np.ndarray, limit: int, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from moe.profiler import ProfileConfig
 from moe.tracing import from_spans, read_events, write_events
 from tests.spawn import run_ranks
 
-LOAD = ["--exchange-bytes", "4e6", "--expert-rows", "2000", "--gather-bytes", "8e6", "--gradient-bytes", "3e6"]
+LOAD = ["--exchange-bytes", "4e6", "--expert-rows", "2000", "--gather-bytes", "8e6", "--gradient-bytes", "6e6"]
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.calibrate import CHUNKS, with_overheads
-from moe.cost import LayerLoad, Line, Profile, lane_bound, serial_time, stage_times
+from moe.calibrate import CHUNKS, LayerTimes, with_overheads
+from moe.cost import LayerLoad, Line, Profile, lane_bound, layer_time, serial_time, stage_times
 from moe.errors import PlanError
-from moe.plan import intra_order
-from moe.planner import best_choice, best_fixed, direction_time, plan_layer, refit_reason, replan_reason
+from moe.plan import intra_order, pieces
+from moe.planner import best_choice, best_fixed, best_pair, direction_time, plan_layer, refit_reason, replan_reason
 from moe.simulate import peak_bytes, predict, timeline
 
 ALPHA = st.floats(0, 5e-3)
@@ -77,9 +77,9 @@ LOAD = LayerLoad(exchange_bytes=4e6, gather_bytes=8e6, expert_rows=2000, gradien
 
 
 def test_forward_and_backward_get_their_own_r():
-    plan = plan_layer(case(), LOAD)
-    assert plan.forward_chunks != plan.backward_chunks
-    assert plan.gradient_bytes == 3_000_000
+    plan = plan_layer(case(), replace(LOAD, gradient_bytes=6e6))
+    assert (plan.forward_chunks, plan.backward_chunks, plan.pieces) == (4, 3, 6)
+    assert plan.gradient_bytes == 6_000_000
     assert plan.reasons[0].startswith(f"forward r = {plan.forward_chunks}: ")
     assert "limited by" in plan.reasons[0]
     assert plan.predicted_s < plan.predicted_serial_s / 1.3
@@ -169,20 +169,61 @@ EVEN = Profile(
 EVEN_LOAD = LayerLoad(exchange_bytes=2e6, expert_rows=2000)
 
 
-@pytest.mark.parametrize(("chunk_s", "layer_s"), [(0.0, 0.0), (1e-3, 0.0), (2e-3, 4e-3)])
-def test_what_the_executor_costs_is_found_from_what_layers_took(chunk_s, layer_s):
-    """Times made with known costs give these back, and a chunk that costs something makes fewer chunks best."""
-    truth = replace(EVEN, chunk_s=chunk_s, layer_s=layer_s)
-    took = {r: sum(direction_time(truth, EVEN_LOAD, r, backward=b) for b in (False, True)) for r in CHUNKS}
-    found = with_overheads(EVEN, EVEN_LOAD, took)
-    assert found.chunk_s == pytest.approx(chunk_s, abs=max(took.values()) / 4 / 99)
-    assert found.layer_s == pytest.approx(layer_s, abs=2e-3)
+def times_of(profile, load, backward):
+    took = {r: direction_time(profile, load, r, backward=backward) for r in CHUNKS}
+    busy = {r: r * stage_times(profile, load, r, backward=backward).expert for r in CHUNKS}
+    return LayerTimes(layer_s=took, computing_s=busy)
+
+
+@pytest.mark.parametrize(("alpha_s", "beta_s", "layer_s"), [(0.0, 0.0, 0.0), (1e-3, 0.0, 0.0), (4e-4, 2e-9, 4e-3)])
+def test_what_the_executor_costs_is_found_from_what_layers_took(alpha_s, beta_s, layer_s):
+    """Times made with known costs give these back."""
+    piece, twice = Line(alpha_s, beta_s), Line(2 * alpha_s, beta_s)
+    truth = replace(EVEN, piece_forward=piece, piece_backward=twice, layer_s=layer_s)
+    found = with_overheads(EVEN, EVEN_LOAD, *(times_of(truth, EVEN_LOAD, b) for b in (False, True)))
+    for got, wanted in ((found.piece_forward, piece), (found.piece_backward, twice)):
+        assert (got.alpha_s, got.beta_s) == pytest.approx((wanted.alpha_s, wanted.beta_s), abs=1e-9)
+    assert found.layer_s == pytest.approx(layer_s, abs=1e-9)
     assert Profile.from_json(found.to_json()) == found
-    free, costly = (plan_layer(profile, EVEN_LOAD) for profile in (EVEN, replace(EVEN, chunk_s=4e-3)))
-    assert costly.forward_chunks < free.forward_chunks
-    assert costly.predicted_serial_s == pytest.approx(free.predicted_serial_s + 8e-3)
+
+
+def test_a_layer_that_was_faster_than_its_experts_has_no_overhead():
+    quick = LayerTimes(layer_s=dict.fromkeys(CHUNKS, 1e-3), computing_s=dict.fromkeys(CHUNKS, 1e-3))
+    found = with_overheads(EVEN, EVEN_LOAD, quick, quick)
+    assert found.piece_forward == found.piece_backward == Line(0.0, 0.0)
+    assert found.layer_s == 0.0
+
+
+def test_pieces_that_cost_something_make_chunks_fewer_and_alike():
+    dear = replace(case(), piece_forward=Line(8e-3, 0), piece_backward=Line(8e-3, 0))
+    load = replace(LOAD, gradient_bytes=6e6)
+    free, costly = (plan_layer(profile, load) for profile in (case(), dear))
+    assert free.forward_chunks != free.backward_chunks
+    assert costly.forward_chunks == costly.backward_chunks
+    assert plan_layer(replace(EVEN, layer_s=4e-3), EVEN_LOAD).predicted_serial_s == pytest.approx(
+        plan_layer(EVEN, EVEN_LOAD).predicted_serial_s + 8e-3
+    )
+
+
+@given(PROFILES, LOADS, st.floats(0, 5e-3))
+def test_a_pair_is_the_exhaustive_minimum_over_both_directions(profile, load, piece_s):
+    profile = replace(profile, piece_forward=Line(piece_s, 1e-9), piece_backward=Line(piece_s, 1e-9))
+
+    def together(f, b):
+        every = ((f, False), (b, True))
+        times = [stage_times(profile, load, r, backward=way, pieces=pieces(f, b)) for r, way in every]
+        return sum(float(layer_time(t, r)) for t, (r, _) in zip(times, every, strict=True))
+
+    pairs = {(f, b): together(f, b) for f in range(1, 6) for b in range(1, 6)}
+    least_s = min(pairs.values())
+    forward, backward = best_pair(profile, load, max_chunks=5)
+    chosen = (forward.chunks, backward.chunks)
+    assert forward.time_s + backward.time_s == pytest.approx(pairs[chosen])
+    assert pairs[chosen] <= least_s * 1.01 * (1 + 1e-9)
+    fewer = [pair for pair in pairs if pieces(*pair) < pieces(*chosen)]
+    assert all(pairs[pair] > least_s * 1.01 * (1 - 1e-9) for pair in fewer)
 
 
 def test_overheads_below_zero_are_refused():
-    with pytest.raises(PlanError, match="chunk_s is -1"):
-        replace(EVEN, chunk_s=-1)
+    with pytest.raises(PlanError, match="layer_s is -1"):
+        replace(EVEN, layer_s=-1)

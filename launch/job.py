@@ -182,7 +182,11 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
         check_lengths(source, runner.num_positions)
     experts = runner if isinstance(runner, ExpertRunner) else None
     zero = runner if isinstance(runner, ZeroRunner) else None
-    plain = build_optimizer(runner.model, config.optimizer, whole=runner.whole) if zero is None else None
+    optimizer: Stepper
+    if zero is None:
+        optimizer = plain = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
+    else:
+        optimizer, plain = zero.optimizer, None
     state = TrainState(
         runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
         seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
@@ -191,7 +195,7 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
-        optimizer=plain if zero is None else zero.optimizer, state=state, held_out=held_out,
+        optimizer=optimizer, state=state, held_out=held_out,
         memory=PeakMemory(world.device), pipeline=runner.description, experts=experts,
     )  # fmt: skip
 

@@ -182,12 +182,14 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
         check_lengths(source, runner.num_positions)
     experts = runner if isinstance(runner, ExpertRunner) else None
     zero = runner if isinstance(runner, ZeroRunner) else None
-    plain = None if zero else build_optimizer(runner.model, config.optimizer, whole=runner.whole)
-    optimizer = zero.optimizer if zero else plain
-    assert optimizer is not None
+    optimizer: Stepper
+    if zero is None:
+        optimizer = plain = build_optimizer(runner.model, config.optimizer, whole=runner.whole)
+    else:
+        optimizer, plain = zero.optimizer, None
     state = TrainState(
         runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
-        seed=config.run.seed, whole=runner.whole, spread=experts, held=[zero.state] if zero else None,
+        seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
     )  # fmt: skip
     held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout

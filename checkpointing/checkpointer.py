@@ -154,18 +154,17 @@ class Checkpointer:
         return restore(self._control, self._exchange, self._folder, self._committer, what, state, step)
 
     def adopt(self, step: int) -> None:
-        """Go on with the run of a committed step that was loaded by other means than `restore`; every rank may call.
+        """Go on with the run of a committed step that was loaded by other means than `restore`; every rank calls.
 
         Retention then counts its checkpoints, too. Raises CheckpointError when there is no such step, or it does not
         read.
         """
         what = f"adopting step {step!r}"
         self._check_open(what)
-        if self._control.rank == 0:
-            self._engine.idle()
-            with told_as(CheckpointError):
-                check_step(step)
-                self._committer.goes_on_from(self._folder.inspect(step))
+        self._engine.idle()
+        with told_as(CheckpointError):
+            check_step(step)
+            self._committer.goes_on_from(self._folder.inspect(step))  # rank 0's counts
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None. A look at the folder by this rank alone; reads no tensor."""

@@ -119,5 +119,6 @@ def _refusal(name: str, where: str, value: object) -> str:
         "set": "make it a sorted list",
         "bytes": "make it a uint8 tensor, or a string",
         "ndarray": "make it a tensor: torch.from_numpy(...)",
+        **dict.fromkeys(("float64", "float32", "int64", "int32", "bool"), "make it a number of Python's: .item()"),
     }.get(kind, "save tensors and JSON values (None, bool, int, float, str, list, dict) only")
     return f"{name!r}{_at(where)} is of type {kind}; {remedy}"

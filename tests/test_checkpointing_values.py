@@ -49,7 +49,7 @@ def endless():
         ({1, 2}, r"'x' is of type set; make it a sorted list"),
         (b"raw", r"'x' is of type bytes; make it a uint8 tensor"),
         (np.zeros(2), r"'x' is of type ndarray; make it a tensor"),
-        (np.float64(1.0), r"'x' is of type float64; save tensors and JSON values"),
+        (np.float64(1.0), r"'x' is of type float64; make it a number of Python's: \.item\(\)"),
         (Colour.RED, r"'x' is of type Colour"),
         (object(), r"'x' is of type object; save tensors and JSON values \(None, bool"),
         (1 << 5000, r"'x' is an int of 5001 bits; save it as a string"),

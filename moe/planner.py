@@ -87,9 +87,9 @@ def best_pair(
     Where the two r differ, the experts run in more pieces than either has chunks, and each piece costs.
     Raises PlanError when no r fits in `memory_bytes`.
     """
-    every = [_choices(profile, load, b, order, max_chunks, memory_bytes) for b in (False, True)]
+    forwards, backwards = (_choices(profile, load, b, order, max_chunks, memory_bytes) for b in (False, True))
     # The fastest of each alone is a lower bound: pieces only add to it.
-    pairs = sorted(product(*every), key=_sum)
+    pairs = sorted(product(forwards, backwards), key=_sum)
     found: list[tuple[Choice, Choice]] = []
     best_s = float("inf")
     for pair in pairs:

@@ -2,20 +2,22 @@
 
 R rows, H query heads, Hk key/value heads, D head width
 
-Seconds of a rank are its tokens and pairs times what one takes in the bare kernel, measured in the same processes at
-the same time; those of a step, of its slowest rank. Norms, rotary embeddings, activations, the loss's softmax, Python
-and reductions cost nothing in it, so no program reaches it. A second bound has the layers' time measured from
-transformers' own code, without its attention: what a program that runs that code cannot go below.
+Seconds of a rank are its tokens and pairs times what one takes in the bare kernel, measured in the same processes
+before every round, by all ranks at once; those of a step, of its slowest rank. Norms, rotary embeddings, activations,
+the loss's softmax, Python and reductions cost nothing in it, so no program reaches it. A second bound has the layers'
+time measured from transformers' own code, without its attention: what a program that runs that code cannot go below.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -24,7 +26,8 @@ from chunkflow.attention.interface import attention_of
 
 ROWS = 2048
 QUERIES, KEYS = 2048, 2048
-_TRIES = 5
+SPAN_S = 0.5
+"""For which every kernel is repeated: no rank is to find the machine idle because another one is done."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -68,7 +71,7 @@ class Rates:
 
 
 def measure_rates(shape: Shape) -> Rates:
-    """Time the bare kernels, best of a few; all ranks call together, so that they share the machine as in a step."""
+    """Time the bare kernels, each for a while; all ranks must call, so that they share the machine as in a step."""
     hidden, inner = shape.hidden, 3 * shape.hidden
     products = [(hidden, hidden), (hidden, hidden // 2), (hidden, hidden // 2), (hidden, hidden),
                 (hidden, inner), (hidden, inner), (inner, hidden)]  # fmt: skip
@@ -92,8 +95,8 @@ def _product_s(inputs: int, outputs: int) -> tuple[float, float]:
     """Return the seconds of x @ W^T, and of the gradients of both."""
     x, weight, grad = torch.randn(ROWS, inputs), torch.randn(outputs, inputs), torch.randn(ROWS, outputs)
     out, d_x, d_weight = torch.empty(ROWS, outputs), torch.empty(ROWS, inputs), torch.empty(outputs, inputs)
-    forward = _best_s(lambda: torch.mm(x, weight.t(), out=out))
-    return forward, _best_s(lambda: (torch.mm(grad, weight, out=d_x), torch.mm(grad.t(), x, out=d_weight)))
+    forward = _typical_s(lambda: torch.mm(x, weight.t(), out=out))
+    return forward, _typical_s(lambda: (torch.mm(grad, weight, out=d_x), torch.mm(grad.t(), x, out=d_weight)))
 
 
 def _attention_s(shape: Shape) -> tuple[float, float]:
@@ -101,8 +104,8 @@ def _attention_s(shape: Shape) -> tuple[float, float]:
     heads = shape.hidden // 64
     q, k, v, grad = (torch.randn(1, heads, n, 64) for n in (QUERIES, KEYS, KEYS, QUERIES))
     out, lse = _flash(q, k, v, 0.0, False)
-    forward = _best_s(lambda: _flash(q, k, v, 0.0, False))
-    return forward, _best_s(lambda: _flash_backward(grad, q, k, v, out, lse, 0.0, False))
+    forward = _typical_s(lambda: _flash(q, k, v, 0.0, False))
+    return forward, _typical_s(lambda: _flash_backward(grad, q, k, v, out, lse, 0.0, False))
 
 
 def _no_attention(
@@ -119,22 +122,30 @@ def _code_s(shape: Shape) -> tuple[float, float]:
     """Return the seconds of transformers' layers without attention, forward and backward; gradients are there."""
     model = model_of(shape, recompute=False).model
     ids = torch.arange(ROWS).remainder(shape.vocabulary)[None]
-    times = []
+    forwards: list[float] = []
+    backwards: list[float] = []
+
+    def both() -> None:
+        started = time.perf_counter()
+        hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+        middle = time.perf_counter()
+        hidden.backward(hidden.detach())
+        forwards.append(middle - started)
+        backwards.append(time.perf_counter() - middle)
+
     with attention_of(model, "benchmark_no_attention"):
-        for _ in range(_TRIES):
-            started = time.perf_counter()
-            hidden = model(input_ids=ids, use_cache=False).last_hidden_state
-            middle = time.perf_counter()
-            hidden.backward(hidden.detach())
-            times.append((middle - started, time.perf_counter() - middle))
-    return min(f for f, _ in times), min(b for _, b in times)
+        _typical_s(both)
+    return statistics.median(forwards), statistics.median(backwards)
 
 
-def _best_s(call: Callable[[], object]) -> float:
+def _typical_s(call: Callable[[], object]) -> float:
+    """Return the median time of a call, repeated by every rank for the same while."""
     call()
-    best = float("inf")
-    for _ in range(_TRIES):
+    if dist.is_initialized():
+        dist.barrier()
+    times, began = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < SPAN_S:
         started = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - started)
-    return best
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

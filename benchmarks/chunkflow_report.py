@@ -19,7 +19,7 @@ Row = dict[str, Any]
 PEERS = {
     "padded": ("transformers' padded batches, group_by_length, recompute", 2.5),
     "single": ("one sequence a micro-batch, round-robin, recompute", 1.5),
-    "packed": ("TRL's packing (bfd), recompute", 1.0),
+    "packed": ("TRL's packing (bfd), at its best setting", 1.0),
 }
 """What claims call a peer, and by how much ours has to be faster."""
 OF_BOUND = 0.9

@@ -3,7 +3,8 @@
 `ours`: ChunkLoader and ChunkRunner. The peers run transformers' own model and loss with activation checkpointing, their
 gradients are added up once a step like ours, and every target counts the same: `padded` batches of similar lengths
 (transformers' `LengthGroupedSampler`, batches dealt as accelerate deals them), `single` sequences dealt round-robin,
-`packed` rows of TRL's `pack_dataset(strategy="bfd")`, which loses what is longer than a row.
+`packed` rows of TRL's `pack_dataset(strategy="bfd")`, which loses what is longer than a row, and needs no recompute
+where its rows are short.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def padded(job: Job, setting: Mapping[str, int]) -> Work:
         whole = all(lengths[i] == longest for i in batch)  # no padding: no mask, and the kernel skips what is hidden
         load += recomputed(len(batch) * longest, len(batch) * (causal(longest) if whole else longest**2))
     rows = [_padded_rows([job.samples[i] for i in batch]) for batch in mine]
-    return _work(job, rows, load, sum(lengths[i] for batch in mine for i in batch))
+    return _work(job.recomputing, rows, load, sum(lengths[i] for batch in mine for i in batch))
 
 
 def single(job: Job, setting: Mapping[str, int]) -> Work:
@@ -84,7 +85,7 @@ def single(job: Job, setting: Mapping[str, int]) -> Work:
     load = Load()
     for sample in mine:
         load += recomputed(len(sample.input_ids), causal(len(sample.input_ids)))
-    return _work(job, [_padded_rows([s]) for s in mine], load, sum(len(s.input_ids) for s in mine))
+    return _work(job.recomputing, [_padded_rows([s]) for s in mine], load, sum(len(s.input_ids) for s in mine))
 
 
 def packed(job: Job, setting: Mapping[str, int]) -> Work:
@@ -96,17 +97,18 @@ def packed(job: Job, setting: Mapping[str, int]) -> Work:
     table = Dataset.from_dict({"input_ids": [s.input_ids.tolist() for s in job.samples]})
     rows = pack_dataset(table, setting["row_tokens"], strategy="bfd", map_kwargs={"batch_size": len(job.samples)})
     mine = [rows[i] for i in range(job.rank, len(rows), job.world_size)]
-    load, batches = Load(), []
+    load, batches, loaded = Load(), [], recomputed if setting["recompute"] else kept
     for row in mine:
         tokens = len(row["input_ids"])
-        load += recomputed(tokens, tokens**2)  # the block mask hides pairs, and the kernel computes them all
+        load += loaded(tokens, tokens**2)  # the block mask hides pairs, and the kernel computes them all
         positions = np.concatenate([np.arange(n) for n in row["seq_lengths"]])
         ids = torch.tensor(row["input_ids"])
         labels = ids.masked_fill(torch.from_numpy(positions == 0), -100)
         batches.append(
             {"input_ids": ids[None], "labels": labels[None], "position_ids": torch.from_numpy(positions)[None]}
         )
-    return _work(job, batches, load, sum(len(row["input_ids"]) for row in mine))
+    model = job.recomputing if setting["recompute"] else job.plain
+    return _work(model, batches, load, sum(len(row["input_ids"]) for row in mine))
 
 
 WAYS: dict[str, Callable[[Job, Mapping[str, int]], Work]] = {
@@ -115,6 +117,11 @@ WAYS: dict[str, Callable[[Job, Mapping[str, int]], Work]] = {
     "single": single,
     "packed": packed,
 }
+
+
+def kept(tokens: float, pairs: float) -> Load:
+    """Return the load of rows whose layers run forward once."""
+    return Load(tokens, tokens, tokens, pairs, pairs)
 
 
 def recomputed(tokens: float, pairs: float) -> Load:
@@ -133,7 +140,7 @@ def _padded_rows(samples: Sequence[Sample]) -> Batch:
     return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
 
 
-def _work(job: Job, rows: Sequence[Batch], load: Load, tokens: int) -> Work:
+def _work(model: PreTrainedModel, rows: Sequence[Batch], load: Load, tokens: int) -> Work:
     targets = torch.tensor(sum(int((row["labels"][:, 1:] != -100).sum()) for row in rows))
     if dist.is_initialized():
         dist.all_reduce(targets)
@@ -142,13 +149,13 @@ def _work(job: Job, rows: Sequence[Batch], load: Load, tokens: int) -> Work:
         total = torch.zeros((), dtype=torch.float64)
         for row in rows:
             options: dict[str, Any] = {"use_cache": False, "num_items_in_batch": targets}
-            loss = job.recomputing(**row, **options).loss
+            loss = model(**row, **options).loss
             loss.backward()
             total += loss.detach().double()
         if dist.is_initialized():
             world = dist.group.WORLD
             assert world is not None
-            sum_gradients(job.recomputing.parameters(), world)
+            sum_gradients(model.parameters(), world)
             dist.all_reduce(total)
         return total.item()
 

@@ -58,7 +58,7 @@ def stdlib_bytes() -> Lengths:
 def data_set(name: str, *, quick: bool) -> DataSet:
     """Return `lmsys` or `stdlib`; with `quick` a small part, the longest about 2K."""
     if name == "lmsys":
-        num, factor = (256, 60.0) if quick else (4096, 7.0)
+        num, factor = (256, 60.0) if quick else (2048, 7.0)
         drawn, source = lmsys(4096, seed=2), "4096 of the synthetic lengths `lmsys`, in tokens"
     else:
         drawn, source = stdlib_bytes(), "sizes of the standard library's sources, in bytes"

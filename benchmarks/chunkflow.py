@@ -31,7 +31,7 @@ from benchmarks.claims import print_claims, write_report
 from benchmarks.ranks import wait_for
 
 PARTS = ("lmsys", "stdlib", "memory")
-SHAPE, QUICK_SHAPE = (512, 2, 4096), (128, 2, 1024)
+SHAPE, QUICK_SHAPE = (256, 2, 4096), (128, 2, 1024)
 """Hidden size, layers, vocabulary."""
 DEADLINE_S = 3600
 

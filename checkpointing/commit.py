@@ -44,7 +44,6 @@ class Committer:
         self._step, self._tmp, self._lock = -1, Path(), None
         self._open = False
         self._requested = False
-        self._looked = False
         self._known: dict[int, tuple[tuple[int | str, ...], Summary]] = {}
         self.known_bad: set[int] = set()
         """Steps that a restore of this process read in full and found damaged."""
@@ -126,11 +125,12 @@ class Committer:
 
     def _check_other_runs(self, step: int) -> None:
         """Raise StateError where a restart would go on from another run's checkpoint instead of this save."""
-        first, self._looked = not self._looked, True
+        # Once, by a process that has not restored: a restore has looked at all of both tiers itself.
+        everywhere = not self._run_id
         others: dict[int, tuple[Path, str]] = {}
-        for tier in [self._folder, *([self.mirror.second] if first and self.mirror is not None else [])]:
+        for tier in [self._folder, *([self.mirror.second] if everywhere and self.mirror is not None else [])]:
             for other in self._candidates(tier):
-                if other >= step or (first and not self._run_id):
+                if other >= step or everywhere:
                     run_id = self._run_of(tier, other)
                     if run_id not in (None, self._run_id):
                         others[other] = (tier.at(other), run_id)

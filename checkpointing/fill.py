@@ -80,7 +80,7 @@ class Filling:
             self._arena, self._picks = snapshot.arena, {}
         if index not in self._picks:
             self._picks[index] = CompositeProvider.of([snapshot.arena[a:b] for a, b in map(places.__getitem__, names)])
-        return made_source(self._picks[index])
+        return made_source("", self._picks[index])
 
 
 class Sources:
@@ -95,9 +95,9 @@ class Sources:
                 continue
             (name,) = member.names
             made = snapshot.made.get(name)
-            source = made or view_source(snapshot.providers[name])
+            source = made or view_source(name, snapshot.providers[name])
             if source is None:
-                made = later(snapshot.providers[name])
+                made = later(name, snapshot.providers[name])
                 source = LaterSource(made)
             self.known[index] = source
             if index >= len(filling.members) - len(filling.objects):

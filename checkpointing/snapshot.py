@@ -118,7 +118,7 @@ class Snapshotter:
             run.composite.gather(snapshot.arena[run.begin : run.end])
         for name, provider in snapshot.providers.items():
             if name in structure.urgent and provider.cost is Cost.COMPUTE:
-                snapshot.made[name] = made_source(provider)
+                snapshot.made[name] = made_source(name, provider)
             elif self._check and provider.cost is Cost.VIEW:
                 snapshot.seals[name] = _seal(provider)
         return snapshot

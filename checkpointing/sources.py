@@ -6,11 +6,14 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from math import prod
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from checkpointing.dtypes import itemsize
+from checkpointing.errors import StateError
 from checkpointing.providers.base import Chunk, Cost, Place, Provider
 from checkpointing.providers.composite import CompositeProvider
 from checkpointing.providers.tensors import TensorProvider
@@ -66,30 +69,47 @@ class LaterSource:
         self._made.result().copy(at, slab, slab_at, length)
 
 
-def view_source(provider: Provider) -> Source | None:
-    """Return a source of what needs no work; None where it does."""
+def view_source(name: str, provider: Provider) -> Source | None:
+    """Return a source of what needs no work; None where it does. Raises StateError as `made_source`."""
     if provider.cost is not Cost.VIEW:
         return None
     if provider.place is Place.DEVICE and isinstance(provider, TensorProvider):
         return DeviceSource(provider.local)
-    return HostSource(list(provider.chunks()))
+    return _whole(name, provider, HostSource(list(provider.chunks())))
 
 
-def made_source(provider: Provider) -> HostSource:
-    """Return a source of what needs work, after doing it."""
+def made_source(name: str, provider: Provider) -> HostSource:
+    """Return a source of what needs work, after doing it.
+
+    Raises StateError when a provider gives other than the bytes of its shape and dtype.
+    """
     if isinstance(provider, TensorProvider | CompositeProvider):  # one chunk, made for us
         return HostSource(list(provider.chunks()))
     # Copies: another provider may use one buffer for all its chunks.
-    return HostSource([bytes(chunk) for chunk in provider.chunks()])
+    return _whole(name, provider, HostSource([bytes(chunk) for chunk in provider.chunks()]))
 
 
-def later(provider: Provider) -> Future[HostSource]:
+def _whole(name: str, provider: Provider, source: HostSource) -> HostSource:
+    # Too few, and a buffer's old bytes would be saved, with a hash that proves them.
+    if provider.encoding is None and source.num_bytes != (size := _size(provider)):
+        raise StateError(
+            f"the provider of {name!r} gave {source.num_bytes} bytes; {provider.dtype} of shape "
+            f"{list(provider.shape or ())} has {size}"
+        )
+    return source
+
+
+def _size(provider: Provider) -> int:
+    return prod(provider.shape or ()) * itemsize(provider.dtype)
+
+
+def later(name: str, provider: Provider) -> Future[HostSource]:
     """Begin the work on a thread of its own; a daemon, as it must not keep the process from ending."""
     made: Future[HostSource] = Future()
 
     def work() -> None:
         try:
-            made.set_result(made_source(provider))
+            made.set_result(made_source(name, provider))
         except BaseException as error:  # noqa: BLE001 - raised where the bytes are asked for
             made.set_exception(error)
 

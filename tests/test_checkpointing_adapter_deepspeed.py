@@ -123,11 +123,18 @@ def rank_seam(info, root):
         assert file.read() == "global_step5"
     engine.save({"module": {"w": weight}}, path)
     engine.is_decoupled()  # the same tag again
+    told = ""
     try:
         engine.cleanup()
     except CheckpointError as error:
-        return loaded, str(error)
-    return loaded, ""
+        told = str(error)
+    again = LongrailCheckpointEngine()  # of the next job, which loads and goes on
+    again.load(path)
+    again.create(CheckpointCommitInfo("global_step6", root, True))
+    again.save({"module": {"w": weight}}, path.replace("global_step5", "global_step6"))
+    again.is_decoupled()
+    again.cleanup()
+    return loaded, told
 
 
 def test_the_seam_step_waits_for_the_copy_and_latest_for_the_disk(tmp_path):
@@ -136,6 +143,8 @@ def test_the_seam_step_waits_for_the_copy_and_latest_for_the_disk(tmp_path):
         assert loaded["optimizer_state_dict"]["betas"] == (0.9, 0.99)
         assert same(loaded["optimizer_state_dict"]["w"], torch.full((300, 100), float(rank)))
         assert "step-5 exists already, and a save never overwrites" in error
+    manifests = [json.loads((tmp_path / "ds" / f"step-{step}" / "manifest.json").read_text()) for step in (5, 6)]
+    assert manifests[0]["run_id"] == manifests[1]["run_id"]  # retention counts them together
 
 
 class Trap:

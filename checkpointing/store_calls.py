@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import queue
 import socket
+import struct
 import threading
 import time
 import uuid
@@ -17,6 +19,9 @@ from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed has 
 from checkpointing.errors import RankError
 
 _CONNECT_S = 30.0
+_REACH_S = 5.0
+_SIOCGIFADDR = 0x8915
+"""From linux/sockios.h: the address of an interface."""
 _LOOK_S = 0.25
 
 
@@ -98,18 +103,31 @@ def _own_names() -> list[str]:
     names = [name, socket.getfqdn()]
     with suppress(OSError):  # a name that does not resolve here may still do so on the other hosts
         names += [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*names, *_own_addresses()]))
+
+
+def _own_addresses() -> list[str]:
+    """Return the IPv4 addresses of this host's interfaces but loopback, which is all that its own name may give."""
+    found: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found.append(socket.inet_ntoa(answer[20:24]))
+    return [address for address in found if not address.startswith("127.")]
 
 
 def _connect(hosts: list[str], port: int, token: str) -> Store:
     tried = ["127.0.0.1", *hosts] if hosts[0] == socket.gethostname() else hosts
     for host in tried:
         try:
+            # It listens already: what refuses now is another host, which TCPStore would go on asking.
+            socket.create_connection((host, port), _REACH_S).close()
             store = TCPStore(host, port, None, False, timedelta(seconds=_CONNECT_S), wait_for_workers=False)
             # Two hosts of one name: the port may belong to another job's store.
             if store.check(["token"]) and store.get("token").decode() == token:
                 return store
-        except RuntimeError:
+        except (OSError, RuntimeError):
             continue
     raise RankError(
         f"cannot reach the control store of rank 0 at port {port} of any of {', '.join(tried)}; the ranks' hosts must "

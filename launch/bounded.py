@@ -1,12 +1,15 @@
-"""A reduction with a deadline of its own. The group is of no use after one that timed out: the job has to end."""
+"""Deadlines of collectives. A group is of no use after one that timed out: the job has to end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.errors import KNOWN_ERRORS
 from pipeline.errors import WatchdogError
 
 
@@ -27,9 +30,32 @@ def all_reduce(
         assert work is not None
         work.wait(timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        others = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
-        who = f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {others}"
-        raise WatchdogError(
-            f"{what}: {who} is gone, stopped, hangs, or is later than {timeout_s:g} s: see its output "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise _lost(what, timeout_s, error, group) from error
+
+
+@contextmanager
+def lost_rank_told(what: str, timeout_s: float) -> Iterator[None]:
+    """Raise WatchdogError, which begins with `what`, where a collective inside fails, of no matter which group.
+
+    `timeout_s` is how long they wait, to be told.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        of_ranks = isinstance(error, dist.DistError) or any(name in str(error) for name in _TRANSPORTS)
+        if isinstance(error, KNOWN_ERRORS) or not of_ranks:
+            raise
+        raise _lost(what, timeout_s, error, None) from error
+
+
+_TRANSPORTS = ("gloo", "NCCL", "Timed out waiting")
+"""What the text of an error of a collective has, where its class does not tell."""
+
+
+def _lost(what: str, timeout_s: float, error: RuntimeError, group: dist.ProcessGroup | None) -> WatchdogError:
+    others = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
+    who = f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {others}"
+    return WatchdogError(
+        f"{what}: {who} is gone, stopped, hangs, or is later than {timeout_s:g} s: see its output "
+        f"({' '.join(str(error).split())[:200]})"
+    )

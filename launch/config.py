@@ -41,13 +41,15 @@ class RunConfig:
     evaluated."""
     log_every: int = 5
     """Optimizer steps between two printed lines where there is no terminal for a progress bar."""
+    timeout_s: float = 600.0
+    """Seconds a rank waits for another within a step; then the job ends, and torchrun may start it again."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"run.seed is {self.seed}; it must be at least 0 and below 2**63")
         _at_least(
             1, run__epochs=self.epochs, run__steps=self.steps, run__eval_every=self.eval_every,
-            run__log_every=self.log_every,
+            run__log_every=self.log_every, run__timeout_s=self.timeout_s,
         )  # fmt: skip
         if Path(self.folder).name in ("", ".."):
             raise ConfigError(

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from chunkflow import ChunkLoader, StepBatch
 from chunkflow.plan import StepPlan
 from chunkflow.sources import Source
+from launch.bounded import lost_rank_told
 from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World
@@ -23,6 +24,7 @@ from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
 from launch.megatron import export_gpt
 from launch.memory import PeakMemory
+from launch.mesh import limit_waits
 from launch.metrics import StepMetrics
 from launch.model import build_model, share_weights, vocabulary_size
 from launch.optimizer import Stepper, apply_settings, build_optimizer
@@ -68,7 +70,7 @@ class Job:
     @property
     def patience_s(self) -> float:
         """How long a rank waits for another within a step."""
-        return self.config.pipeline.timeout_s
+        return self.config.run.timeout_s
 
     def train_step(self, batch: StepBatch) -> StepMetrics:
         """Train one step; return what there is to say of it, but for the time. Every rank calls.
@@ -78,8 +80,9 @@ class Job:
         settings = self.config.optimizer
         self.memory.begin()
         lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
-        loss = float(self.runner.forward_backward(batch))
-        norm = self.runner.grad_norm()
+        with lost_rank_told(f"rank {self.world.rank}, step {batch.step + 1}", self.patience_s):
+            loss = float(self.runner.forward_backward(batch))
+            norm = self.runner.grad_norm()
         require_finite(batch.step + 1, loss, float(norm))
         if settings.clip_norm is not None:  # ZeRO, whose gradients are not the parameters', clips as it steps
             clip_(self.model.parameters(), norm, settings.clip_norm)
@@ -88,7 +91,8 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         metrics = measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
-        metrics = replace(metrics, peak_bytes=self.memory.of_step())
+        with lost_rank_told(f"rank {self.world.rank}, step {batch.step + 1}, comparing memory", self.patience_s):
+            metrics = replace(metrics, peak_bytes=self.memory.of_step())
         experts = self.experts
         return metrics if experts is None else replace(metrics, more=experts.loads, notes=experts.notes)
 
@@ -97,7 +101,8 @@ class Job:
         if not self.held_out:
             return None
         self.model.eval()
-        losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
+        with lost_rank_told(f"rank {self.world.rank}, step {self.state.step}, evaluating", self.patience_s):
+            losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
         self.model.train()
         return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
 
@@ -158,6 +163,7 @@ def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> Ste
 def prepare(config: FinetuneConfig, world: World) -> Job:
     """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
     place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
+    limit_waits(place.mesh, config.run.timeout_s)
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: _build(config, world, data))
     share_weights(model)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from launch.errors import ConfigError
 
@@ -25,3 +29,9 @@ def make_mesh(device_type: str, world_size: int, *, pp: int = 1, ep: int = 1, es
             f"multiple of {pp * ep * esp}"
         )
     return init_device_mesh(device_type, (pp, world_size // (pp * ep * esp), ep, esp), mesh_dim_names=AXES)
+
+
+def limit_waits(mesh: DeviceMesh, timeout_s: float) -> None:
+    """Let no collective of the world or of an axis take longer; gloo would wait half an hour. Every rank calls."""
+    for group in (dist.group.WORLD, *mesh.get_all_groups()):
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)  # torch has no public name for it

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import settings
 
+from tests import launch_jobs
 from tests.spawn import close_pool
 
 # The same examples on every machine: what gates a commit does not depend on luck.
@@ -21,3 +22,20 @@ settings.load_profile("longrail")
 def _warm_ranks():
     yield
     close_pool()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Where the session's jobs are, and `corpus`, which they train on."""
+    folder = tmp_path_factory.mktemp("jobs")
+    launch_jobs.write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(place):
+    """The folder and the output of a job of 22 steps on 2 ranks: the oracle of every disturbed one."""
+    flags = launch_jobs.settings(place / "corpus", place / "whole", run__epochs=2)
+    code, output = launch_jobs.run_job(flags, place / "whole.log")
+    assert code == 0, output
+    return place / "whole", output

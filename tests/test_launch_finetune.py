@@ -9,35 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.chaos_compare import curve
+from launch.files import RunFolder
 from launch.metrics import read_metrics
-from tests.launch_jobs import kill_job, run_job, settings, snapshot, start, wait_for_step, workers, write_corpus
+from tests.launch_jobs import kill_job, run_job, settings, snapshot, start, wait_for_step, workers
 
 pytestmark = pytest.mark.timeout(240)
 KEYS = {
     "loss_first", "loss_last", "tokens_per_s", "fill", "split_token_share", "longest_sequence", "peak_memory_bytes",
     "steps", "resumed_from", "checkpoint", "model",
 }  # fmt: skip
-MEASURED = ("seconds", "tokens_per_s", "peak_bytes")
-
-
-def curve(run):
-    """Everything a run measured but the time and memory it took, exact to the bit."""
-    lines = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("jobs")
-    write_corpus(folder / "corpus")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(place):
-    code, output = run_job(settings(place / "corpus", place / "whole", run__epochs=2), place / "whole.log")
-    assert code == 0, output
-    return place / "whole", output
 
 
 def test_a_job_trains_and_sums_itself_up(undisturbed):
@@ -92,7 +73,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
     assert job.wait(timeout=60) == 0, log.read_text()
     assert "Asked to stop: saved after step" in log.read_text()
     assert "The same command resumes" in log.read_text()
-    stopped = len(curve(run)) - 1
+    stopped = len(curve(RunFolder(run))) - 1
     assert 4 <= stopped < 22
     assert (run / "checkpoints" / f"step-{stopped}" / "manifest.json").exists()
     assert not (run / "summary.json").exists()
@@ -109,7 +90,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
     assert code == 0, output
     assert not [rank for rank in ranks if os.path.exists(f"/proc/{rank}/exe")]
     assert "Resuming after step" in output
-    assert curve(run) == curve(whole)
+    assert curve(RunFolder(run)) == curve(RunFolder(whole))
     summary = json.loads((run / "summary.json").read_text())
     assert stopped < summary["resumed_from"] < 22
     left, right = snapshot(run / "model"), snapshot(whole / "model")
@@ -131,9 +112,9 @@ def test_a_finished_run_says_so_and_fresh_starts_over(place, undisturbed):
     aside = place / "whole.old-1"
     assert f"is now {aside}" in output
     assert snapshot(aside) == before
-    assert [line["step"] for line in curve(run)] == [0, 1, 2]
-    aside_curve = curve(aside)
-    assert curve(run)[1]["loss"] == aside_curve[1]["loss"]
+    assert [line["step"] for line in curve(RunFolder(run))] == [0, 1, 2]
+    aside_curve = curve(RunFolder(aside))
+    assert curve(RunFolder(run))[1]["loss"] == aside_curve[1]["loss"]
     run.rename(place / "two-steps")
     aside.rename(run)
 

@@ -1,0 +1,165 @@
+"""launch.chaos: what it refuses, what it finds, and many rounds of it."""
+
+import errno
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpointing import SINGLE, Checkpointer
+from launch import chaos, chaos_runs
+from launch.chaos_compare import largest_difference, require_comparable, require_same
+from launch.chaos_disk import Ballast, can_mount, committed, damage, small_disk
+from launch.chaos_job import ChaosError, Job
+from launch.errors import ConfigError
+from launch.files import RunFolder
+from tests.flat_states import Flat
+from tests.launch_jobs import settings
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are found and limited by what only Linux has")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--kind", "kill,flood"], "--kind has flood; choose from kill, stop, full-disk, corrupt, shrink"),
+        (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
+        (["--ranks", "1"], "--ranks is 1: a stopped rank is found by another one"),
+        (["--chunks.chunk_tokens", "0"], "chunk_tokens is 0; it must be at least 1"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--reference", "/nowhere"], "/nowhere is no finished run"),
+    ],
+)
+def test_bad_input(flags, text, capsys, tmp_path):
+    code = chaos.main(["--work", str(tmp_path / "work"), *flags])
+    assert code == 2
+    assert text in capsys.readouterr().err
+
+
+def run_folder(path, losses=(2.0, 1.0), weights=b"weights", **settings):
+    run = RunFolder(path)
+    run.model.mkdir(parents=True)
+    lines = [{"step": n, "loss": loss, "tokens": 10 * n, "seconds": 0.1 * n} for n, loss in enumerate(losses, start=1)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.config.write_text(json.dumps({"run": {"folder": str(path), "seed": 0}, **settings}))
+    run.summary.write_text("{}")
+    run.facts.write_text(json.dumps({"world_size": 2}))
+    (run.model / "model.safetensors").write_bytes(weights)
+    return run
+
+
+def test_a_run_that_differs_is_told_by_step_and_name(tmp_path):
+    whole = run_folder(tmp_path / "whole")
+    require_same(run_folder(tmp_path / "same"), whole)
+    for name, changes, text in (
+        ("loss", {"losses": (2.0, 1.0000001)}, "step 2 differs from .* in loss"),
+        ("short", {"losses": (2.0,)}, "has 1 lines of metrics, and .* has 2"),
+        ("weights", {"weights": b"other"}, "model.safetensors; another model than"),
+    ):
+        with pytest.raises(ChaosError, match=text):
+            require_same(run_folder(tmp_path / name, **changes), whole)
+
+
+def test_fewer_ranks_may_round_otherwise_and_no_more(tmp_path):
+    whole = run_folder(tmp_path / "whole")
+    assert largest_difference(run_folder(tmp_path / "near", losses=(2.0, 1.001)), whole) == pytest.approx(1e-3)
+    other = run_folder(tmp_path / "other")
+    other.metrics.write_text(whole.metrics.read_text().replace('"tokens": 20', '"tokens": 21'))
+    with pytest.raises(ChaosError, match="step 2 has another tokens"):
+        largest_difference(other, whole)
+
+
+def test_a_reference_of_another_job_is_refused(tmp_path):
+    whole = run_folder(tmp_path / "whole")
+    require_comparable(whole, {"run.seed": 0, "run.folder": "elsewhere", "checkpoint.every": 5}, 2)
+    with pytest.raises(ConfigError, match=r"run with run.seed = 0, and this is 1"):
+        require_comparable(whole, {"run.seed": 1}, 2)
+    with pytest.raises(ConfigError, match="run on 2 ranks, and these are 3"):
+        require_comparable(whole, {}, 3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_damage_is_found_on_load(tmp_path, seed):
+    with Checkpointer(tmp_path / "run", group=SINGLE) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, Flat({"weight": torch.full((5000,), step), "step": step})).wait()
+    newest = committed(tmp_path / "run")[-1]
+    assert newest.name == "step-2"
+    said = damage(newest, random.Random(seed))
+    assert said.startswith("step-2/")
+    with Checkpointer(tmp_path / "run", group=SINGLE) as ckpt:
+        info = ckpt.restore(Flat({}))
+    assert info.step == 1
+    assert [Path(path).name for path, _ in info.skipped] == ["step-2"]
+
+
+@pytest.mark.skipif(not can_mount(), reason="a file system in memory is mounted by root only")
+def test_a_small_disk_is_full_and_has_room_again(tmp_path):
+    with small_disk(tmp_path / "disk", 1 << 20):
+        ballast = Ballast(tmp_path / "disk")
+        ballast.fill()
+        with pytest.raises(OSError) as caught:
+            (tmp_path / "disk" / "file").write_bytes(b"x" * 5000)
+        assert caught.value.errno == errno.ENOSPC
+        ballast.release()
+        (tmp_path / "disk" / "file").write_bytes(b"x" * 5000)
+    assert not (tmp_path / "disk" / "file").exists()
+
+
+def test_a_job_that_prints_nothing_hangs(tmp_path):
+    job = Job(["--help"], tmp_path / "log", ranks=1, restarts=0)
+    try:
+        os.kill(job.hosts[0].pid, signal.SIGSTOP)
+        with pytest.raises(ChaosError, match=r"waiting for a miracle: nothing new for 0.3 s; the end of .*log"):
+            job.wait_until(lambda: False, what="a miracle", timeout_s=0.3)
+    finally:
+        job.kill()
+    assert job.ended() == signal.SIGKILL
+
+
+def counts_of(capsys, place, undisturbed, *flags):
+    job = settings(place / "corpus", place / "unused", run__epochs=2, checkpoint__every=1)
+    code = chaos.main([*flags, "--reference", str(undisturbed[0]), "--deadline-s", "5", "--json", *job])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return json.loads(said.out)
+
+
+@pytest.mark.timeout(240)
+def test_one_round_of_each_kind(place, undisturbed, capsys):
+    counts = counts_of(capsys, place, undisturbed, "--stopped-s", "0")  # torchrun would wait half a minute for it
+    assert {kind: (found["struck"], found["recovered"]) for kind, found in counts["kinds"].items()} == {
+        "kill": (1, 1), "stop": (1, 1), "full-disk": (1, 1), "corrupt": (1, 1),
+    }  # fmt: skip
+    assert counts["identical"] == counts["runs"] >= 1
+    assert counts["skipped"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_that_loses_a_host_goes_on_without_it(place, undisturbed, capsys):
+    counts = counts_of(capsys, place, undisturbed, "--kind", "shrink")
+    assert counts["kinds"]["shrink"]["recovered"] == 1
+    assert counts["largest_difference"] < 1e-3
+    assert counts["resumes"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_without_root_files_may_not_grow(place, undisturbed, capsys, monkeypatch):
+    monkeypatch.setattr(chaos_runs, "can_mount", lambda: False)
+    counts = counts_of(capsys, place, undisturbed, "--kind", "full-disk")
+    assert counts["kinds"]["full-disk"]["recovered"] == counts["identical"] == 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_many_rounds(place, undisturbed, capsys):
+    counts = counts_of(capsys, place, undisturbed, "--rounds", "10")
+    assert {found["recovered"] for found in counts["kinds"].values()} == {10}
+    assert counts["identical"] == counts["runs"]

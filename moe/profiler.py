@@ -177,8 +177,8 @@ def measure_slowdowns(
         target_s = min(lanes[lane][1](lanes[lane][3]) for lane in (one, other))
         sizes = [_size_for(lanes[lane][1], target_s, lanes[lane][3]) for lane in (one, other)]
         both = [(lanes[lane][0](size), lanes[lane][2]) for lane, size in zip((one, other), sizes, strict=True)]
-        ways = (_together(both[:1]), _together(both[1:]), _together(both))
-        *alone, together = measure(ways.__getitem__, range(3), config, group)
+        ways = [_together(jobs, config.repeats) for jobs in (both[:1], both[1:], both)]
+        *alone, together = measure(ways.__getitem__, range(3), replace(config, repeats=1), group)
         factor = together / max(alone)
         if factor >= least:
             found["+".join(sorted((one, other)))] = round(factor, 4)
@@ -216,11 +216,14 @@ def _through(queue: IssueQueue | None, make: Callable[[int], Job]) -> Callable[[
     return made
 
 
-def _together(jobs: Sequence[tuple[Job, IssueQueue | None]]) -> Job:
+def _together(jobs: Sequence[tuple[Job, IssueQueue | None]], repeats: int) -> Job:
+    """Run every job so many times in a row, lanes side by side; they meet at the end only, or the later one counts."""
+
     def run() -> None:
-        tickets = [queue.submit(job, layer="profile", op="together") for job, queue in jobs if queue is not None]
+        queued = [(job, queue) for job, queue in jobs if queue is not None]
+        tickets = [queue.submit(job, layer="profile", op="together") for job, queue in queued for _ in range(repeats)]
         for job, queue in jobs:
-            if queue is None:
+            for _ in range(repeats if queue is None else 0):
                 job()
         for ticket in tickets:
             ticket.result()

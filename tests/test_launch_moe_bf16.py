@@ -67,7 +67,7 @@ def test_bf16_is_as_near_the_exact_gradient_as_one_process_in_bf16(tmp_path, ran
     found = run_ranks(gradients, ranks, folder, ep, esp, "bf16")
     size = math.sqrt(sum(float(x.square().sum()) for x in true.values()))
     rounding = distance(one, true)
-    assert 1e-4 * size < rounding < 0.05 * size
+    assert 1e-4 * size < rounding < 0.2 * size  # a token may go to another expert, too
     for loss, grads, seen in found:
         assert seen == {torch.bfloat16}
         assert grads.keys() == true.keys()

@@ -17,7 +17,7 @@ from moe.metrics import covered, load_balance, union
 from moe.plan import LayerPlan
 from moe.profiler import ProfileConfig
 from moe.tracing import from_spans, read_events, write_events
-from tests.spawn import run_ranks
+from tests.spawn import ROOT, run_ranks
 
 LOAD = ["--exchange-bytes", "4e6", "--expert-rows", "2000", "--gather-bytes", "8e6", "--gradient-bytes", "6e6"]
 
@@ -130,6 +130,19 @@ def test_profile_measures_links_and_real_experts():
     assert made.expert_backward(64) > 0
     plain = Profile.from_json(run_ranks(profiled, 2, 1)[0])
     assert plain.all_gather(1e5) == 0
+
+
+@pytest.mark.timeout(150)
+def test_the_command_profiles_under_torchrun_and_the_plan_reads_it(tmp_path):
+    out, run_under = tmp_path / "profile.json", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    sizes = ["--width", "16", "--inner", "16", "--most-bytes", "262144", "--most-rows", "64", "--tries", "1"]
+    command = [*run_under, "--nproc-per-node", "2", "-m", "moe", "profile", *sizes, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all_to_all") == 1  # of one rank
+    assert "the executor itself" in done.stdout
+    made = run("plan", "--profile", str(out), "--exchange-bytes", "1e5", "--expert-rows", "64", "--json")
+    assert json.loads(made.stdout)["predicted_s"] > 0
 
 
 def test_load_balance():

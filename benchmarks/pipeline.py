@@ -8,14 +8,16 @@ real         its runtime on two ranks, real layers, against torch.distributed.pi
 capped       a model several times as large as its devices, on two ranks
 state-aware  state-aware 1F1B on `lmsys` lengths against 1F1B on whole sequences: simulated, and on two ranks
 
-`--append` adds the rows to those that FILE has, in the place of the same ones. Plans are kept in a file (`--plans`), so
-that a row need not be planned again; `simulated` always plans. Exit codes: 0, or 1 where a target is missed.
+`--append` adds the rows to those that FILE has, in the place of the same ones; each has the load average at its end.
+Plans are kept in a file (`--plans`), so that a row need not be planned again; `simulated` always plans. Exit codes: 0,
+or 1 where a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = json.loads(given.json.read_text())["rows"]
     for name in [] if given.report else given.only or PARTS:
         for row in PARTS[name].run(options):
+            row = {**row, "load_average": os.getloadavg()[0]}
             rows = [*_others(rows, row), row]
             write_report(given.json, rows=rows, claims=[])
     claims = []

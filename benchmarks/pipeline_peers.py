@@ -7,7 +7,7 @@ layer from balanced ones until no border is better elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import comb
@@ -62,7 +62,9 @@ class FixedOrder:
             far = tuple(number[j] for j, why in edges if why is Why.HOP)
             self._rows.append((action.op is Op.B, action.stage, near, far))
 
-    def makespan_s(self, bounds: Bounds, forward_sums: Sequence[float], backward_sums: Sequence[float], hop_s: float):
+    def makespan_s(
+        self, bounds: Bounds, forward_sums: Sequence[float], backward_sums: Sequence[float], hop_s: float
+    ) -> float:
         """Return seconds; the sums are over the first 0, 1, .. layers."""
         seconds = [[sums[hi] - sums[lo] for lo, hi in bounds] for sums in (forward_sums, backward_sums)]
         ends: list[float] = []
@@ -99,12 +101,12 @@ def best_peer(name: str, costs: Costs, *, devices: int, microbatches: int, stage
     schedule = SCHEDULES[name](devices=devices, microbatches=microbatches, **more)
     schedule = with_recompute(schedule, keep_last_stage=True)
     order, num = FixedOrder(schedule), costs.num_layers
-    sums = [_running(row[0]) for row in (costs.forward_s, costs.backward_s)]
+    forward_sums, backward_sums = _running(costs.forward_s[0]), _running(costs.backward_s[0])
     known: dict[Bounds, float] = {}
 
     def seconds(bounds: Bounds) -> float:
         if bounds not in known:
-            known[bounds] = order.makespan_s(bounds, *sums, costs.between_s(0))
+            known[bounds] = order.makespan_s(bounds, forward_sums, backward_sums, costs.between_s(0))
         return known[bounds]
 
     few = comb(num - 1, stages - 1) <= FEW_SPLITS
@@ -150,7 +152,7 @@ def _starts(costs: Costs, stages: int) -> Iterator[Bounds]:
             return
 
 
-def _improved(starts: Iterable[Bounds], seconds) -> Bounds:
+def _improved(starts: Iterable[Bounds], seconds: Callable[[Bounds], float]) -> Bounds:
     """Move one border at a time by one layer, as long as that is better, from the best start."""
     best = min(starts, key=seconds)
     while True:

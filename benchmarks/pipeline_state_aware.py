@@ -1,6 +1,6 @@
 """The part `state-aware` of `benchmarks.pipeline`: chunk groups through a pipeline, against whole sequences.
 
-Simulated at 4 and 8 stages: a global batch of the `lmsys` lengths, and one with a sequence of 300K tokens among them.
+Simulated at 4 and 8 stages: global batches of the `lmsys` lengths, and one with a sequence of 300K tokens among them.
 Ours chooses order, retain and lead within the memory that 1F1B needs on whole sequences with recomputation in its best
 order. Costs are linear in tokens, with attention as much as the rest of a layer at a context of 24K. `measured`: two
 ranks, a small Llama, the lengths divided by 32, on our runtime: torch's fixes its buffers by the first micro-batch.
@@ -25,6 +25,7 @@ from chunkflow.lengths import lmsys
 from chunkflow.plan import plan_step
 from launch.pipeline_plan import units_of
 from pipeline.actions import Op
+from pipeline.errors import PlanError
 from pipeline.schedules.build import with_recompute
 from pipeline.schedules.orders import Candidate, OrderPlan, plan_state_aware, plan_whole_sequences
 from pipeline.simulate import simulate
@@ -34,19 +35,23 @@ from pipeline.units import Unit
 Row = dict[str, Any]
 
 PART = "state-aware"
-NUM, LONGEST = 512, 300_000
-CHUNK_TOKENS = 2048
-RETAINS = (1, 2, 4)
+NUM, LONGEST, SEEDS = 512, 300_000, (0, 3, 2)
+WITH_LONG = "lmsys with 300K"
+CHUNK_TOKENS = (512, 2048)
+"""Tried; the better one that fits."""
+RETAINS = (1, 2)
 TARGETS = {4: 0.70, 8: 0.63}
+CHOICES = ("chunk_tokens", "order", "retain", "ahead")
 FACTOR, MEASURED_NUM, MEASURED_CHUNK = 32, 128, 256
 
 
 def batches(num: int) -> dict[str, np.ndarray]:
-    """Return global batches by name."""
-    drawn = lmsys(num, seed=0)
-    with_long = drawn.copy()
+    """Return global batches by name: three as they are drawn, and one with a sequence as long as they get."""
+    drawn = {seed: lmsys(num, seed=seed) for seed in SEEDS}
+    named = {f"lmsys, longest {round(lengths.max() / 1000)}K": lengths for lengths in drawn.values()}
+    with_long = drawn[SEEDS[0]].copy()
     with_long[num // 3] = LONGEST
-    return {"lmsys": drawn, "lmsys and 300K": with_long}
+    return {**named, WITH_LONG: with_long}
 
 
 def units_for(lengths: np.ndarray, chunk_tokens: int) -> list[Unit]:
@@ -57,6 +62,21 @@ def units_for(lengths: np.ndarray, chunk_tokens: int) -> list[Unit]:
     return list(units_of(chunks, 1))
 
 
+def best_chunks(lengths: np.ndarray, model: UnitModel, cap: float) -> tuple[int, OrderPlan]:
+    """Return the better size of chunks that fits, and its plan."""
+    found = []
+    for chunk_tokens in CHUNK_TOKENS:
+        try:
+            units = units_for(lengths, chunk_tokens)
+            plan = plan_state_aware(units, model, devices=model.layers, retains=RETAINS, memory_cap_bytes=cap)
+            found.append((plan.best.result.makespan_s, chunk_tokens, plan))
+        except PlanError:  # nothing of that size fits
+            continue
+    if not found:
+        raise PlanError(f"no chunks of {CHUNK_TOKENS} tokens fit {cap:.0f} bytes a device")
+    return min(found, key=lambda entry: entry[0])[1:]
+
+
 def simulated(name: str, lengths: np.ndarray, stages: int) -> Row:
     """Return one row."""
     model = UnitModel(layers=stages, attention_tokens=24_576, state_bytes=0.1, boundary_bytes=0.06)
@@ -64,12 +84,11 @@ def simulated(name: str, lengths: np.ndarray, stages: int) -> Row:
     whole = plan_whole_sequences(sequences, model, devices=stages, recompute=True)
     cap = max(whole.best.result.peak_bytes)
     plain = plan_whole_sequences(sequences, model, devices=stages, recompute=False)
-    units = units_for(lengths, CHUNK_TOKENS)
-    ours = plan_state_aware(units, model, devices=stages, retains=RETAINS, memory_cap_bytes=cap)
+    chunk_tokens, ours = best_chunks(lengths, model, cap)
     best_s, peer_s = ours.best.result.makespan_s, whole.best.result.makespan_s
     given = [c for c in ours.tried if c.order == "as given" and c.fits]
-    costs = model.costs(units)
-    total_s = model.layers * sum(row[0] for rows in (costs.forward_s, costs.backward_s) for row in rows)
+    costs = model.costs(units_for(lengths, chunk_tokens))
+    total_s = stages * sum(row[0] for rows in (costs.forward_s, costs.backward_s) for row in rows)
     return {
         "part": PART,
         "model": name,
@@ -81,7 +100,8 @@ def simulated(name: str, lengths: np.ndarray, stages: int) -> Row:
         "over_last_stage_kept": best_s / _last_kept(whole.best, model),
         "useful": ours.best.result.useful,
         "bound": total_s / stages / peer_s,
-        "chosen": ours.best.to_json(),
+        "longest": int(lengths.max()),
+        "chosen": {"chunk_tokens": chunk_tokens, **ours.best.to_json()},
         "peer_order": whole.best.order,
         "peak_over_cap": max(ours.best.result.peak_bytes) / cap,
         "plain_peak_over_cap": max(plain.best.result.peak_bytes) / cap,
@@ -104,11 +124,11 @@ def _last_kept(best: Candidate, model: UnitModel) -> float:
 def measured(options: Options) -> list[Row]:
     """Run two ranks; return their row."""
     num = 24 if options.quick else MEASURED_NUM
-    lengths = np.maximum(2, batches(num)["lmsys and 300K"] // (FACTOR * (8 if options.quick else 1)))
+    lengths = np.maximum(2, batches(num)[WITH_LONG] // (FACTOR * (8 if options.quick else 1)))
     rounds = options.rounds or (1 if options.quick else 3)
     chosen = {"lengths": lengths.tolist(), "chunk_tokens": MEASURED_CHUNK, "rounds": rounds, "retains": RETAINS}
     rows = run_ranks("benchmarks.pipeline_state_rank", chosen, ranks=2, deadline_s=1800)
-    head = {"part": PART, "model": f"lmsys and 300K over {FACTOR}", "devices": 2, "mode": "measured"}
+    head = {"part": PART, "model": f"{WITH_LONG}, over {FACTOR}", "devices": 2, "mode": "measured"}
     return [{**head, "quick": options.quick, **row} for row in rows]
 
 
@@ -127,14 +147,14 @@ def show(rows: Sequence[Row]) -> None:
     table = Table(title="state-aware 1F1B, simulated: makespan over that of 1F1B on whole sequences with recomputation")
     for column in ("batch", "stages", "best orders", "random order", "bound", "peer keeps its\nlast stage",
                    "over 1F1B\nwithout recompute", "that needs, of\nthe cap", "ours, of\nthe cap", "useful",
-                   "order, retain, lead"):  # fmt: skip
+                   "chunk, order, retain, lead"):  # fmt: skip
         table.add_column(column, justify="left" if column == "batch" else "right")
     for row in (r for r in rows if r["mode"] == "simulated"):
         keys = ("ratio", "random_order", "bound", "over_last_stage_kept", "over_no_recompute", "plain_peak_over_cap")
         chosen = row["chosen"]
         table.add_row(
             row["model"], str(row["devices"]), *(f"{row[key]:.3f}" for key in keys), f"{row['peak_over_cap']:.3f}",
-            f"{row['useful']:.3f}", f"{chosen['order']}, {chosen['retain']}, {chosen['ahead']}",
+            f"{row['useful']:.3f}", ", ".join(str(chosen[key]) for key in CHOICES),
         )  # fmt: skip
     Console(width=170).print(table)
     for row in (r for r in rows if r["mode"] == "measured"):

@@ -165,6 +165,7 @@ class TorchPipeline:
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         head = self.modules[self._last].pieces[-1]
+        assert isinstance(head, nn.Linear)
         weights = (labels[0] >= 0).to(hidden.dtype)
         return tiled_cross_entropy(hidden[0], head.weight, head.bias, labels[0], weights) / self._denominator
 

@@ -1,5 +1,7 @@
 """Staleness as a contract: which weights a step sees with 0 and 1, and that a breach is found at the upload."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -157,6 +159,19 @@ def test_a_store_that_has_no_room_is_an_error_before_anything_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []  # without a name once it is mapped
     store.weights("0.weight").fill_(2)
     assert float(store.weights("0.weight").sum()) == 2 * store.weights("0.weight").numel()
+
+
+def rank_has_no_room(info, folder):
+    plan = plan_host(slot_layers(Words(7), ragged(2)), SLOTS, ranks=2, microbatches=2, boundary_bytes=4096)
+    with pytest.raises(PlanError, match=r"need .* bytes of shared memory") as raised:
+        open_store(plan, dist.group.WORLD, folders=(Path(folder),), spare_bytes=2**60)
+    return str(raised.value)
+
+
+def test_every_rank_hears_that_there_is_no_room(tmp_path):
+    first, second = run_ranks(rank_has_no_room, 2, str(tmp_path))
+    assert first == second
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plans_that_do_not_fit_the_layers_are_refused():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from benchmarks.checkpoint_rank import Bench
 
 READ_THREADS = 8
-WRITE_THREADS = 4
+WRITE_THREADS = 8
 
 
 def _warm(bench: Bench, name: str, **settings: Any) -> Way:

@@ -32,7 +32,7 @@ ROUND_S = 90.0
 SURVIVORS_S = 4.0
 READY_S = 10.0
 """How long a round waits for its ranks to train."""
-STEPS = 100
+STEPS = 40
 OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes")
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"incremental": True}, {"mirror": True}, {"busy": "skip"})
 

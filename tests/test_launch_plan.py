@@ -14,7 +14,7 @@ from launch.metrics import read_metrics
 from launch.model import build_model
 from launch.plan import main, quantity
 from launch.plan_costs import CostModel, Machine
-from launch.plan_layouts import MOST, Planner
+from launch.plan_layouts import Planner
 from launch.plan_sizes import sizes_of
 from launch.recipe import read_config
 from tests.launch_jobs import run_job, settings, write_corpus
@@ -85,7 +85,7 @@ def test_a_thousand_devices(tmp_path):
     assert best.layout.pp * best.layout.data == 1024
     assert best.layout.pp >= 16  # 16 bytes a parameter
     assert found.fits(best)
-    assert len(found.known) <= MOST < len(list(found.layouts()))
+    assert len(found.known) < len(list(found.layouts())) / 2
 
 
 def test_experts_are_spread_and_bf16_has_no_pipeline(tmp_path):

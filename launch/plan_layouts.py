@@ -1,0 +1,267 @@
+"""Every layout of a job on a machine, bounded, simulated where it may be the best, and the best with its reasons.
+
+A layout is bounded from below by the work of its busiest data-parallel rank. The most promising are simulated first,
+and those that cannot be faster than the best so far are not. Pure, and the same for the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow.config import PlannerConfig
+from chunkflow.layout import Layout as Chunks
+from chunkflow.layout import make_layout
+from chunkflow.sampler import global_batch
+from launch.compose import EngineName, cell
+from launch.errors import ConfigError
+from launch.pipeline_plan import units_of
+from launch.plan_costs import ADAM, FP32, CostModel
+from launch.plan_records import Estimate, Layout
+from pipeline.comms import complete
+from pipeline.schedules import SCHEDULES
+from pipeline.schedules.build import balanced_stages
+from pipeline.simulate import simulate
+from pipeline.units import Unit
+
+MAX_ACTIONS = 8_000
+"""Of a simulated step; layouts with more are estimated as a pipeline that fills and drains once."""
+MOST = 32
+"""Layouts that are simulated to find the best."""
+STAGES = {"interleaved": 2, "zbv": 2}
+"""Stages a rank, where that is not one."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Lays a job out. `lengths` int64 [N] are the samples', in tokens."""
+
+    model: CostModel
+    lengths: NDArray[np.int64]
+    batch: int
+    seed: int
+    features: tuple[str, ...]
+    """Of the recipe, as `launch.compose` names them, what a layout decides left out."""
+    steps: int = 2
+    known: dict[Layout, Estimate] = field(default_factory=dict)
+    """Layouts that were simulated."""
+    cuts: dict[tuple[int, int, int, int], Chunks] = field(default_factory=dict)
+    """Samples that were cut, by step, chunk_tokens, retain and ranks."""
+
+    def layouts(self) -> Iterator[Layout]:
+        """Yield every layout that composes with the recipe."""
+        devices, whole = self.model.machine.devices, len(self.model.sizes.layers)
+        longest = int(self.lengths.max())
+        sizes = [size for n in range(8, 18) if (size := 1 << n) < 2 * longest] or [256]
+        for pp in (n for n in range(1, min(devices, whole) + 1) if devices % n == 0):
+            for chunk_tokens in sizes:
+                split = longest > chunk_tokens
+                for schedule, engine, ep in self._ways(pp, devices // pp, split=split):
+                    for retain in (1, 2, 4) if split else (1,):
+                        yield Layout(
+                            pp=pp, ep=ep, data=devices // pp, engine=engine, schedule=schedule,
+                            chunk_tokens=chunk_tokens, retain=retain,
+                        )  # fmt: skip
+
+    def _ways(self, pp: int, data: int, *, split: bool) -> Iterator[tuple[str, EngineName, int]]:
+        names = {"state_aware_1f1b": "state_aware", "interleaved": "whole", "zb_h1": "whole", "zbv": "whole"}
+        if pp > 1:
+            for schedule, name in names.items():
+                stages = pp * STAGES.get(schedule, 1)
+                if self._composes(name, "ddp", *(["split"] * split)) and stages <= len(self.model.sizes.layers):
+                    yield schedule, "ddp", 1
+            return
+        engines: tuple[EngineName, ...] = ("ddp", "fsdp2", "zero1", "zero3")
+        for engine in engines:
+            if self._composes(engine) and (data > 1 or engine == "ddp"):
+                yield "state_aware_1f1b", engine, 1
+        experts = self.model.sizes.num_experts
+        if experts > 1 and self._composes("ddp", "experts"):
+            for ep in (n for n in range(2, experts + 1) if experts % n == 0 and data % n == 0):
+                yield "state_aware_1f1b", "ddp", ep
+
+    def _composes(self, *names: str) -> bool:
+        every = (*names, *self.features)
+        found = (cell(a, b) for a in every for b in every if a != b)
+        return all(one is None or one.reason is None for one in found)
+
+    def bound_s(self, layout: Layout) -> float:
+        """Return seconds that no schedule of a layout beats."""
+        loads = float(np.mean([chunks.loads.max() for chunks in self.chunks(layout)]))
+        work = loads * self.model.token_s * (1 + self.model.backward) / 3 * self._share(layout)
+        return work + self.reduce_s(layout, layout.ep)
+
+    def guess_s(self, layout: Layout) -> float:
+        """Return about what a step takes: a pipeline that fills and drains once, experts that hide nothing."""
+        counts = [chunks.counts[chunks.rank == chunks.loads.argmax()].sum() for chunks in self.chunks(layout)]
+        count, reduce_s = float(np.mean(counts)), self.reduce_s(layout, layout.ep)
+        fill = (layout.pp - 1) / STAGES.get(layout.schedule, 1)
+        exchange = self.model.exchange_s(layout.chunk_tokens, layout.ep) * count if layout.ep > 1 else 0.0
+        own = (
+            self.model.machine.overhead_s * len(self.model.sizes.layers) * (1 + self.model.backward) * count / layout.pp
+        )
+        return (self.bound_s(layout) - reduce_s + exchange + own) * (count + fill) / count + reduce_s
+
+    def _share(self, layout: Layout) -> float:
+        """Return the least share of any chunk's work that the busiest device of a pipeline has."""
+        layers = self.model.sizes.layers
+        products, decoders = sum(self.model.layer_s), sum(layer.kind == "decoder" for layer in layers)
+        found = np.zeros((layout.pp, 2))
+        for device, (lo, hi) in self._places(layout):
+            pairs = sum(layer.kind == "decoder" for layer in layers[lo:hi]) / decoders
+            found[device] += (sum(self.model.layer_s[lo:hi]) / products, pairs)
+        return max(1 / layout.pp, float(found.min(1).max()))
+
+    def chunks(self, layout: Layout) -> list[Chunks]:
+        """Return how each step's samples are cut and assigned."""
+        return [self._cut(n, layout.chunk_tokens, layout.retain, layout.data) for n in range(self.steps)]
+
+    def _cut(self, step: int, chunk_tokens: int, retain: int, data: int) -> Chunks:
+        key = (step, chunk_tokens, retain, data)
+        if key not in self.cuts:
+            size = min(self.batch, len(self.lengths))
+            at = step % max(1, len(self.lengths) // size)
+            samples = global_batch(self.seed, 0, at, num_samples=len(self.lengths), global_batch=size)
+            config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain, pair_cost=self.model.pair_cost)
+            self.cuts[key] = make_layout(samples, self.lengths[samples], config=config, world_size=data)
+        return self.cuts[key]
+
+    def held_bytes(self, layout: Layout) -> list[float]:
+        """Return bytes of weights, gradients and moments of each rank of a pipeline."""
+        layers = self.model.sizes.layers
+        found = [0.0] * layout.pp
+        for device, (lo, hi) in self._places(layout):
+            found[device] += self.model.held_bytes(layers[lo:hi], engine=layout.engine, ranks=layout.data, ep=layout.ep)
+        if layout.pp > 1:  # a tied weight is on the first rank as well as on that of the head
+            found[0] += self.model.sizes.tied * (FP32 if self.model.lora else 2 * FP32 + ADAM)
+        return found
+
+    def _places(self, layout: Layout) -> Iterator[tuple[int, tuple[int, int]]]:
+        for stage, bounds in enumerate(self.bounds(layout)):
+            yield min(stage, 2 * layout.pp - 1 - stage) if layout.schedule == "zbv" else stage % layout.pp, bounds
+
+    def bounds(self, layout: Layout) -> tuple[tuple[int, int], ...]:
+        """Return the layers of each stage."""
+        return _stages(self.model.layer_s, layout.pp * STAGES.get(layout.schedule, 1) if layout.pp > 1 else 1)
+
+    def reduce_s(self, layout: Layout, ep: int) -> float:
+        """Return seconds of moving weights and gradients, of the slowest stage."""
+        layers, passes = self.model.sizes.layers, 0
+        if layout.engine == "zero3":
+            passes = max(self._passes(chunks, layout.retain) for chunks in self.chunks(layout))
+        one = {"engine": layout.engine, "ranks": layout.data, "ep": ep, "passes": passes}
+        return max(self.model.reduce_s(layers[lo:hi], **one) for lo, hi in self.bounds(layout))
+
+    @staticmethod
+    def _passes(chunks: Chunks, retain: int) -> int:
+        """Return forwards, and twice the backwards, of the rank that runs most: the others run along."""
+        again = np.maximum(chunks.counts - retain, 0) * (chunks.counts > 1)
+        return int(np.bincount(chunks.rank, weights=again + 3 * chunks.counts).max())
+
+    def estimate(self, layout: Layout) -> Estimate:
+        """Predict a step of a layout, by the simulator."""
+        if layout not in self.known:
+            self.known[layout] = self._estimate(layout)
+        return self.known[layout]
+
+    def _estimate(self, layout: Layout) -> Estimate:
+        held, times, bubbles, peaks, exact = self.held_bytes(layout), [], [], [], True
+        for chunks in self.chunks(layout):
+            rank = int(chunks.loads.argmax())
+            row = chunks.chunks(chunks.jobs()[rank].tolist())
+            costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens)
+            stages = self.bounds(layout)
+            if 4 * len(stages) * len(row) > MAX_ACTIONS:
+                exact = False
+                kept = max(map(sum, costs.activation_bytes)) + sum(map(sum, costs.state_bytes)) / layout.pp
+                times.append(self.guess_s(layout) - self.reduce_s(layout, layout.ep))
+                bubbles.append((layout.pp - 1) / (len(row) + layout.pp - 1))
+                peaks.append([size + kept for size in held])
+                continue
+            result = simulate(complete(_schedule(layout, units_of(row, layout.retain), stages)), costs)
+            times.append(result.makespan_s)
+            bubbles.append(result.bubble.total)
+            peaks.append([a + b for a, b in zip(held, result.peak_bytes, strict=True)])
+        balance = [float(chunks.loads.mean() / chunks.loads.max()) for chunks in self.chunks(layout)]
+        reduce_s = self.reduce_s(layout, layout.ep)
+        return Estimate(
+            layout=layout,
+            step_s=float(np.mean(times)) + reduce_s,
+            bubble=float(np.mean(bubbles)) if layout.pp > 1 else 0.0,
+            balance=float(np.mean(balance)),
+            reduce_s=reduce_s,
+            held_bytes=max(held),
+            memory_bytes=max(map(max, peaks)),
+            simulated=exact,
+        )
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Return whether a layout stays within the memory of a device."""
+        return estimate.memory_bytes <= self.model.machine.memory_bytes
+
+    def best(self) -> Estimate:
+        """Return the fastest layout that fits. Raises ConfigError, with what the smallest needs, when none does."""
+        cap = self.model.machine.memory_bytes
+        every = list(self.layouts())
+        held = {layout: max(self.held_bytes(layout)) for layout in every}
+        room = sorted((layout for layout in every if held[layout] < cap), key=self.guess_s)
+        found: Estimate | None = None
+        for layout in room:
+            if found is not None and (self.bound_s(layout) >= found.step_s or len(self.known) >= MOST):
+                continue
+            estimate = self.estimate(layout)
+            if self.fits(estimate) and (found is None or estimate.step_s < found.step_s):
+                found = estimate
+        if found is None:
+            tried = [one.memory_bytes for one in self.known.values()] or list(held.values())
+            raise ConfigError(
+                f"no layout on {self.model.machine.devices} devices stays within {cap / 1e9:.1f} GB; the smallest "
+                f"needs {min(tried) / 1e9:.1f} GB. Give more or larger devices, or train adapters (lora.rank)"
+            )
+        return found
+
+    def others(self, best: Estimate) -> dict[str, list[Estimate]]:
+        """Return, for each dimension of a layout, the nearest other values of it, each with what goes best with it.
+
+        With another number of pipeline ranks the engine and the schedule may be others, too.
+        """
+        found: dict[str, list[Estimate]] = {}
+        every = list(self.layouts())
+        for name in _DIMENSIONS:
+            free = {name, "data", *(("engine", "schedule", "ep") if name == "pp" else ())}
+            fixed = [other for other in _DIMENSIONS if other not in free]
+            same = [one for one in every if all(getattr(one, f) == getattr(best.layout, f) for f in fixed)]
+            for value in _nearest(getattr(best.layout, name), {getattr(one, name) for one in same}):
+                choices = [one for one in same if getattr(one, name) == value]
+                fitting = [one for one in choices if max(self.held_bytes(one)) < self.model.machine.memory_bytes]
+                found.setdefault(name, []).append(self.estimate(min(fitting or choices, key=self.guess_s)))
+        return found
+
+
+_DIMENSIONS = ("pp", "ep", "engine", "schedule", "chunk_tokens", "retain")
+
+
+def _nearest(chosen: Any, values: set[Any]) -> list[Any]:
+    """Return the values before and after the chosen one; of names, all others."""
+    ordered = sorted(values - {chosen})
+    if not ordered or isinstance(chosen, str):
+        return ordered
+    return [*[v for v in ordered if v < chosen][-2:], *[v for v in ordered if v > chosen][:2]]
+
+
+@lru_cache(maxsize=128)
+def _stages(layer_s: tuple[float, ...], stages: int) -> tuple[tuple[int, int], ...]:
+    return balanced_stages(layer_s, stages)
+
+
+def _schedule(layout: Layout, units: Sequence[Unit], stages: tuple[tuple[int, int], ...]) -> Any:
+    if layout.schedule == "state_aware_1f1b":
+        return SCHEDULES[layout.schedule](devices=layout.pp, units=tuple(units), layers=stages)
+    extra = {"stages_per_device": STAGES[layout.schedule]} if layout.schedule == "interleaved" else {}
+    made = SCHEDULES[layout.schedule](devices=layout.pp, microbatches=len(units), layers=stages, **extra)
+    return replace(made, units=tuple(units))

@@ -1,0 +1,159 @@
+"""`python -m launch.plan`: sizes against real models, the search against trying everything, and a plan that is run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+from chunkflow.lengths import llama3_sft
+from launch.experts import with_experts
+from launch.layer_costs import measure_costs
+from launch.metrics import read_metrics
+from launch.model import build_model
+from launch.plan import main, quantity
+from launch.plan_costs import CostModel, Machine
+from launch.plan_layouts import Planner
+from launch.plan_sizes import sizes_of
+from launch.recipe import read_config
+from tests.launch_jobs import run_job, settings, write_corpus
+from tests.spawn import ROOT
+
+QUICK = ["--config", str(ROOT / "recipes" / "quickstart.yaml")]
+WIDE = ["--model.hidden_size=256", "--model.intermediate_size=1024", "--model.num_heads=4", "--model.num_kv_heads=4"]
+DEVICES = {"latency_s": 1e-5, "overhead_s": 1e-4, "link_bytes_per_s": 50e9, "flops": 200e12}
+
+
+def read(*flags):
+    return read_config([*QUICK, *flags], prog="x", description="")
+
+
+def planner(config, lengths, *, devices, memory, batch=64, **changes):
+    machine = Machine(devices=devices, memory_bytes=memory, **{**DEVICES, **changes})
+    model = CostModel(sizes=sizes_of(config), machine=machine, bf16=config.model.precision == "bf16", lora=False)
+    features = ("bf16", "checkpoints") if model.bf16 else ("checkpoints",)
+    return Planner(model, lengths, batch, 0, features)
+
+
+@pytest.mark.parametrize("flags", [[], WIDE], ids=["narrow", "wide"])
+def test_sizes_are_those_of_the_real_model(flags):
+    config = read(*flags)
+    sizes, model = sizes_of(config), build_model(config.model, None, torch.device("cpu"))
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    measured = measure_costs(model, tokens=256, repeats=1).activation_bytes[0]
+    for layer, nbytes in zip(sizes.layers, measured, strict=True):
+        if layer.kind == "decoder":
+            assert 4 * layer.kept * 256 == pytest.approx(nbytes, rel=0.1)
+
+
+def test_sizes_of_experts_are_those_of_the_upcycled_model():
+    config = read("--moe.num_experts=4")
+    sizes = sizes_of(config)
+    made = with_experts(build_model(config.model, None, torch.device("cpu")), config.moe, seed=0)
+    experts = sum(p.numel() for name, p in made.named_parameters() if ".experts." in name)
+    assert sum(layer.experts for layer in sizes.layers) == experts
+    routers = sum(p.numel() for name, p in made.named_parameters() if ".experts." not in name and "gate" in name)
+    assert sizes.parameters + routers == sum(p.numel() for p in made.parameters())
+
+
+@pytest.mark.parametrize("memory", [2.4e9, 8e9])
+@pytest.mark.parametrize("longest", [200, 6000])
+def test_the_search_finds_what_trying_everything_finds(memory, longest):
+    """A model of 0.1 billion parameters on four devices, each layout simulated."""
+    config = read("--model.hidden_size=768", "--model.intermediate_size=2048", "--model.num_heads=12",
+                  "--model.num_kv_heads=4", "--model.num_layers=10", "--model.vocab_size=32000")  # fmt: skip
+    lengths = np.minimum(llama3_sft(500, seed=1), longest)
+    quick, slow = (planner(config, lengths, devices=4, memory=memory, batch=12) for _ in range(2))
+    best = quick.best()
+    every = [slow.estimate(layout) for layout in slow.layouts()]
+    for one in every:
+        assert one.step_s >= slow.bound_s(one.layout) * (1 - 1e-9), one
+    assert best.step_s == min(one.step_s for one in every if slow.fits(one))
+    assert len(quick.known) < len(every)
+
+
+def test_a_thousand_devices(tmp_path):
+    """70 billion parameters in fp32 fit a device only in a pipeline; few layouts of many are simulated."""
+    LlamaConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = planner(read(f"--model.path={tmp_path}"), llama3_sft(20_000, seed=0), devices=1024, memory=80e9, batch=1024)
+    best = found.best()
+    assert found.model.sizes.parameters == pytest.approx(70.6e9, rel=0.01)
+    assert best.layout.pp * best.layout.data == 1024
+    assert best.layout.pp >= 16  # 16 bytes a parameter
+    assert found.fits(best)
+    assert len(found.known) < len(list(found.layouts())) / 2
+
+
+def test_experts_are_spread_and_bf16_has_no_pipeline(tmp_path):
+    Qwen3MoeConfig(
+        vocab_size=32_000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=64, num_experts=64, num_experts_per_tok=4, moe_intermediate_size=512,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = planner(read(f"--model.path={tmp_path}"), llama3_sft(5000, seed=0), devices=16, memory=12e9)
+    best = found.best()
+    assert best.layout.ep > 1
+    assert best.layout.pp == 1
+    assert best.layout.settings()["moe.ep"] == best.layout.ep
+    half = planner(
+        read(f"--model.path={tmp_path}", "--model.precision=bf16"), llama3_sft(5000, seed=0), devices=16, memory=12e9
+    )
+    assert {layout.pp for layout in half.layouts()} == {1}
+
+
+def command(capsys, *argv):
+    code = main([*QUICK, *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_plan_is_a_job(tmp_path, capsys):
+    """A device so small that the model has to be cut: what the plan says is run, and its chunks are the plan's."""
+    corpus = write_corpus(tmp_path / "corpus", files=24)
+    flags = [f"{key}={value}" for key, value in zip(*[iter(settings(corpus, tmp_path / "x"))] * 2, strict=True)]
+    asked = ["--devices", 2, "--device-memory", "1.2MB", "--link", "1GB/s", "--flops", "50GF"]
+    code, out, err = command(capsys, *asked, "--json", *flags)
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["chosen"]["layout"]["pp"] == 2
+    assert plan["chosen"]["memory_bytes"] <= 1.2e6
+    assert any("pipeline ranks 2: 1 needs" in reason for reason in plan["why"])
+    assert plan["chosen"]["step_s"] == min(one["step_s"] for one in plan["tried"] if one["fits"])
+    code, out, _ = command(capsys, *asked, *flags)
+    assert code == 0
+    assert "settings: --chunks.chunk_tokens" in out
+    more = {key.replace(".", "__"): value for key, value in plan["settings"].items()}
+    log = tmp_path / "job.log"
+    code, output = run_job(settings(corpus, tmp_path / "run", run__steps=2, **more), log)
+    assert code == 0, output
+    assert "pipeline state_aware_1f1b of 2 ranks" in output
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["--devices", 4, "--device-memory", "1MB"], 1, r"stays within 0.0 GB; the smallest needs"),
+        (["--devices", 0], 2, "--devices, --device-memory, --flops and --link are more than 0"),
+        (["--devices", 4, "--link", "fast"], 2, "'fast' is no quantity; write 80GB"),
+        (["--devices", 4, "--lengths", "none.json"], 2, "No such file"),
+        (["--devices", 4, "--model.hidden_size=-1"], 2, "model.hidden_size is -1"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(capsys, argv, code, text):
+    lengths = [] if "--lengths" in argv else ["--lengths", "lmsys"]
+    found, out, err = command(capsys, *argv, *lengths)
+    assert (found, out) == (code, "")
+    assert text in err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("80GB", 80e9), ("64GiB", 64 * 2**30), ("50GB/s", 50e9), ("200TF", 2e14), ("10us", 1e-5), ("1e9", 1e9)],
+)
+def test_quantities(text, value):
+    assert quantity(text) == pytest.approx(value)

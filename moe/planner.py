@@ -274,7 +274,7 @@ def _as_plan(chosen: tuple[Choice, Choice], load: LayerLoad, serial_s: float) ->
     )
 
 
-def _sum(choices: tuple[Choice, ...]) -> float:
+def _sum(choices: tuple[Choice, Choice]) -> float:
     return choices[0].time_s + choices[1].time_s
 
 

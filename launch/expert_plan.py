@@ -19,12 +19,13 @@ from launch.files import write_json
 from moe.calibrate import measure_layer, with_overheads
 from moe.config import ExpertsConfig
 from moe.cost import LayerLoad, Profile
+from moe.drift import replan_reason
 from moe.gradients import GradientReducer
 from moe.issue import IssueQueue, own_group
 from moe.measuring import ExpertShape, expert_jobs, made_experts
 from moe.parallel import ParallelExperts, expert_layers
 from moe.plan import LayerPlan
-from moe.planner import plan_layer, replan_reason
+from moe.planner import plan_layer
 from moe.profiler import MIN_BYTES, Links, ProfileConfig, agree_on_plans, make_profile
 from moe.sliced import backward_order, ready_amounts, use_plans
 from moe.spread import plan_model

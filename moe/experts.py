@@ -12,15 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.precision import narrowed
+
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_ALIGN_BYTES = 16
-
-
-def narrowed(x: Tensor) -> Tensor:
-    """Return x as autocast, where it is on, gives it to a product; it knows neither exchanges nor `grouped_mm`."""
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from moe.agree import Problem, agree, problem_of
-from moe.experts import narrowed
 from moe.flow import Experts, LayerRun
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
 from moe.order import Order, SparseOrder
 from moe.overlap import run_experts
 from moe.plan import PLAIN, LayerPlan
+from moe.precision import narrowed
 from moe.records import MoeOutput, Routing
 
 Drain = Callable[[str, LayerPlan], None]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.errors import ContractError
 from moe.gates.capacity import position_in_expert
+from moe.precision import in_full
 from moe.records import Assignments, Routing, Slots
 
 
@@ -80,7 +81,8 @@ class EinsumOrder:
         """Return the rows, and how to get back."""
         slots = routing if isinstance(routing, Slots) else _as_slots(routing)
         x_BTD = x_TD.reshape(*slots.dispatch_BTES.shape[:2], x_TD.shape[-1])
-        rows_EBSD = torch.einsum("btes,btd->ebsd", slots.dispatch_BTES.to(x_TD.dtype), x_BTD)
+        with in_full(x_TD):
+            rows_EBSD = torch.einsum("btes,btd->ebsd", slots.dispatch_BTES.to(x_TD.dtype), x_BTD)
         each = rows_EBSD.shape[1] * rows_EBSD.shape[2]
         counts_E = torch.full((len(rows_EBSD),), each, dtype=torch.int64, device=x_TD.device)
 
@@ -88,7 +90,8 @@ class EinsumOrder:
             combine = slots.combine_BTES
             wide = torch.promote_types(combine.dtype, rows_RD.dtype)
             rows = rows_RD.view(rows_EBSD.shape).to(wide)
-            return torch.einsum("btes,ebsd->btd", combine.to(wide), rows).reshape(x_TD.shape).to(x_TD.dtype)
+            with in_full(rows):
+                return torch.einsum("btes,ebsd->btd", combine.to(wide), rows).reshape(x_TD.shape).to(x_TD.dtype)
 
         return Ordered(rows_EBSD.reshape(-1, x_TD.shape[-1]), counts_E, inverse)
 

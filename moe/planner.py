@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 
 from moe.cost import (
     MAX_CHUNKS,
@@ -34,8 +34,6 @@ FEWER_CHUNKS = 1.01
 """Within 1% of the fastest, fewer chunks and pieces are taken: every operation more is one more that can be late."""
 _WORSE = 1.1
 """How much slower than the best of its direction an r may be, to be the better one of a pair with fewer pieces."""
-DRIFT = 0.25
-"""Relative change of a load after which a plan is made anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,8 @@ def best_pair(
     Where the two r differ, the experts run in more pieces than either has chunks, and each piece costs.
     Raises PlanError when no r fits in `memory_bytes`.
     """
-    forwards, backwards = (_choices(profile, load, b, order, max_chunks, memory_bytes) for b in (False, True))
+    every = (_choices(profile, load, b, order, max_chunks, memory_bytes) for b in (False, True))
+    forwards, backwards = (_one_a_count(choices) for choices in every)
     # The fastest of each alone is a lower bound: pieces only add to it.
     pairs = sorted(product(forwards, backwards), key=_sum)
     found: list[tuple[Choice, Choice]] = []
@@ -99,6 +98,12 @@ def best_pair(
         best_s = min(best_s, _sum(found[-1]))
     near = (pair for pair in found if _sum(pair) <= best_s * FEWER_CHUNKS)
     return min(near, key=lambda p: (pieces(p[0].chunks, p[1].chunks), p[0].chunks + p[1].chunks, _sum(p)))
+
+
+def _one_a_count(choices: Sequence[Choice]) -> list[Choice]:
+    """Return the fastest of each r, of equal ones that with the least lag."""
+    ascending = sorted(choices, key=lambda c: (c.chunks, c.time_s, c.lag))
+    return [next(same) for _, same in groupby(ascending, key=lambda c: c.chunks)]
 
 
 def _in_pieces(profile: Profile, load: LayerLoad, pair: tuple[Choice, Choice]) -> tuple[Choice, Choice]:
@@ -187,23 +192,6 @@ def plan_layer(
     return replace(plan, reasons=tuple(reasons))
 
 
-def replan_reason(planned: LayerLoad, measured: LayerLoad) -> str | None:
-    """Return why a plan made for `planned` no longer fits what was measured, or None."""
-    for name in ("exchange_bytes", "gather_bytes", "expert_rows", "gradient_bytes"):
-        old, new = getattr(planned, name), getattr(measured, name)
-        if abs(new - old) > DRIFT * max(old, 1e-30):
-            return f"{name} went from {old:.0f} to {new:.0f}, more than {DRIFT:.0%}"
-    return None
-
-
-def refit_reason(predicted_s: float, measured_s: Sequence[float]) -> str | None:
-    """Return why a profile no longer holds: the median of the measured times is over 25% off, or None."""
-    middle = sorted(measured_s)[len(measured_s) // 2]
-    if abs(middle - predicted_s) <= DRIFT * predicted_s:
-        return None
-    return f"layers take {middle * 1e3:.2f} ms in the median, {predicted_s * 1e3:.2f} ms were predicted: profile again"
-
-
 def _time(profile: Profile, t: StageTimes, chunks: int, order: Order, lag: int) -> float:
     if profile.slowdowns and any(profile.slowdown(*pair) > 1 for pair in PAIRS):
         busy = max((e.t1_s for e in predict(profile, t, chunks, order=order, lag=lag)), default=0.0)
@@ -274,7 +262,7 @@ def _as_plan(chosen: tuple[Choice, Choice], load: LayerLoad, serial_s: float) ->
     )
 
 
-def _sum(choices: tuple[Choice, ...]) -> float:
+def _sum(choices: tuple[Choice, Choice]) -> float:
     return choices[0].time_s + choices[1].time_s
 
 

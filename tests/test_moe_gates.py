@@ -126,6 +126,33 @@ ROUTERS = {
 }
 
 
+class Linear(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.w = nn.Parameter(Twist(seed).w.detach().float())
+
+    def forward(self, rows):
+        assert rows.dtype == torch.bfloat16
+        return torch.tanh(nn.functional.linear(rows, self.w))
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_under_autocast_experts_compute_in_bf16_and_routing_in_fp32(kind):
+    gate, experts = gate_of(kind).float(), [Linear(e) for e in range(E)]
+    order = EinsumOrder() if kind in ("soft", "gshard") else SparseOrder()
+    layer, x = MoELayer(gate, ModuleExperts(experts), order=order, plan=LayerPlan(2, 1)), tokens(2, T // 2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, routing = layer(x).hidden, gate(x)
+        y.square().sum().backward()
+    plain = gate(x)
+    weights = "combine_BTES" if kind == "soft" else "weights_A"
+    assert torch.equal(getattr(routing, weights), getattr(plain, weights))
+    exact = reference_moe(x, plain, [lambda rows, w=e.w: torch.tanh(rows @ w.t()) for e in experts])
+    assert y.dtype == torch.float32
+    assert 0 < (y - exact).abs().max() < 0.1
+    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("family", ROUTERS)
 def test_softmax_gate_is_the_router_of_transformers_bit_for_bit(family):
     kind, config, options = ROUTERS[family]

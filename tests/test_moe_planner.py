@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from moe.calibrate import CHUNKS, LayerTimes, with_overheads
 from moe.cost import LayerLoad, Line, Profile, lane_bound, layer_time, serial_time, stage_times
+from moe.drift import refit_reason, replan_reason
 from moe.errors import PlanError
 from moe.plan import intra_order, pieces
-from moe.planner import best_choice, best_fixed, best_pair, direction_time, plan_layer, refit_reason, replan_reason
+from moe.planner import best_choice, best_fixed, best_pair, direction_time, plan_layer
 from moe.simulate import peak_bytes, predict, timeline
 
 ALPHA = st.floats(0, 5e-3)

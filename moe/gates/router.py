@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.errors import MoeConfigError
+from moe.precision import in_full
 
 
 class Router(nn.Module):
@@ -23,7 +24,8 @@ class Router(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return `[T, E]`, fp32 or wider."""
         x_TD = widened(x.reshape(-1, x.shape[-1]))
-        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+        with in_full(x_TD):
+            return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
 
 def widened(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe.errors import MoeConfigError
 from moe.gates.capacity import capacity_rows, drop_over_capacity
 from moe.gates.router import Router, balance_loss, widened
+from moe.precision import in_full
 from moe.records import Assignments, top_k_assignments
 
 
@@ -82,8 +83,9 @@ class XMoEGate(nn.Module):
     def forward(self, x: Tensor) -> Assignments:
         """Route `[..., D]`."""
         x_TD = widened(x.reshape(-1, x.shape[-1]))
-        narrow = F.normalize(F.linear(x_TD, self.projection.weight.to(x_TD.dtype)), dim=-1)
-        cosine_TE = narrow @ F.normalize(self.embeddings.to(x_TD.dtype), dim=-1).t()
+        with in_full(x_TD):
+            narrow = F.normalize(F.linear(x_TD, self.projection.weight.to(x_TD.dtype)), dim=-1)
+            cosine_TE = narrow @ F.normalize(self.embeddings.to(x_TD.dtype), dim=-1).t()
         probabilities_TE = (cosine_TE / self.temperature.to(x_TD.dtype).clamp(min=0.01)).softmax(-1)
         weights_TK, experts_TK = probabilities_TE.topk(self.top_k, dim=-1)
         return top_k_assignments(experts_TK, weights_TK, self.num_experts, balance_loss(probabilities_TE, experts_TK))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe.gates.capacity import capacity_rows
 from moe.gates.router import Router, widened
+from moe.precision import in_full
 from moe.records import Assignments, Slots
 
 
@@ -50,6 +51,7 @@ class SoftGate(nn.Module):
         """Route `[B, T, D]`, every sequence for itself, or `[T, D]`, one sequence."""
         x_BTD = widened(x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]))
         keys = self.scale.to(x_BTD.dtype) * F.normalize(self.phi.to(x_BTD.dtype), dim=0)
-        logits_BTS = F.normalize(x_BTD, dim=-1) @ keys
+        with in_full(x_BTD):
+            logits_BTS = F.normalize(x_BTD, dim=-1) @ keys
         shape = (*logits_BTS.shape[:2], self.num_experts, self.slots)
         return Slots(logits_BTS.softmax(1).view(shape), logits_BTS.softmax(2).view(shape))

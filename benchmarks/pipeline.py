@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = json.loads(given.json.read_text())["rows"]
     for name in [] if given.report else given.only or PARTS:
         for row in PARTS[name].run(options):
-            row = {**row, "load_average": os.getloadavg()[0]}
+            row = {**row, "quick": given.quick, "load_average": os.getloadavg()[0]}
             rows = [*_others(rows, row), row]
             write_report(given.json, rows=rows, claims=[])
     claims = []

@@ -19,7 +19,7 @@ _SOURCES = ("roundpipe/*.py", "schedules/*.py")
 
 
 class PlanFile:
-    """Plans by what was asked for, and by the planner's own sources: one that changed searches anew."""
+    """Plans by what was asked for, and by the sources of those who search: what changed searches anew."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,9 +44,11 @@ class PlanFile:
 
 @cache
 def _planner() -> str:
-    """Return a digest of what decides a plan."""
+    """Return a digest of what decides a plan, ours or a peer's."""
     root = Path(next(iter(pipeline.__path__)))
-    return _digest(b"".join(path.read_bytes() for glob in _SOURCES for path in sorted(root.glob(glob))))
+    sources = [path for glob in _SOURCES for path in sorted(root.glob(glob))]
+    sources.append(Path(__file__).with_name("pipeline_peers.py"))
+    return _digest(b"".join(path.read_bytes() for path in sources))
 
 
 def _digest(data: bytes) -> str:

@@ -243,7 +243,7 @@ def main() -> None:
     shape = Shape(**options["shape"])
     row = PARTS[options["part"]](Bench(shape, quick=options["quick"]), options["rounds"])
     if rank == 0:
-        head = {"part": options["part"], "model": shape.name, "quick": options["quick"]}
+        head = {"part": options["part"], "model": shape.name}
         row = {**head, "tokens": shape.tokens, "microbatches": shape.microbatches, **row}
         (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     dist.barrier()

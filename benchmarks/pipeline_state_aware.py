@@ -129,7 +129,7 @@ def measured(options: Options) -> list[Row]:
     chosen = {"lengths": lengths.tolist(), "chunk_tokens": MEASURED_CHUNK, "rounds": rounds, "retains": RETAINS}
     rows = run_ranks("benchmarks.pipeline_state_rank", chosen, ranks=2, deadline_s=1800)
     head = {"part": PART, "model": f"{WITH_LONG}, over {FACTOR}", "devices": 2, "mode": "measured"}
-    return [{**head, "quick": options.quick, **row} for row in rows]
+    return [{**head, **row} for row in rows]
 
 
 def run(options: Options) -> Iterator[Row]:

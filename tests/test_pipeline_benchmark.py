@@ -1,8 +1,11 @@
 """The ways of `benchmarks.pipeline` do the same work, its peers are the best of their kind, and plans are kept."""
 
+import json
+
 import pytest
 import torch
 
+from benchmarks.pipeline import main
 from benchmarks.pipeline_model import Shape, build, one_step
 from benchmarks.pipeline_peers import FixedOrder, best_peer, best_peers
 from benchmarks.pipeline_plans import PlanFile
@@ -102,3 +105,18 @@ def test_the_target_depends_on_whether_the_peer_can_balance():
     assert (speed.target, speed.met, losses.value, gradients.met) == (">= 1.1", True, 0.0, True)
     speed = claims_of_real([{**row, "loads": {"1f1b": [1.0, 1.0]}}])[0]
     assert speed.target == ">= 0.97"
+
+
+def test_the_command_reports_what_was_measured_and_fails_where_a_target_is_missed(tmp_path, capsys):
+    row = {
+        "part": "capped", "model": "deep", "quick": True, "model_bytes": 800, "cap_bytes": 100, "peak_bytes": 90,
+        "peer_bytes": 400, "seconds": [1.0], "losses": [2.0], "peer_losses": [2.0],
+    }  # fmt: skip
+    path = tmp_path / "rows.json"
+    for peak, code in ((90, 0), (110, 1)):
+        path.write_text(json.dumps({"rows": [{**row, "peak_bytes": peak}]}))
+        with pytest.raises(SystemExit) as ended:
+            main(["--report", "--json", str(path), "--plans", str(tmp_path / "plans.json")])
+        assert ended.value.code == code
+        assert "what a peer's rank needs over the cap: 4.000 x (target >= 2): met" in capsys.readouterr().out
+        assert [claim["met"] for claim in json.loads(path.read_text())["claims"]] == [True, not code, True]

@@ -255,6 +255,11 @@ class FinetuneConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save, and what to keep."""
 
+    @property
+    def patience_s(self) -> float:
+        """How long a rank waits for another within a step."""
+        return min(self.run.timeout_s, self.pipeline.timeout_s)
+
     def __post_init__(self) -> None:
         _at_least(1, tensor_parallel=self.tensor_parallel, context_parallel=self.context_parallel)
         require_composable(self)

@@ -112,6 +112,7 @@ class ExpertRunner:
                 seed=config.run.seed,
                 engine=lambda _: self._engine,
             )
+        self._runner.on_operation = place.times.operation
         self.num_positions = self._runner.num_positions
         self._planner = None
         if settings.plan == MEASURE:

@@ -38,6 +38,15 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trace(self) -> Path:
+        """What ran when in the last step that was evaluated: a file a rank, and a pipeline's schedule."""
+        return self.path / "trace"
+
+    def trace_of(self, rank: int) -> Path:
+        """Return where a rank writes its events."""
+        return self.trace / f"rank-{rank:05}.jsonl"
+
+    @property
     def config(self) -> Path:
         """The settings last used, readable as a recipe."""
         return self.path / "config.json"

@@ -69,6 +69,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
         if aside is not None:
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
         saver = Saver(checkpoints, job.state, timeout_s=timeout_s)
+        job.times.fence = checkpoints.fence
         resumed_from = resume(saver, console)
         if resumed_from is not None and resumed_from >= job.total_steps and summed_up(folder.summary, resumed_from):
             console.print(
@@ -82,7 +83,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
         with Recorder(
             console, folder, job.total_steps, after_step=resumed_from, log_every=config.run.log_every
         ) as report:
-            stopped = train(job, report, saver, stop)
+            stopped = train(job, report, saver, stop, folder.trace_of(world.rank))
         if stopped:
             console.print(
                 f"Asked to stop: saved after step {job.state.step} as {saver.path}. The same command resumes."
@@ -104,7 +105,7 @@ def resume(saver: Saver, console: Console) -> int | None:
     return info.step
 
 
-def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
+def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Path) -> bool:
     """Train the steps that are left and save the last state; return whether it was asked to stop before the end."""
     run, stopped = job.config.run, False
     if job.state.step == 0:
@@ -112,10 +113,13 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
     with job.loader:
         steps, begun = iter(job.loader), time.perf_counter()
         while job.state.step < job.total_steps and not stopped:
-            metrics = job.train_step(next(steps))
+            with job.times.part("data"):
+                batch = next(steps)
+            metrics = job.train_step(batch)
             metrics = replace(metrics, seconds=time.perf_counter() - begun)
             last = job.state.step == job.total_steps
             if last or job.state.step % run.eval_every == 0:
+                job.times.write(trace, pair_cost=job.config.chunks.pair_cost)
                 metrics = replace(metrics, eval_loss=job.evaluate())
             report.write(metrics)
             asked = job.world.rank == 0 and saver.requested()
@@ -124,7 +128,8 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals) -> bool:
             stopped = stopped and not last
             if last or stopped or save or job.state.step % job.config.checkpoint.every == 0:
                 report.sync()
-                saver.save()
+                with job.times.part("checkpoint"):
+                    saver.save()
             begun = time.perf_counter()
     saver.wait()
     return stopped

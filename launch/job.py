@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
 from launch.schedule import learning_rate
 from launch.state import TrainState
+from launch.step_times import StepTimes, over_ranks
 from launch.zero import ZeroRunner
 
 BUILD_TIMEOUT_S = 4 * 3600.0
@@ -57,6 +58,7 @@ class Job:
     held_out: tuple[StepBatch, ...]
     """The held-out samples as steps, loaded once."""
     memory: PeakMemory
+    times: StepTimes
     pipeline: str | None = None
     """How the model is spread over ranks, in words."""
     experts: ExpertRunner | None = None
@@ -70,7 +72,7 @@ class Job:
     @property
     def patience_s(self) -> float:
         """How long a rank waits for another within a step."""
-        return self.config.run.timeout_s
+        return self.config.patience_s
 
     def train_step(self, batch: StepBatch) -> StepMetrics:
         """Train one step; return what there is to say of it, but for the time. Every rank calls.
@@ -80,21 +82,26 @@ class Job:
         settings = self.config.optimizer
         self.memory.begin()
         lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
-        with lost_rank_told(f"rank {self.world.rank}, step {batch.step + 1}", self.patience_s):
+        where = f"rank {self.world.rank}, step {batch.step + 1}"
+        with lost_rank_told(where, self.patience_s), self.times.training(batch.step):
             loss = float(self.runner.forward_backward(batch))
             norm = self.runner.grad_norm()
         require_finite(batch.step + 1, loss, float(norm))
-        if settings.clip_norm is not None:  # ZeRO, whose gradients are not the parameters', clips as it steps
-            clip_(self.model.parameters(), norm, settings.clip_norm)
-        apply_settings(self.optimizer, settings, lr=lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.times.part("checkpoint"):
+            self.times.fence()
+        with self.times.part("update"):
+            if settings.clip_norm is not None:  # ZeRO, whose gradients are not the parameters', clips as it steps
+                clip_(self.model.parameters(), norm, settings.clip_norm)
+            apply_settings(self.optimizer, settings, lr=lr)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         metrics = measured(self.loader.plan(batch.step), loss=loss, lr=lr, grad_norm=float(norm))
-        with lost_rank_told(f"rank {self.world.rank}, step {batch.step + 1}, comparing memory", self.patience_s):
-            metrics = replace(metrics, peak_bytes=self.memory.of_step())
+        with lost_rank_told(f"{where}, comparing times and memory", self.patience_s):
+            mine = {**self.times.take(), "peak_bytes": float(self.memory.of_step())}
+            metrics = metrics.with_ranks(over_ranks(mine, self.world.device))
         experts = self.experts
-        return metrics if experts is None else replace(metrics, more=experts.loads, notes=experts.notes)
+        return metrics if experts is None else metrics.with_experts(experts.loads, experts.notes)
 
     def evaluate(self) -> float | None:
         """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls."""
@@ -163,7 +170,7 @@ def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> Ste
 def prepare(config: FinetuneConfig, world: World) -> Job:
     """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
     place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
-    limit_waits(place.mesh, config.run.timeout_s)
+    limit_waits(place.mesh, config.patience_s)
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: _build(config, world, data))
     share_weights(model)
@@ -202,7 +209,7 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
         optimizer=optimizer, state=state, held_out=held_out,
-        memory=PeakMemory(world.device), pipeline=runner.description, experts=experts,
+        memory=PeakMemory(world.device), times=place.times, pipeline=runner.description, experts=experts,
     )  # fmt: skip
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from chunkflow.memory import reset_peak
 from launch.summary import peak_resident_bytes
 
 
 class PeakMemory:
-    """The largest memory of each step, over all ranks, and of the whole process."""
+    """The largest memory of this rank, of each step and of the whole process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,17 +27,11 @@ class PeakMemory:
         except OSError:  # only Linux can
             self._counted = False
 
-    def of_step(self) -> int | None:
-        """Return the largest memory since `begin` of the rank that used most; None where that is not counted.
-
-        Every rank calls: a collective.
-        """
-        peak = peak_resident_bytes()
+    def of_step(self) -> int:
+        """Return this rank's largest memory since `begin`; 0 where that is not counted."""
         if self._device.type != "cpu":
-            peak = torch.accelerator.max_memory_allocated(self._device)
-        most = torch.tensor(peak if self._counted else 0, device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most) or None
+            return torch.accelerator.max_memory_allocated(self._device)
+        return peak_resident_bytes() if self._counted else 0
 
     def resident_bytes(self) -> int:
         """Return the largest resident set this process has had, whatever was measured in between."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from launch.files import write_lines
+from launch.step_times import straggler_ratio
+
+_MOST_RANKS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,8 @@ class StepMetrics:
     """Largest memory of a rank during the step: its resident set, or what torch allocated on its accelerator."""
     eval_loss: float | None = None
     """Mean over the held-out targets after the step, when evaluated."""
+    ranks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By rank: seconds of each part of the step (`launch.step_times`), and `peak_bytes`. Of up to 64 ranks."""
     more: Mapping[str, float] = field(default_factory=dict)
     """What else was measured, by name: the load of experts."""
     notes: tuple[str, ...] = ()
@@ -49,17 +54,31 @@ class StepMetrics:
         """Tokens trained per second, over all ranks."""
         return self.tokens / self.seconds if self.seconds else None
 
+    def with_ranks(self, ranks: Mapping[str, Sequence[float]]) -> StepMetrics:
+        """Return these with what every rank measured, and what that comes to."""
+        means = {f"seconds.{name}": sum(row) / len(row) for name, row in ranks.items() if name != "peak_bytes"}
+        return replace(
+            self,
+            peak_bytes=int(max(ranks["peak_bytes"])) or None,
+            more={**self.more, **means, "straggler": straggler_ratio(ranks["compute"])},
+            ranks=ranks if len(ranks["compute"]) <= _MOST_RANKS else {},
+        )
+
+    def with_experts(self, loads: Mapping[str, float], notes: tuple[str, ...]) -> StepMetrics:
+        """Return these with the load of experts, and what is to be said of it."""
+        return replace(self, more={**self.more, **loads}, notes=notes)
+
     def values(self) -> dict[str, float]:
         """Return what was measured, by name; a line without a loss has an evaluation only."""
         values = {**asdict(self), "tokens_per_s": self.tokens_per_s}
         values.update(values.pop("more"))
-        del values["notes"]
+        del values["notes"], values["ranks"]
         names = list(values) if self.loss is not None else ["step", "eval_loss"]
         return {name: values[name] for name in names if values[name] is not None}
 
     def to_json(self) -> str:
         """Return one line of metrics.jsonl."""
-        return json.dumps(self.values())
+        return json.dumps(self.values() | ({"ranks": {**self.ranks}} if self.ranks else {}))
 
 
 class MetricsLog:

@@ -18,6 +18,7 @@ from launch.errors import ConfigError
 from launch.mesh import make_mesh
 from launch.pipeline_parts import cut
 from launch.pipeline_runner import PipelineRunner
+from launch.step_times import StepTimes
 from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
 from pipeline.transport import GroupTransport, Transport
@@ -36,6 +37,7 @@ class Place:
     transport: Transport | None
     """Between the ranks of the pipeline; None without one, and where they share memory."""
     device: torch.device
+    times: StepTimes
 
 
 def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> Place:
@@ -58,6 +60,7 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
         mesh=mesh,
         transport=GroupTransport(group, device=world.device) if bound and config.ranks > 1 else None,
         device=world.device,
+        times=StepTimes(world.rank),
     )
 
 
@@ -88,4 +91,5 @@ def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place
         data_group=place.data_group if place.data_size > 1 else None,
         seed=config.run.seed,
         num_positions=num_positions,
+        times=place.times,
     )

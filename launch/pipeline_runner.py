@@ -21,10 +21,10 @@ from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_parts import RankParts
 from launch.pipeline_plan import plan_step, units_of
+from launch.step_times import StepTimes
 from pipeline.config import PipelineConfig
 from pipeline.errors import WatchdogError
 from pipeline.runtime import PipelineRuntime
-from pipeline.tracing import Trace
 from pipeline.transport import Transport
 from pipeline.trimmed import forward_only
 
@@ -47,14 +47,15 @@ class PipelineRunner:
         data_group: dist.ProcessGroup | None,
         seed: int = 0,
         num_positions: int | None = None,
-        trace: Trace | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         self.num_positions = num_positions
         self._parts, self._config, self._retain, self._seed = parts, config, retain, seed
         self._group, self._data_group = group, data_group
         self._runtime = PipelineRuntime(
-            parts.stages, transport, rank=parts.rank, timeout_s=config.timeout_s, trace=trace
+            parts.stages, transport, rank=parts.rank, timeout_s=config.timeout_s, trace=times and times.pipeline
         )
+        self._times = times
         self._parameters = dict(parts.model.named_parameters())
         self._step = 0
 
@@ -124,6 +125,8 @@ class PipelineRunner:
         schedule = plan_step(self._config, units, self._parts.bounds, first_trained=0 if scoring else first_trained)
         if scoring:
             schedule = forward_only(schedule)
+        elif self._times is not None:
+            self._times.schedule = schedule
         self._begin(batch.chunks, batch, scoring)
         for _, loss in sorted(self._runtime.run(schedule, step=batch.step).items()):
             total += loss.double().cpu()

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page: loss, throughput, fill, lengths, memory, settings.
+"""A run as one self-contained HTML page: loss, throughput, where time goes, ranks, lengths, memory, settings.
 
     python -m launch.report runs/smollm2                     writes runs/smollm2/report.html
     python -m launch.report runs/smollm2 --output page.html
@@ -20,6 +20,7 @@ from launch.files import RunFolder, write_lines
 from launch.metrics import read_metrics
 from launch.report_page import Page
 from launch.report_plots import plots
+from launch.report_timeline import Timeline, read_timeline
 from launch.summary import summarize
 
 
@@ -47,6 +48,7 @@ def write_report(folder: RunFolder, output: Path | None = None) -> Path:
         settings=_read(folder.config),
         facts=_read(folder.facts),
         summary=_read(folder.summary),
+        timeline=read_timeline(folder.trace),
     )
     if page is None:
         raise FolderError(
@@ -66,6 +68,7 @@ def make_page(
     settings: Mapping[str, Any],
     facts: Mapping[str, Any],
     summary: Mapping[str, Any],
+    timeline: Timeline | None = None,
 ) -> Page | None:
     """Return the report of a run, None without a step. Pure.
 
@@ -82,7 +85,7 @@ def make_page(
         title=name,
         lead=_lead(steps, settings, facts),
         tiles=_tiles(lines, summary),
-        plots=plots(lines, facts, chunk_tokens=chunk_tokens),
+        plots=plots(lines, facts, chunk_tokens=chunk_tokens, timeline=timeline),
         tables={"Summary": summary, "Data and machine": _described(facts), "Settings": _dotted(settings)},
     )
 

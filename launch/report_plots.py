@@ -13,6 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from launch.report_parts import (
+    draw_experts,
+    draw_parts,
+    draw_ranks,
+    draw_straggler,
+    draw_timeline,
+    has_experts,
+)
+from launch.report_timeline import Timeline
+
 Line = Mapping[str, Any]
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9652b", "#8a8f98", "#2f8f5b"
 _STYLE: Any = {
@@ -32,10 +42,18 @@ class Plot:
     svg: bytes
 
 
-def plots(lines: Sequence[Line], facts: Mapping[str, Any], *, chunk_tokens: int | None) -> list[Plot]:
+def plots(
+    lines: Sequence[Line], facts: Mapping[str, Any], *, chunk_tokens: int | None, timeline: Timeline | None = None
+) -> list[Plot]:
     """Return the pictures that this run has numbers for; steps without a number are left out of a picture."""
     trained = [line for line in lines if "loss" in line]
-    found = [
+    return [plot for plot in (*_of_training(lines, trained, facts, chunk_tokens), *_of_job(trained, timeline)) if plot]
+
+
+def _of_training(
+    lines: Sequence[Line], trained: Sequence[Line], facts: Mapping[str, Any], chunk_tokens: int | None
+) -> list[Plot | None]:
+    return [
         _plot("loss", "Loss", "Mean over the targets of a step, before the step; held out: of samples never trained.",
               lambda axes: _loss(axes, lines, trained), trained or _with(lines, "eval_loss")),
         _plot("lr", "Learning rate", "Of each step.", lambda axes: _curve(axes, trained, "lr", ""), trained),
@@ -53,7 +71,32 @@ def plots(lines: Sequence[Line], facts: Mapping[str, Any], *, chunk_tokens: int 
               "Peak of a step, on the rank that used most, against the longest sequence of the step.",
               lambda axes: _memory(axes, _with(trained, "peak_bytes"), chunk_tokens), _with(trained, "peak_bytes")),
     ]  # fmt: skip
-    return [plot for plot in found if plot is not None]
+
+
+def _of_job(trained: Sequence[Line], timeline: Timeline | None) -> list[Plot | None]:
+    timed, ranked, routed = _with(trained, "seconds.compute"), _with(trained, "ranks"), [*filter(has_experts, trained)]
+    counted = [line for line in ranked if any(line["ranks"]["peak_bytes"])]
+    how = "" if timeline is None or not timeline.predicted else f" Below it, paler: {timeline.how}."
+    return [
+        _plot("parts", "Where the time goes",
+              "Mean over ranks. Exchange: what communication adds. Checkpoint: what a save makes training wait.",
+              lambda axes: draw_parts(axes, timed), timed),
+        _plot("timeline", "A step in time",
+              f"Forwards blue, backwards green, of step {1 + timeline.step if timeline else 0}.{how}",
+              lambda axes: draw_timeline(axes, timeline) if timeline else None, timeline),
+        _plot("straggler", "Stragglers", "Computing of the slowest rank over the mean; 1 is even.",
+              lambda axes: draw_straggler(axes, timed), timed),
+        _plot("compute_ranks", "Computing, by rank", "Seconds of each step.",
+              lambda axes: draw_ranks(axes, ranked, [line["ranks"]["compute"] for line in ranked], "s"), ranked),
+        _plot("memory_ranks", "Memory, by rank", "Peak of each step.",
+              lambda axes: draw_ranks(axes, counted, _gib(counted), "GiB"), counted),
+        _plot("experts", "Expert load", "Share of the tokens that each expert got, mean over the run.",
+              lambda axes: draw_experts(axes, routed), routed),
+    ]  # fmt: skip
+
+
+def _gib(lines: Sequence[Line]) -> list[list[float]]:
+    return [[value / 2**30 for value in line["ranks"]["peak_bytes"]] for line in lines]
 
 
 def _plot(name: str, title: str, text: str, draw: Callable[[Axes], None], data: Any) -> Plot | None:

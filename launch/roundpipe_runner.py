@@ -179,7 +179,7 @@ def _sizes(slots: tuple[int, ...]) -> str:
 
 def roundpipe_runner(
     model: PreTrainedModel, config: FinetuneConfig, *, rank: int, device: torch.device,
-    group: dist.ProcessGroup, data_group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup, data_group: dist.ProcessGroup | None, trace: Trace | None = None,
 ) -> RoundPipeRunner:  # fmt: skip
     """Return the runner of a job, whose samples are each within one chunk. Every rank calls, as for the class."""
     chunks = config.chunks
@@ -193,4 +193,5 @@ def roundpipe_runner(
         rank=rank,
         device=device,
         seed=config.run.seed,
+        trace=trace,
     )

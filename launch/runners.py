@@ -78,6 +78,7 @@ class WholeRunner:
         kind = ChunkRunner if config.model.library == "transformers" else _megatron_runner()
         with self._precision():
             self._runner = kind(model, retain=config.chunks.retain, group=group, seed=config.run.seed)
+        self._runner.on_operation = place.times.operation
         self.num_positions = self._runner.num_positions
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
@@ -109,7 +110,7 @@ def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) ->
     """Return what runs a job's steps. Raises, alike, what makes the model or the settings unfit. Every rank calls:
     ranks of RoundPipe open their shared memory."""
     if config.engine.startswith("zero"):
-        return ZeroRunner(model, config, place.data_group)
+        return ZeroRunner(model, config, place.data_group, place.times.operation)
     if config.pipeline.schedule == "roundpipe":
         return roundpipe_runner(
             model,
@@ -118,6 +119,7 @@ def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) ->
             device=place.device,
             group=place.pipeline_group,
             data_group=place.data_group if place.data_size > 1 else None,
+            trace=place.times.pipeline,
         )
     if config.moe.wanted:
         return ExpertRunner(model, config, place)

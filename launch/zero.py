@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from chunkflow import ChunkRunner, StepBatch
+from chunkflow.fit import OnOperation
 from launch.config import FinetuneConfig
 from launch.env import prepare_deepspeed
 from launch.errors import ConfigError
@@ -49,11 +50,14 @@ class ZeroRunner:
     installed.
     """
 
-    def __init__(self, model: PreTrainedModel, config: FinetuneConfig, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: FinetuneConfig, group: dist.ProcessGroup, watch: OnOperation | None = None
+    ) -> None:
         self.whole, self._stage, self._group = WholeModel.of(model), int(config.engine[-1]), group
         optimizer = build_optimizer(model, config.optimizer)
         self._engine = _engine(model, optimizer, config, self._stage)
         self._runner = ChunkRunner(self._engine, retain=config.chunks.retain, seed=config.run.seed)
+        self._runner.on_operation = watch
         self.model: PreTrainedModel = self._engine.module
         self.num_positions, self.evaluate = self._runner.num_positions, self._runner.evaluate
         self.optimizer = ZeroOptimizer(self._engine)

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launch.chaos_compare import curve
+from launch.files import RunFolder
 from tests import kill_job
 from tests.launch_jobs import settings as finetune_flags
 from tests.launch_jobs import snapshot, write_corpus
@@ -33,7 +35,6 @@ SURVIVORS_S = 4.0
 READY_S = 10.0
 """How long a round waits for its ranks to train."""
 STEPS = 40
-OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes")
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"incremental": True}, {"mirror": True}, {"busy": "skip"})
 
 
@@ -184,7 +185,7 @@ def recipe(folder: Path, chance: random.Random, rounds: int) -> dict[str, int]:
     while total["rounds"] < rounds:
         run = folder / f"run-{total['runs']}"
         found = finetune(corpus, run, chance, rounds - total["rounds"])
-        assert curve(run) == curve(whole)
+        assert curve(RunFolder(run)) == curve(RunFolder(whole))
         assert snapshot(run / "model") == snapshot(whole / "model")
         for name, number in found.items():
             total[name] += number
@@ -215,12 +216,6 @@ def finetune(corpus: Path, run: Path, chance: random.Random, rounds: int) -> dic
 def finetune_rank(main: Callable[[list[str]], int], flags: list[str]) -> None:
     if code := main(flags):
         sys.exit(code)
-
-
-def curve(run: Path) -> list[dict[str, Any]]:
-    """Everything a run measured but the time and the memory it took."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines]
 
 
 def main() -> int:

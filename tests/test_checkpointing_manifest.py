@@ -45,7 +45,7 @@ def test_round_trip(name, shape, value, step):
     for dim in shape:
         size *= dim
     tensor = TensorEntry(name, "BF16", tuple(shape), (0,) * len(shape), tuple(shape), FILE.path, 8, 8 + size, (HASH,))
-    tensor = replace(tensor, hashes=(HASH,) * num_pieces(8, 8 + size, 4096))
+    tensor = tensor._replace(hashes=(HASH,) * num_pieces(8, 8 + size, 4096))
     file = replace(FILE, length=8 + size, head_bytes=8)
     given_ = Manifest(RUN, step, 3, 4096, (file,), (tensor,), {}, {}, {f"{name}!": value})
     back = loads(dumps(given_))

@@ -92,13 +92,12 @@ def test_a_plan_reads_every_needed_byte_once_and_none_else(world_size, data):
     wants = [{"w": targets[rank]} if rank < len(targets) else {} for rank in range(world_size)]
     plan = plan_load(manifest, wants)
     needed = {e for e in entries for w in wants if w and Box(e.offset, e.shape).overlap(w["w"])}
-    assert sorted(task.entry.begin for task in plan.tasks) == sorted(entry.begin for entry in needed)
-    for task in plan.tasks:
+    read = [(task, entry) for task in plan.tasks for entry in task.entries]
+    assert sorted(entry.begin for _, entry in read) == sorted(entry.begin for entry in needed)
+    for task, entry in read:
         assert task.reader in task.takers
         assert task.takers == tuple(
-            rank
-            for rank, want in enumerate(wants)
-            if want and Box(task.entry.offset, task.entry.shape).overlap(want["w"])
+            rank for rank, want in enumerate(wants) if want and Box(entry.offset, entry.shape).overlap(want["w"])
         )
 
 

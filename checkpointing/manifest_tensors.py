@@ -3,17 +3,18 @@
 Format 1 holds whole tensors, each with one hash of its own. From format 2 on an entry may be a slice, and the hashes of
 the pieces stand with the files: one string a file, its tensors in the order of their bytes.
 
-A table is looked at column by column, as most have thousands of entries and nothing wrong in them. Where something is
-odd each entry is looked at by itself, to name it.
+A table as the writer writes it is taken apart by one pattern and looked at column by column, in a third of the time.
+Only where something is odd does it go through JSON and is each entry looked at by itself, to name what is wrong.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise, repeat
 from math import prod
-from operator import attrgetter, eq, itemgetter, le, sub
+from operator import attrgetter, eq, le, sub
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,14 @@ _TEXT = "{{" + ",".join(f'"{name}":{{}}' for name in FIELDS) + "}}"
 _quoted = json.JSONEncoder().encode
 _FIELDS_1 = (*FIELDS, "xxh3_64")
 _INTS = {int}
-_columns_of = itemgetter(*FIELDS)
+_DIMS = r"\[([0-9,]*)\]"
+_ROW_PATTERNS = (r'"([^"\\\x00-\x1f]+)"', '"([A-Z0-9_]+)"', _DIMS, _DIMS, _DIMS, '"([A-Za-z0-9._-]+)"') + (
+    "([1-9][0-9]{0,18})",
+) * 2
+_ROW = re.compile(
+    r"\{" + ",".join(f'"{name}":{one}' for name, one in zip(FIELDS, _ROW_PATTERNS, strict=True)) + r"\}(?:,|\Z)"
+)
+_ROW_LENGTH = len(_TEXT.format(*['""'] * 2, *["[]"] * 3, '""', "", "")) + 1
 _place = attrgetter("file", "begin", "end", "name")
 _Dims = dict[tuple[int, ...], tuple[int, ...]]
 """Shapes and offsets that were found right: most tensors have one that another has, too."""
@@ -61,13 +69,41 @@ def read_tensors(
     body: Mapping[str, Any], files: Sequence[FileEntry], pieces: Mapping[str, str], piece_bytes: int
 ) -> tuple[TensorEntry, ...]:
     """Return the tensors of a manifest; `pieces` are the hashes of each file, one behind the other."""
-    lengths, records = {file.path: file.length for file in files}, read_list(body, "tensors")
-    tensors = _all_right(records, lengths)
-    if tensors is None:
-        dims = _Dims()
-        tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths, dims) for one in records]
-    hashes = _hashes(tensors, check_table(tensors), pieces, piece_bytes)
-    return (*map(TensorEntry, *[*zip(*tensors, strict=True)][:-1], hashes),)
+    lengths, dims = {file.path: file.length for file in files}, _Dims()
+    tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths, dims) for one in read_list(body, "tensors")]
+    return _hashed(tensors, pieces, piece_bytes)
+
+
+def rows_of(table: str) -> list[tuple[str, ...]] | None:
+    """Return the fields of each entry, as text, of a table in the writer's form, without its brackets; else None."""
+    rows = _ROW.findall(table)
+    if not rows:
+        return None if table else []
+    # What the pattern skipped is missed in the sum.
+    length = sum(map(len, chain.from_iterable(rows))) + len(rows) * _ROW_LENGTH - 1
+    return rows if length == len(table) else None
+
+
+def read_rows(
+    rows: Sequence[tuple[str, ...]], files: Sequence[FileEntry], pieces: Mapping[str, str], piece_bytes: int
+) -> tuple[TensorEntry, ...]:
+    """Return what `read_tensors` does. Where that would refuse an entry the IntegrityError does not say which."""
+    if not rows:
+        return _hashed([], pieces, piece_bytes)
+    lengths = {file.path: file.length for file in files}
+    names, dtypes, *dims, paths, begin_texts, end_texts = zip(*rows, strict=True)
+    begins, ends = [*map(int, begin_texts)], [*map(int, end_texts)]
+    try:
+        known = {text: read_dims(json.loads(f"[{text}]"), "") for text in {*chain(*dims)}}
+        shapes = [[*map(known.__getitem__, texts)] for texts in dims]
+        sizes = {one: prod(one[1]) * itemsize(one[0]) for one in {*zip(dtypes, shapes[-1], strict=True)}}
+        inside = min(begins) >= 8 and all(map(le, ends, map(lengths.__getitem__, paths)))
+    except (ValueError, KeyError) as error:
+        raise IntegrityError("manifest: a tensor has a shape, dtype or file that cannot be") from error
+    said = map(sizes.__getitem__, zip(dtypes, shapes[-1], strict=True))
+    if not inside or not all(map(eq, map(sub, ends, begins), said)):
+        raise IntegrityError("manifest: a tensor lies outside of its file, or has another size than its shape")
+    return _hashed([*map(TensorEntry, names, dtypes, *shapes, paths, begins, ends, repeat(()))], pieces, piece_bytes)
 
 
 def hashes_of_files(tensors: Iterable[TensorEntry], paths: Iterable[str]) -> dict[str, str]:
@@ -78,10 +114,9 @@ def hashes_of_files(tensors: Iterable[TensorEntry], paths: Iterable[str]) -> dic
     return {path: "".join(hashes) for path, hashes in found.items()}
 
 
-def _hashes(
-    tensors: Sequence[TensorEntry], order: Sequence[int], pieces: Mapping[str, str], piece_bytes: int
-) -> list[tuple[str, ...]]:
-    """Return the hashes of each tensor; `order` is that of their bytes."""
+def _hashed(tensors: Sequence[TensorEntry], pieces: Mapping[str, str], piece_bytes: int) -> tuple[TensorEntry, ...]:
+    """Return the entries with their hashes, once the table is found right."""
+    order = check_table(tensors)
     found: list[tuple[str, ...]] = [()] * len(tensors)
     done = dict.fromkeys(pieces, 0)
     for index in order:
@@ -96,33 +131,8 @@ def _hashes(
     for path, end in done.items():
         if end != len(pieces[path]):
             raise IntegrityError(f"manifest: {path} has {len(pieces[path])} hex digits of hashes, and needs {end}")
-    return found
-
-
-def _all_right(records: Sequence[Any], lengths: Mapping[str, int]) -> list[TensorEntry] | None:
-    """Return the entries, without their hashes, when `_tensor` would refuse none; else None."""
-    if not records:
-        return []
-    if {*map(type, records)} != {dict} or {*map(len, records)} != {len(FIELDS)}:
-        return None
-    try:
-        names, dtypes, *dims, files, begins, ends = zip(*map(_columns_of, records), strict=True)
-        if {*map(type, chain(*dims))} != {list} or {*map(type, chain(names, dtypes, files))} != {str}:
-            return None
-        # By type, as 1.0 and True are equal to 1.
-        if {*map(type, chain(begins, ends, chain.from_iterable(chain(*dims))))} != _INTS or not all(names):
-            return None
-        shapes = [[*map(tuple, one)] for one in dims]
-        for one in {*chain(*shapes)}:
-            read_dims([*one], "")
-        sizes = {one: prod(one[1]) * itemsize(one[0]) for one in {*zip(dtypes, shapes[-1], strict=True)}}
-        fits = min(begins) >= 8 and all(map(le, ends, map(lengths.__getitem__, files)))
-        sizes_said = map(sizes.__getitem__, zip(dtypes, shapes[-1], strict=True))
-        if not fits or not all(map(eq, map(sub, ends, begins), sizes_said)):
-            return None
-    except (KeyError, IntegrityError):
-        return None
-    return [*map(TensorEntry, names, dtypes, *shapes, files, begins, ends, repeat(()))]
+    columns = [*zip(*tensors, strict=True)][:-1]
+    return tuple(map(TensorEntry, *columns, found)) if tensors else ()
 
 
 def _tensor(found: Mapping[str, Any], lengths: Mapping[str, int], dims: _Dims) -> TensorEntry:

@@ -90,20 +90,20 @@ class _Attempt:
 
     def read(self, control: Control) -> dict[str, Any]:
         """Read and verify this rank's part. Returns {} or what is wrong with the bytes."""
-        seen = self.found
-        if seen is None or (seen.step, identity_of(seen)) != (self._step, self._identity):
-            self.found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
-        assert self.found is not None
-        if identity_of(self.found) != self._identity:
+        found = self.found
+        if found is None or (found.step, identity_of(found)) != (self._step, self._identity):
+            found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
+        if identity_of(found) != self._identity:
             place = self._folder.at(self._step)
             raise IntegrityError(f"{place} is another checkpoint on rank 0; is this a shared folder?")
+        self.found = found
         try:
             somewhere = frozenset[str]().union(*(live.names for live in self._lives))
             different = {id(live): live for live in self._lives}  # mostly one: then planned once
-            needs = {key: need_of(self.found, live, somewhere) for key, live in different.items()}
+            needs = {key: need_of(found, live, somewhere) for key, live in different.items()}
             self._needs = tuple(needs[id(live)] for live in self._lives)
-            self._plan = plan_load(self.found, [need.boxes for need in self._needs])
-            self._buffers = read_part(self._folder, self.found, self._plan, self._rank, control.alive)
+            self._plan = plan_load(found, [need.boxes for need in self._needs])
+            self._buffers = read_part(self._folder, found, self._plan, self._rank, control.alive)
         except IntegrityError as error:
             return {"bad": str(error), "damaged": is_damage(error)}
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import xxhash
@@ -156,7 +157,7 @@ def _lives(bodies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def identity_of(found: Manifest) -> str:
     """Return what tells two checkpoints apart: a hash over their run, files and hashes."""
-    hashes = (one for entry in found.tensors for one in entry.hashes)
+    hashes = chain.from_iterable(entry.hashes for entry in found.tensors)
     files = (f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)
     return xxhash.xxh3_64_hexdigest("\n".join([found.run_id, *files, *hashes]).encode())
 

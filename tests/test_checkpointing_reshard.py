@@ -237,7 +237,7 @@ def fall_back(info, path):
 
 @pytest.mark.parametrize("newer", [1, 2])  # 1: the two checkpoints differ in their step only
 def test_a_damage_one_rank_finds_makes_all_ranks_fall_back(tmp_path, newer):
-    with Checkpointer(tmp_path, group=SINGLE, incremental=False) as ckpt:
+    with Checkpointer(tmp_path, group=SINGLE) as ckpt:
         ckpt.save(1, Flat(assorted(1))).wait()
         ckpt.save(2, Flat(assorted(newer))).wait()
     file = tmp_path / "step-2" / "rank-00000.safetensors"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import xxhash
@@ -29,8 +31,16 @@ class Chooser:
         self._skipped: list[tuple[int, str, bool]] = []
         self._healed: set[int] = set()
         self._trying = -1
-        self.found: Manifest | None = None
-        """The manifest of the step that is tried; on rank 0 only."""
+        self._looked: Manifest | None = None
+        self.seen: Manifest | None = None
+        """The manifest that this rank read last: on rank 0 of the step that is tried, on others of what may be it."""
+
+    def look(self) -> None:
+        """Read the manifest that is likely to be chosen, on every rank at the same time; whatever is wrong is left."""
+        with suppress(OSError, IntegrityError):
+            there = (step for step in reversed(self._folder.candidates()) if self._folder.has_manifest(step))
+            likely = next(there, None) if self._step is None else self._step
+            self.seen = self._looked = self._folder.inspect(likely) if likely is not None else None
 
     @told_as(CheckpointError, "rank 0: ")
     def first(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -77,8 +87,10 @@ class Chooser:
             try:
                 if not self._folder.has_manifest(self._trying):
                     self._fetch(self._trying)
-                self.found = self._folder.inspect(self._trying)
-                return {"step": self._trying, "identity": identity_of(self.found)}
+                looked, self._looked = self._looked, None  # once: a step may be set aside, and its copy come
+                fits = looked is not None and looked.step == self._trying
+                self.seen = looked if fits else self._folder.inspect(self._trying)
+                return {"step": self._trying, "identity": identity_of(self.seen)}
             except VersionError:
                 raise
             except IntegrityError as error:
@@ -145,7 +157,7 @@ def _lives(bodies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def identity_of(found: Manifest) -> str:
     """Return what tells two checkpoints apart: a hash over their run, files and hashes."""
-    hashes = (one for entry in found.tensors for one in entry.hashes)
+    hashes = chain.from_iterable(entry.hashes for entry in found.tensors)
     files = (f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)
     return xxhash.xxh3_64_hexdigest("\n".join([found.run_id, *files, *hashes]).encode())
 

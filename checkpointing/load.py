@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -13,9 +13,9 @@ from checkpointing.datafile import bytes_of
 from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
 from checkpointing.memory import fresh
-from checkpointing.reading import RUN_BYTES, Fill, read_fills
+from checkpointing.reading import Fill, read_fills
 from checkpointing.records import Manifest, TensorEntry
-from checkpointing.reshard import Box, LoadPlan, Wants, box_of, entries_by_name, plan_load, whole
+from checkpointing.reshard import Box, LoadPlan, Task, Wants, box_of, entries_by_name, is_box, plan_load, whole
 from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
 
@@ -93,37 +93,28 @@ class GroupExchange:
         return data if self._device is None else data.to(self._device)
 
 
-_Owner = tuple[int, bool]
-"""Which rank reads, and whether all get it."""
-
-
 class Buffers:
-    """Fresh memory for the entries a rank touches; neighbours on disk share a block and are read and sent together."""
+    """Fresh memory for the tasks in which a rank takes part, a block for each."""
 
-    def __init__(self, entries: Sequence[TensorEntry], owners: Sequence[_Owner]) -> None:
-        self.blocks: list[tuple[torch.Tensor, list[TensorEntry], _Owner]] = []
-        self._block_of: dict[TensorEntry, int] = {}
-        self._tensors: dict[TensorEntry, torch.Tensor] = {}
-        for run, owner in _blocks(entries, owners):
-            begin = run[0].begin - run[0].begin % _ALIGN  # memory is aligned as its place in the file is
-            self._block_of.update(dict.fromkeys(run, len(self.blocks)))
-            self.blocks.append((fresh(run[-1].end - begin), run, owner))
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.blocks = [(task, _block(task)) for task in tasks]
+        self._tensors: dict[int, torch.Tensor] = {}
 
-    def memory(self, rank: int) -> Iterator[tuple[TensorEntry, memoryview]]:
-        """Yield where the bytes of each entry go that a rank reads."""
-        for block, run, (reader, _) in self.blocks:
-            if reader == rank:
-                view, begin = block.numpy().data, run[-1].end - block.numel()
-                for entry in run:
-                    yield entry, view[entry.begin - begin : entry.end - begin]
+    def fills(self, rank: int) -> list[Fill]:
+        """Return where the bytes go that a rank reads."""
+        return [Fill(task.entries, block.numpy().data) for task, block in self.blocks if task.reader == rank]
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """Return an entry as the tensor it is."""
-        if entry not in self._tensors:
-            block, run, _ = self.blocks[self._block_of[entry]]
-            data = block[block.numel() - (run[-1].end - run[0].begin) :]
-            self._tensors.update(zip(run, _typed_run(data, run), strict=True))
-        return self._tensors[entry]
+        """Return an entry as the tensor it is; only after what is broadcast is there."""
+        if not self._tensors:
+            for task, block in self.blocks:
+                self._tensors.update(zip(map(id, task.entries), _typed_run(block, task.entries), strict=True))
+        return self._tensors[id(entry)]
+
+
+def _block(task: Task) -> torch.Tensor:
+    skipped = task.entries[0].begin % _ALIGN  # memory is aligned as its place in the file is
+    return fresh(skipped + task.num_bytes)[skipped:]
 
 
 def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
@@ -139,7 +130,7 @@ def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
 def _typed_run(data: torch.Tensor, run: Sequence[TensorEntry]) -> Sequence[torch.Tensor]:
     """Return the bytes of neighbours as the tensors they are; many of one dtype are cut by one call."""
     dtype = DTYPES[run[0].dtype]
-    alike = len(run) > 1 and dtype != torch.uint8 and all(entry.dtype == run[0].dtype for entry in run)
+    alike = len(run) > 1 and dtype != torch.uint8 and len({entry.dtype for entry in run}) == 1
     if not alike or data.storage_offset() % dtype.itemsize:
         at = run[0].begin
         return [typed(data[entry.begin - at : entry.end - at], entry) for entry in run]
@@ -147,29 +138,15 @@ def _typed_run(data: torch.Tensor, run: Sequence[TensorEntry]) -> Sequence[torch
     return [part if len(entry.shape) == 1 else part.view(entry.shape) for part, entry in zip(parts, run, strict=True)]
 
 
-def _blocks(entries: Sequence[TensorEntry], owners: Sequence[_Owner]) -> list[tuple[list[TensorEntry], _Owner]]:
-    runs: list[tuple[list[TensorEntry], _Owner]] = []
-    for entry, owner in zip(entries, owners, strict=True):
-        last = runs[-1][0] if runs else []
-        joins = last and (last[-1].file, last[-1].end, runs[-1][1]) == (entry.file, entry.begin, owner)
-        if joins and entry.end - last[0].begin <= RUN_BYTES:
-            last.append(entry)
-        else:
-            runs.append(([entry], owner))
-    return runs
-
-
 def read_part(folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, alive: Callable[[], None]) -> Buffers:
     """Read and verify what the plan gives to this rank. Raises IntegrityError naming file and tensor.
 
     A rank that reads the first bytes of a file verifies its header, too.
     """
-    needed = [task for task in plan.tasks if task.reader == rank or rank in task.takers]
-    buffers = Buffers([task.entry for task in needed], [(task.reader, task.shared) for task in needed])
+    buffers = Buffers([task for task in plan.tasks if task.reader == rank or rank in task.takers])
     heads = {file for file, reader in first_readers(plan).items() if reader == rank}
     place = folder.at(manifest.step)
-    fills = [Fill(entry, memory) for entry, memory in buffers.memory(rank)]
-    read_fills(folder.storage, place, manifest.piece_bytes, fills, alive)
+    read_fills(folder.storage, place, manifest.piece_bytes, buffers.fills(rank), alive)
     # Last: format 1 has one hash for header and tensors together, and then a tensor is the better name.
     _check_heads(folder, manifest, heads)
     return buffers
@@ -179,36 +156,40 @@ def first_readers(plan: LoadPlan) -> dict[str, int]:
     """Return which rank verifies the header of each file: the one that reads its first bytes."""
     readers: dict[str, int] = {}
     for task in plan.tasks:
-        readers.setdefault(task.entry.file, task.reader)
+        readers.setdefault(task.entries[0].file, task.reader)
     return readers
 
 
 def hand_over(exchange: Exchange, plan: LoadPlan, buffers: Buffers, wants: Sequence[Wants]) -> None:
     """Give every rank what it needs of what others read. Every rank must call, in this order of tasks."""
-    rank = exchange.rank
-    for block, _, owner in buffers.blocks:
-        reader, shared = owner
-        if shared and block.numel():
-            exchange.broadcast(block, reader)
-    for task in plan.tasks:
-        others = [] if task.shared else [taker for taker in task.takers if taker != task.reader]
-        for taker in others:
-            shared_box = box_of(task.entry).overlap(wants[taker][task.entry.name])
-            if shared_box is None or rank not in (taker, task.reader):
-                continue
-            # Read-only slices of what may be a larger entry: only the part a rank needs goes over the wire.
-            part = buffers.tensor(task.entry)[shared_box.within(box_of(task.entry))]
-            if rank == task.reader:
-                exchange.send(_bytes(part), taker)
-            else:
-                received = torch.empty(shared_box.shape, dtype=part.dtype, device="cpu")
-                exchange.receive(_bytes(received), task.reader)
-                part.copy_(received)
+    for task, block in buffers.blocks:
+        if task.shared and block.numel():
+            exchange.broadcast(block, task.reader)
+    for task, _ in buffers.blocks:
+        for taker in () if task.shared else task.takers:
+            if taker != task.reader and exchange.rank in (taker, task.reader):
+                for entry in task.entries:
+                    _pass_on(exchange, entry, task.reader, taker, wants[taker][entry.name], buffers)
+
+
+def _pass_on(exchange: Exchange, entry: TensorEntry, reader: int, taker: int, want: Box, buffers: Buffers) -> None:
+    """Give the part of an entry that a rank wants to it; from both ranks."""
+    shared = box_of(entry).overlap(want)
+    if shared is None:
+        return
+    # Read-only slices of what may be a larger entry: only the part a rank needs goes over the wire.
+    part = buffers.tensor(entry)[shared.within(box_of(entry))]
+    if exchange.rank == reader:
+        exchange.send(_bytes(part), taker)
+    else:
+        received = torch.empty(shared.shape, dtype=part.dtype, device="cpu")
+        exchange.receive(_bytes(received), reader)
+        part.copy_(received)
 
 
 def assemble(name: str, box: Box, entries: Sequence[TensorEntry], buffers: Buffers) -> torch.Tensor:
     """Return the wanted box of a tensor, made of the entries that overlap it; a view when it is one entry."""
-    if len(entries) == 1 and box_of(entries[0]) == box:
+    if len(entries) == 1 and is_box(entries[0], box):
         return buffers.tensor(entries[0])
     made = torch.empty(box.shape, dtype=DTYPES[entries[0].dtype], device="cpu")
     for entry in entries:
@@ -255,9 +236,9 @@ def load_into(
             raise IntegrityError(f"{name!r} is not saved as one {tensor.dtype} of shape {list(tensor.shape)}")
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise IntegrityError(f"{name!r} is not contiguous host memory; give one that is, or use restore")
-        fills.append(Fill(entries[0], bytes_of(tensor)))
+        fills.append(Fill((entries[0],), bytes_of(tensor)))
     read_fills(folder.storage, folder.at(step), manifest.piece_bytes, fills, alive)
-    _check_heads(folder, manifest, {fill.entry.file for fill in fills})
+    _check_heads(folder, manifest, {fill.entries[0].file for fill in fills})
 
 
 def _check_heads(folder: Folder, manifest: Manifest, files: set[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import xxhash
@@ -27,7 +28,14 @@ from checkpointing.manifest_fields import (
     read_run_id,
     read_values,
 )
-from checkpointing.manifest_tensors import hashes_of_files, read_tensors, read_tensors_1, tensor_text
+from checkpointing.manifest_tensors import (
+    hashes_of_files,
+    read_rows,
+    read_tensors,
+    read_tensors_1,
+    rows_of,
+    tensor_text,
+)
 from checkpointing.pieces import WHOLE
 from checkpointing.records import FileEntry, Manifest, Summary, TensorEntry
 from checkpointing.values import encode
@@ -37,6 +45,7 @@ FILE_NAME = "manifest.json"
 
 _HEAD = b'{"xxh3_64":"'
 _BODY_AT = len(_HEAD) + 16 + 2  # behind the digits and `",`
+_TABLE, _BEHIND = b',"tensors":[', b'],"aliases":'
 _KEYS_1 = {"xxh3_64", "format_version", "run_id", "step", "world_size", "files", "tensors", "aliases", "values"}
 _KEYS = {1: _KEYS_1, 2: _KEYS_1 | {"piece_bytes", "objects"}}
 
@@ -78,7 +87,15 @@ def assemble(manifest: Manifest, *, files: Sequence[Mapping[str, Any]], table: b
 
 def loads(data: bytes) -> Manifest:
     """Read a manifest of any version. Raises IntegrityError saying what is wrong, on anything `dumps` never wrote."""
-    body = _body(data)
+    split = _split(_proved(data))
+    if split is not None:
+        with suppress(IntegrityError):  # what it is, is told below
+            return _manifest(*split)
+    return _manifest(_checked(_parse(data)))
+
+
+def _manifest(body: Mapping[str, Any], rows: list[tuple[str, ...]] | None = None) -> Manifest:
+    """Make the manifest; `rows` is the table of tensors where it was taken out of `body`."""
     if body["format_version"] == 1:
         piece_bytes, objects = WHOLE, {}
         files = read_files_1(body)
@@ -86,7 +103,11 @@ def loads(data: bytes) -> Manifest:
     else:
         piece_bytes = read_piece_bytes(body)
         files, pieces = read_files(body)
-        tensors = read_tensors(body, files, pieces, piece_bytes)
+        tensors = (
+            read_tensors(body, files, pieces, piece_bytes)
+            if rows is None
+            else read_rows(rows, files, pieces, piece_bytes)
+        )
         objects = read_objects(body, tensors)
     aliases = read_aliases(body, tensors)
     return Manifest(
@@ -102,12 +123,29 @@ def loads(data: bytes) -> Manifest:
     )
 
 
+def _split(data: bytes) -> tuple[Mapping[str, Any], list[tuple[str, ...]]] | None:
+    """Return the rest of a manifest and its table of tensors in rows, when both are in the writer's form; else None."""
+    begin = data.find(_TABLE)
+    end = data.find(_BEHIND, begin)
+    if min(begin, end) < 0:
+        return None
+    try:
+        # That what stands before the table is an object once it is closed proves that the table is a field of it.
+        before, behind = _parse(data[:begin] + b"}"), _parse(b"{" + data[end + 2 :])
+        rows = rows_of(data[begin + len(_TABLE) : end].decode("ascii"))
+        if rows is None or len(body := {**before, "tensors": [], **behind}) != len(before) + 1 + len(behind):
+            return None
+        return (_checked(body), rows) if body.get("format_version") == FORMAT_VERSION else None
+    except (ValueError, IntegrityError):
+        return None
+
+
 def loads_summary(data: bytes) -> Summary:
     """Read of a manifest what listing and retention need; the hash is proved, tensors and values are not looked at.
 
     Raises IntegrityError.
     """
-    body = _body(data)
+    body = _checked(_parse(_proved(data)))
     files: tuple[FileEntry, ...] = read_files_1(body) if body["format_version"] == 1 else read_files(body)[0]
     return Summary(read_run_id(body), read_int(body, "step"), files, read_object(body, "values"))
 
@@ -117,8 +155,7 @@ def _text(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _body(data: bytes) -> Mapping[str, Any]:
-    body = _parse(_proved(data))
+def _checked(body: Mapping[str, Any]) -> Mapping[str, Any]:
     version = read_int(body, "format_version", low=1)
     if version > FORMAT_VERSION:
         raise VersionError(

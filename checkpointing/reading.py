@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,28 +16,28 @@ import xxhash
 from checkpointing.errors import IntegrityError
 from checkpointing.pieces import piece_ranges
 from checkpointing.records import TensorEntry
+from checkpointing.reshard import RUN_BYTES
 from checkpointing.storage.local import LocalStorage
 
 THREADS = 8
-RUN_BYTES = 8 * 2**20
 _MAX_VECTORS = 1000  # IOV_MAX is 1024
 _PAGE = 4096
 _DIRECT_BYTES = 256 * 2**10
 """From here on a read past the page cache is worth a call of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Memory to be filled with the bytes of an entry."""
+class Fill(NamedTuple):
+    """Memory to be filled with the bytes of an entry, or of neighbours that lie without gaps in one file."""
 
-    entry: TensorEntry
+    entries: Sequence[TensorEntry]
     memory: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    entry: TensorEntry
-    index: int
+class _Part(NamedTuple):
+    """What is read at once: neighbours, or one piece of a large entry."""
+
+    entries: Sequence[TensorEntry]
+    piece: int
     begin: int
     end: int
     memory: memoryview
@@ -52,16 +52,16 @@ def read_fills(
     """
     by_file: dict[str, list[Fill]] = {}
     for fill in fills:
-        by_file.setdefault(fill.entry.file, []).append(fill)
+        by_file.setdefault(fill.entries[0].file, []).append(fill)
     opened: list[_Files] = []
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read")
     try:
         jobs = []
         for file, own in by_file.items():
             opened.append(_Files(storage, *_open(storage, folder, file)))
-            own.sort(key=lambda fill: (fill.entry.begin, fill.entry.end))
-            for run in _runs(_pieces(own, piece_bytes)):
-                jobs.append(pool.submit(_read_run, opened[-1], f"{folder.name}/{file}", run))
+            own.sort(key=lambda fill: (fill.entries[0].begin, fill.entries[-1].end))
+            for run in _runs(_parts(own, piece_bytes)):
+                jobs.append(pool.submit(_read_run, opened[-1], f"{folder.name}/{file}", run, piece_bytes))
         for job in as_completed(jobs):
             job.result()
             alive()
@@ -113,54 +113,77 @@ def _open(storage: LocalStorage, folder: Path, file: str) -> tuple[int, int | No
         raise IntegrityError(f"{folder.name}/{file}: {error.strerror}") from error
 
 
-def _pieces(fills: Iterable[Fill], piece_bytes: int) -> Iterator[_Piece]:
-    for fill in fills:
-        entry = fill.entry
-        for index, (begin, end) in enumerate(piece_ranges(entry.begin, entry.end, piece_bytes)):
-            yield _Piece(entry, index, begin, end, fill.memory[begin - entry.begin : end - entry.begin])
+def _parts(fills: Iterable[Fill], piece_bytes: int) -> Iterator[_Part]:
+    for entries, memory in fills:
+        begin, end = entries[0].begin, entries[-1].end
+        if len(entries) > 1 and begin < end:
+            yield _Part(entries, 0, begin, end, memory)
+        elif len(entries) == 1:
+            for index, (at, to) in enumerate(piece_ranges(begin, end, piece_bytes)):
+                yield _Part(entries, index, at, to, memory[at - begin : to - begin])
 
 
-def _runs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _runs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     """Yield neighbours that lie without gaps and are of the size of one read together."""
-    run: list[_Piece] = []
-    for piece in pieces:
+    run: list[_Part] = []
+    for part in parts:
         # A large one alone: it can go past the page cache.
-        joins = run and run[-1].end == piece.begin and len(run) < _MAX_VECTORS and _is_small(piece, run[0])
-        if run and not (joins and piece.end - run[0].begin <= RUN_BYTES):
+        joins = run and run[-1].end == part.begin and len(run) < _MAX_VECTORS and _is_small(part, run[0])
+        if run and not (joins and part.end - run[0].begin <= RUN_BYTES):
             yield run
             run = []
-        run.append(piece)
+        run.append(part)
     if run:
         yield run
 
 
-def _is_small(*pieces: _Piece) -> bool:
-    return all(piece.end - piece.begin < _DIRECT_BYTES for piece in pieces)
+def _is_small(*parts: _Part) -> bool:
+    return all(part.end - part.begin < _DIRECT_BYTES for part in parts)
 
 
-def _read_run(files: _Files, where: str, run: Sequence[_Piece]) -> None:
+def _read_run(files: _Files, where: str, run: Sequence[_Part], piece_bytes: int) -> None:
+    first, last = run[0], run[-1]
     try:
-        if len(run) > 1:
-            filled = files.read_vectors([piece.memory for piece in run], run[0].begin)
-            hashes = [xxhash.xxh3_64_hexdigest(piece.memory) for piece in run]
+        if len(run) == 1 and len(first.entries) == 1:
+            filled, found = _read_one(files, first)
+            wrong = () if found == first.entries[0].hashes[first.piece] else [(first.entries[0], first.piece)]
         else:
-            filled, hashes = _read_one(files, run[0])
+            memories = [part.memory for part in run]
+            several = len(run) > 1
+            filled = files.read_vectors(memories, first.begin) if several else files.read(first.memory, first.begin)
+            wrong = (one for part in run for one in _wrong(part, piece_bytes))
     except OSError as error:
         raise IntegrityError(f"{where}: {error.strerror}") from error
-    if filled != run[-1].end - run[0].begin:
-        raise IntegrityError(f"{where}: ends before byte {run[-1].end}")
-    for piece, found in zip(run, hashes, strict=True):
-        if found != piece.entry.hashes[piece.index]:
-            raise IntegrityError(
-                f"{where}: tensor {piece.entry.name!r}, piece {piece.index} (bytes {piece.begin}..{piece.end}) is not "
-                "what was saved"
-            )
+    if filled != last.end - first.begin:
+        raise IntegrityError(f"{where}: ends before byte {last.end}")
+    for entry, index in wrong:
+        begin, end = piece_ranges(entry.begin, entry.end, piece_bytes)[index]
+        raise IntegrityError(
+            f"{where}: tensor {entry.name!r}, piece {index} (bytes {begin}..{end}) is not what was saved"
+        )
 
 
-def _read_one(files: _Files, piece: _Piece) -> tuple[int, list[str]]:
+def _wrong(part: _Part, piece_bytes: int) -> Iterator[tuple[TensorEntry, int]]:
+    """Yield entries and their pieces whose bytes are not what was saved."""
+    hash_of, memory, start = xxhash.xxh3_64_hexdigest, part.memory, part.begin
+    if len(part.entries) == 1:
+        if hash_of(memory) != part.entries[0].hashes[part.piece]:
+            yield part.entries[0], part.piece
+        return
+    for entry in part.entries:
+        if len(entry.hashes) == 1:  # as most of them
+            if hash_of(memory[entry.begin - start : entry.end - start]) != entry.hashes[0]:
+                yield entry, 0
+            continue
+        for index, (begin, end) in enumerate(piece_ranges(entry.begin, entry.end, piece_bytes)):
+            if hash_of(memory[begin - start : end - start]) != entry.hashes[index]:
+                yield entry, index
+
+
+def _read_one(files: _Files, part: _Part) -> tuple[int, str]:
     own, filled = xxhash.xxh3_64(), 0  # a piece of format 1 may be as large as its file
-    for at in range(0, len(piece.memory), RUN_BYTES):
-        part = piece.memory[at : at + RUN_BYTES]
-        filled += files.read(part, piece.begin + at)
-        own.update(part)
-    return filled, [own.hexdigest()]
+    for at in range(0, len(part.memory), RUN_BYTES):
+        memory = part.memory[at : at + RUN_BYTES]
+        filled += files.read(memory, part.begin + at)
+        own.update(memory)
+    return filled, own.hexdigest()

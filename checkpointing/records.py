@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from checkpointing.dtypes import itemsize
 
@@ -70,8 +70,7 @@ class TensorSpec:
         return (0,) * len(self.shape) if self.offset is None else self.offset
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """Where a tensor, or a slice of one, lies on disk.
 
     Several entries of one name are slices that tile the whole tensor, without a gap and without an overlap.

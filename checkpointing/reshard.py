@@ -8,10 +8,11 @@ want    a box that a rank needs; saved on N ranks and wanted on M, wants and ent
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from operator import attrgetter
+from operator import itemgetter
+from typing import NamedTuple
 
 from checkpointing.errors import IntegrityError
 from checkpointing.records import Manifest, TensorEntry
@@ -62,18 +63,24 @@ def whole(shape: Sequence[int]) -> Box:
 
 Wants = Mapping[str, Box]
 """Names to the box a rank needs of each."""
-_PLACE = attrgetter("entry.file", "entry.begin", "entry.end", "entry.name")
+RUN_BYTES = 8 * 2**20
+"""Neighbours are read, and handed over, together up to this size."""
+_PLACE = itemgetter(*map(TensorEntry._fields.index, ("file", "begin", "end", "name")))
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One entry: who reads it, and who needs some of it (the reader too, when it does)."""
+class Task(NamedTuple):
+    """Neighbours on disk that the same ranks need: who reads them, and who needs some of them (the reader does)."""
 
-    entry: TensorEntry
+    entries: tuple[TensorEntry, ...]
     reader: int
     takers: tuple[int, ...]
     shared: bool
     """Whether every rank needs all of it: then it is broadcast."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the entries, which lie without gaps."""
+        return self.entries[-1].end - self.entries[0].begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +89,12 @@ class LoadPlan:
 
     tasks: tuple[Task, ...]
 
-    def read_by(self, rank: int) -> tuple[Task, ...]:
-        """Return what a rank reads."""
-        return tuple(task for task in self.tasks if task.reader == rank)
-
     def __str__(self) -> str:
         lines = (
-            f"{task.entry.name} {list(task.entry.offset)}+{list(task.entry.shape)}: rank {task.reader} reads"
+            f"{entry.name} {list(entry.offset)}+{list(entry.shape)}: rank {task.reader} reads"
             + (", all get it" if task.shared else f", for {list(task.takers)}")
             for task in self.tasks
+            for entry in task.entries
         )
         return "\n".join(lines)
 
@@ -100,41 +104,71 @@ def plan_load(manifest: Manifest, wants: Sequence[Wants]) -> LoadPlan:
 
     Raises IntegrityError when what was saved does not cover what is wanted.
     """
-    by_name = entries_by_name(manifest)
-    for want in wants:
-        for name, box in want.items():
-            check_cover(name, by_name.get(name, ()), box)
-    needed = _needed(by_name, wants)
-    loads = [0] * len(wants)
+    by_name, ranks_of = entries_by_name(manifest), defaultdict[int, list[int]](list)
+    for rank, want in enumerate(wants):
+        ranks_of[id(want)].append(rank)  # replicas want the same: then looked at once
+    takers, partly = dict[int, tuple[int, ...]](), set[int]()
+    for ranks in ranks_of.values():
+        for name, box in wants[ranks[0]].items():
+            entries = by_name.get(name, ())
+            if not (len(entries) == 1 and is_box(entries[0], box)):
+                entries = _needed(name, entries, box, partly)
+            for entry in entries:
+                takers[id(entry)] = (*takers.get(id(entry), ()), *ranks)
+    every, loads = len(wants), [0] * len(wants)
     tasks = []
-    for entry, takers, by_all in sorted(
-        needed, key=lambda one: (len(one[1]) > 1, one[0].begin - one[0].end, one[0].name)
-    ):
-        reader = min(takers, key=lambda rank: (loads[rank], rank))
-        loads[reader] += entry.end - entry.begin
-        tasks.append(Task(entry, reader, takers, by_all and len(wants) > 1))
-    tasks.sort(key=_PLACE)
+    for run in _runs(manifest, takers, partly):
+        needing = tuple(sorted(takers[id(run[0])]))
+        tasks.append(Task(run, -1, needing, 1 < len(needing) == every and id(run[0]) not in partly))
+    # What one rank alone needs is its own to read; then the largest first, to whoever has least.
+    for at in sorted(range(len(tasks)), key=lambda at: (len(tasks[at].takers) > 1, -tasks[at].num_bytes, at)):
+        reader = min(tasks[at].takers, key=lambda rank: (loads[rank], rank))
+        loads[reader] += tasks[at].num_bytes
+        tasks[at] = tasks[at]._replace(reader=reader)
     return LoadPlan(tuple(tasks))
 
 
-def entries_by_name(manifest: Manifest) -> dict[str, list[TensorEntry]]:
+def _needed(name: str, entries: Sequence[TensorEntry], box: Box, partly: set[int]) -> Sequence[TensorEntry]:
+    """Return the entries with something of a box; of those that have more than that, note the id."""
+    check_cover(name, entries, box)
+    needed = [entry for entry in entries if _touches(entry, box)]
+    partly.update(id(entry) for entry in needed if not _is_inside(entry, box))
+    return needed
+
+
+def _runs(
+    manifest: Manifest, takers: Mapping[int, tuple[int, ...]], partly: Collection[int]
+) -> Iterator[tuple[TensorEntry, ...]]:
+    """Yield the entries that anyone needs in the order of their bytes, with neighbours that the same ranks need."""
+    run: list[TensorEntry] = []
+    for entry in sorted((entry for entry in manifest.tensors if id(entry) in takers), key=_PLACE):
+        if run:
+            last, here = run[-1], id(entry)
+            joins = last.end == entry.begin and last.file == entry.file and entry.end - run[0].begin <= RUN_BYTES
+            alike = takers[id(last)] == takers[here] and (not partly or (id(last) in partly) == (here in partly))
+            if not (joins and alike):
+                yield tuple(run)
+                run = []
+        run.append(entry)
+    if run:
+        yield tuple(run)
+
+
+def entries_by_name(manifest: Manifest) -> dict[str, Sequence[TensorEntry]]:
     """Return the entries of each tensor; of the same box saved twice only the first."""
-    found: dict[str, list[TensorEntry]] = defaultdict(list)
+    one: dict[str, Sequence[TensorEntry]] = {entry.name: (entry,) for entry in manifest.tensors}
+    if len(one) == len(manifest.tensors):
+        return one
+    found: dict[str, dict[Box, TensorEntry]] = defaultdict(dict)
     for entry in manifest.tensors:
-        found[entry.name].append(entry)
-    for name, entries in found.items():
-        if len(entries) > 1:
-            first: dict[Box, TensorEntry] = {}
-            for entry in entries:
-                first.setdefault(box_of(entry), entry)
-            found[name] = list(first.values())
-    return dict(found)
+        found[entry.name].setdefault(box_of(entry), entry)
+    return {name: [*entries.values()] for name, entries in found.items()}
 
 
 def check_cover(name: str, entries: Iterable[TensorEntry], box: Box) -> None:
     """Raise IntegrityError unless the entries, which do not overlap, hold all of the box."""
     there, entries = 0, list(entries)
-    if len(entries) == 1 and _is_box(entries[0], box):
+    if len(entries) == 1 and is_box(entries[0], box):
         return
     for entry in entries:
         if entry.shape and len(entry.shape) != len(box.shape):
@@ -148,31 +182,17 @@ def check_cover(name: str, entries: Iterable[TensorEntry], box: Box) -> None:
         )
 
 
-def _needed(
-    by_name: Mapping[str, Sequence[TensorEntry]], wants: Sequence[Wants]
-) -> list[tuple[TensorEntry, tuple[int, ...], bool]]:
-    """Return each entry that is needed, by which ranks, and whether every rank needs all of it."""
-    found, every = [], tuple(range(len(wants)))
-    for name, entries in by_name.items():
-        boxes = [want.get(name) for want in wants]
-        for entry in entries:
-            takers = tuple(rank for rank, box in enumerate(boxes) if box is not None and _touches(entry, box))
-            if takers:
-                by_all = takers == every and all(box is not None and _is_inside(entry, box) for box in boxes)
-                found.append((entry, takers, by_all))
-    return found
-
-
-def _is_box(entry: TensorEntry, box: Box) -> bool:
+def is_box(entry: TensorEntry, box: Box) -> bool:
+    """Return whether an entry is exactly a box."""
     return entry.shape == box.shape and entry.offset == box.offset
 
 
 def _touches(entry: TensorEntry, box: Box) -> bool:
     # One without elements has nothing to share, and is read by who wants it all the same.
-    return _is_box(entry, box) or box_of(entry).overlap(box) is not None or not (box.size or entry.begin - entry.end)
+    return is_box(entry, box) or box_of(entry).overlap(box) is not None or not (box.size or entry.begin - entry.end)
 
 
 def _is_inside(entry: TensorEntry, box: Box) -> bool:
-    if _is_box(entry, box):
+    if is_box(entry, box):
         return bool(box.size)
     return box_of(entry).overlap(box) == box_of(entry)

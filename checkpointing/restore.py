@@ -43,6 +43,7 @@ def restore(
         if step is not None:
             check_step(step)
         parts.update(parts_of(state))
+        chooser.look()
         live = live_state(parts)
         shards.update(shards_of(live))
         return live_of(parts, live, shards).to_json()
@@ -53,7 +54,7 @@ def restore(
     different = [Live.from_json(body) for body in answer["lives"]]
     lives = [different[index] for index in answer["ranks"]]
     while True:
-        attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.found)
+        attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.seen)
         answer = run_round(control, what, f"read {answer['step']}", partial(attempt.read, control), chooser.judge)
         if answer["right"]:
             break
@@ -80,27 +81,29 @@ class _Attempt:
     """One checkpoint, tried on one rank."""
 
     def __init__(
-        self, folder: Folder, step: int, identity: str, lives: Sequence[Live], rank: int, found: Manifest | None
+        self, folder: Folder, step: int, identity: str, lives: Sequence[Live], rank: int, seen: Manifest | None
     ) -> None:
         self._folder, self._step, self._identity, self._lives, self._rank = folder, step, identity, lives, rank
-        self.found = found
-        """The manifest, where rank 0 has just read it."""
-        self._plan, self._buffers, self._needs = LoadPlan(()), Buffers((), ()), ()
+        self.found = seen
+        """The manifest of some step, as this rank saw it before rank 0 chose one."""
+        self._plan, self._buffers, self._needs = LoadPlan(()), Buffers(()), ()
 
     def read(self, control: Control) -> dict[str, Any]:
         """Read and verify this rank's part. Returns {} or what is wrong with the bytes."""
-        if self.found is None:
-            self.found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
-        if identity_of(self.found) != self._identity:
+        found = self.found
+        if found is None or (found.step, identity_of(found)) != (self._step, self._identity):
+            found = self._folder.inspect(self._step)  # rank 0 has just done so: what it raises here is no damage
+        if identity_of(found) != self._identity:
             place = self._folder.at(self._step)
             raise IntegrityError(f"{place} is another checkpoint on rank 0; is this a shared folder?")
+        self.found = found
         try:
             somewhere = frozenset[str]().union(*(live.names for live in self._lives))
             different = {id(live): live for live in self._lives}  # mostly one: then planned once
-            needs = {key: need_of(self.found, live, somewhere) for key, live in different.items()}
+            needs = {key: need_of(found, live, somewhere) for key, live in different.items()}
             self._needs = tuple(needs[id(live)] for live in self._lives)
-            self._plan = plan_load(self.found, [need.boxes for need in self._needs])
-            self._buffers = read_part(self._folder, self.found, self._plan, self._rank, control.alive)
+            self._plan = plan_load(found, [need.boxes for need in self._needs])
+            self._buffers = read_part(self._folder, found, self._plan, self._rank, control.alive)
         except IntegrityError as error:
             return {"bad": str(error), "damaged": is_damage(error)}
         return {}

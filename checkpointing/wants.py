@@ -90,32 +90,43 @@ def need_of(manifest: Manifest, live: Live, somewhere: Set[str]) -> Need:
     Raises CheckpointError when a live shard is of another shape than what was saved.
     """
     shapes = {entry.name: entry.global_shape for entry in manifest.tensors}
-    names = (*(name for name in (*shapes, *manifest.aliases) if _is_its(name, live, somewhere)), *manifest.values)
-    names = tuple(name for name in names if any(not p or name.startswith(f"{p}.") for p in live.prefixes))
+    under = () if "" in live.prefixes else tuple(f"{prefix}." for prefix in live.prefixes)
+    own, others, aliases = live.names, somewhere - live.names, manifest.aliases
+    names = [name for name in (*shapes, *aliases) if name in own or (name not in others and _is_its(name, own, others))]
+    names = [name for name in (*names, *manifest.values) if not under or name.startswith(under)]
+    wholes = {shape: whole(shape) for shape in {*shapes.values()}}
     like: dict[str, str] = {}
     boxes: dict[str, Box] = {}
     for name in names:
-        saved = manifest.aliases.get(name, name)
+        saved = aliases.get(name, name)
         if saved not in shapes:
             continue
-        box = whole(shapes[saved])
-        model = name if name in live.shards else _parameter_of(name)
-        if model in live.shards and saved not in manifest.objects:
-            shape, held = live.shards[model]
-            if shape == shapes[saved]:
-                like[name], box = model, held
-            elif model == name:
-                raise CheckpointError(f"{name!r} was saved as {list(shapes[saved])} and is {list(shape)} now")
+        box = wholes[shapes[saved]]
+        if live.shards and saved not in manifest.objects:
+            box = _held(name, shapes[saved], live, like) or box
         # Two names of one tensor that are sharded differently: the whole serves both.
-        boxes[saved] = box if boxes.get(saved, box) == box else whole(shapes[saved])
-    return Need(boxes, names, like)
+        boxes[saved] = box if boxes.get(saved, box) == box else wholes[shapes[saved]]
+    return Need(boxes, tuple(names), like)
 
 
-def _is_its(name: str, live: Live, somewhere: Set[str]) -> bool:
-    for model in (name, _parameter_of(name)):
-        if model in somewhere:
-            return model in live.names
-    return True
+def _held(name: str, shape: tuple[int, ...], live: Live, like: dict[str, str]) -> Box | None:
+    """Return what a rank holds of a tensor when it is sharded, and note what it is sharded like."""
+    model = name if name in live.shards else _parameter_of(name)
+    if model not in live.shards:
+        return None
+    now, held = live.shards[model]
+    if now == shape:
+        like[name] = model
+        return held
+    if model == name:
+        raise CheckpointError(f"{name!r} was saved as {list(shape)} and is {list(now)} now")
+    return None
+
+
+def _is_its(name: str, own: Set[str], others: Set[str]) -> bool:
+    """Return whether a name that is live nowhere is a rank's: where its parameter is, or else everybody's."""
+    model = _parameter_of(name)
+    return model in own or model not in others
 
 
 def local_box(tensor: DTensor) -> Box:

@@ -18,7 +18,7 @@ from checkpointing.manifest import loads, loads_summary
 from checkpointing.objects import dump_object, load_object
 from tests.flat_states import Flat
 from tests.test_checkpointing_golden import GOLDEN
-from tests.test_checkpointing_manifest import json_values, sealed
+from tests.test_checkpointing_manifest import as_written, json_values, sealed
 
 REAL = GOLDEN / "checkpoint-v2" / "step-13" / "manifest.json"
 EXAMPLES = 400
@@ -69,10 +69,19 @@ change = st.tuples(
 )
 
 
+def told(data: bytes) -> str:
+    """What a manifest is read as, or why it is refused."""
+    try:
+        return repr(loads(data))
+    except IntegrityError as error:
+        return str(error)
+
+
 @given(st.lists(change, min_size=1, max_size=3))
 @settings(max_examples=EXAMPLES)
 def test_a_real_manifest_with_anything_changed(changes):
     data = sealed(changed(changes))
+    assert told(as_written(changed(changes))) == told(data)
     try:
         found = loads(data)
     except IntegrityError:

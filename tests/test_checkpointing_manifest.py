@@ -26,8 +26,17 @@ MANIFEST = Manifest(RUN, 20, 1, 4096, (FILE,), (TENSOR, OBJECT), {"v": "w"}, {"o
 
 def sealed(body: dict) -> bytes:
     """Give a body a right hash, so that only the field under test is wrong."""
-    rest = json.dumps(body).encode()[1:]
+    return sealed_text(json.dumps(body))
+
+
+def sealed_text(text: str) -> bytes:
+    rest = text.encode()[1:]
     return b'{"xxh3_64":"' + xxhash.xxh3_64_hexdigest(rest).encode() + b'",' + rest
+
+
+def as_written(body: dict) -> bytes:
+    """As `sealed`, in the writer's own form, which is read in another way."""
+    return sealed_text(json.dumps(body, separators=(",", ":")))
 
 
 def body_of(manifest: Manifest = MANIFEST) -> dict:
@@ -45,7 +54,7 @@ def test_round_trip(name, shape, value, step):
     for dim in shape:
         size *= dim
     tensor = TensorEntry(name, "BF16", tuple(shape), (0,) * len(shape), tuple(shape), FILE.path, 8, 8 + size, (HASH,))
-    tensor = replace(tensor, hashes=(HASH,) * num_pieces(8, 8 + size, 4096))
+    tensor = tensor._replace(hashes=(HASH,) * num_pieces(8, 8 + size, 4096))
     file = replace(FILE, length=8 + size, head_bytes=8)
     given_ = Manifest(RUN, step, 3, 4096, (file,), (tensor,), {}, {}, {f"{name}!": value})
     back = loads(dumps(given_))
@@ -153,11 +162,43 @@ CHANGES = [
 
 @pytest.mark.parametrize(("change", "text"), CHANGES)
 def test_sealed_but_wrong_manifests_are_refused(change, text):
-    body = body_of()
-    assert loads(sealed(body)) == MANIFEST
-    change(body)
-    with pytest.raises(IntegrityError, match=text):
-        loads(sealed(body))
+    for seal in (sealed, as_written):
+        body = body_of()
+        assert loads(seal(body)) == MANIFEST
+        change(body)
+        with pytest.raises(IntegrityError, match=text):
+            loads(seal(body))
+
+
+ROW = json.dumps(body_of()["tensors"][0], separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"begin":4096,', '"begin":04096,'),
+        ('"begin":4096,', '"begin":4096,"begin":4096,'),
+        ('"shape":[2,3]', '"shape":[2,03]'),
+        ('"shape":[2,3]', '"shape":[2,3,]'),
+        (ROW, ROW + ","),
+        (ROW + ",", ROW + ";"),
+        (ROW + ",", ROW),
+        (ROW, "," + ROW),
+        ('"name":"w"', '"name":"w\n"'),
+        ('"name":"w"', '"name":"\u00e9"'),
+        ('"tensors":[', '"tensors":[],"tensors":['),
+        ('"values":{"seed":3}', '"values":{"seed":3},"tensors":[]'),
+        ('"values":{"seed":3}', '"values":{"seed":3},"step":20'),
+        ('"files":[', '"files":[{"path":"a","tensors":[' + ROW + '],"aliases":{}},'),
+        ('"run_id":', '"values":{"x":1,"tensors":[' + ROW + '],"aliases":{}},"run_id":'),
+    ],
+)
+def test_what_is_nearly_in_the_writers_form_is_refused(old, new):
+    text = json.dumps(body_of(), separators=(",", ":"))
+    assert loads(sealed_text(text)) == MANIFEST
+    assert old in text
+    with pytest.raises(IntegrityError):
+        loads(sealed_text(text.replace(old, new, 1)))
 
 
 def sliced(*boxes: tuple[list[int], list[int]], whole=(4, 6)) -> bytes:

@@ -92,13 +92,12 @@ def test_a_plan_reads_every_needed_byte_once_and_none_else(world_size, data):
     wants = [{"w": targets[rank]} if rank < len(targets) else {} for rank in range(world_size)]
     plan = plan_load(manifest, wants)
     needed = {e for e in entries for w in wants if w and Box(e.offset, e.shape).overlap(w["w"])}
-    assert sorted(task.entry.begin for task in plan.tasks) == sorted(entry.begin for entry in needed)
-    for task in plan.tasks:
+    read = [(task, entry) for task in plan.tasks for entry in task.entries]
+    assert sorted(entry.begin for _, entry in read) == sorted(entry.begin for entry in needed)
+    for task, entry in read:
         assert task.reader in task.takers
         assert task.takers == tuple(
-            rank
-            for rank, want in enumerate(wants)
-            if want and Box(task.entry.offset, task.entry.shape).overlap(want["w"])
+            rank for rank, want in enumerate(wants) if want and Box(entry.offset, entry.shape).overlap(want["w"])
         )
 
 
@@ -236,10 +235,11 @@ def fall_back(info, path):
     return found.step, [reason for _, reason in found.skipped], same(back.loaded, assorted(1))
 
 
-def test_a_damage_one_rank_finds_makes_all_ranks_fall_back(tmp_path):
+@pytest.mark.parametrize("newer", [1, 2])  # 1: the two checkpoints differ in their step only
+def test_a_damage_one_rank_finds_makes_all_ranks_fall_back(tmp_path, newer):
     with Checkpointer(tmp_path, group=SINGLE) as ckpt:
         ckpt.save(1, Flat(assorted(1))).wait()
-        ckpt.save(2, Flat(assorted(2))).wait()
+        ckpt.save(2, Flat(assorted(newer))).wait()
     file = tmp_path / "step-2" / "rank-00000.safetensors"
     body = json.loads((file.parent / "manifest.json").read_text())
     for name in ("odd", "weight", "page"):

@@ -121,10 +121,10 @@ class DcpReader(StorageReader):
             done += zip(items, targets, strict=True)
             first = targets[0]
             if len(items) == 1 and _holds(first, entry):
-                fills.append(Fill(entry, bytes_of(first)))
+                fills.append(Fill((entry,), bytes_of(first)))
                 continue
             data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
-            fills.append(Fill(entry, data.numpy().data))
+            fills.append(Fill((entry,), data.numpy().data))
             copies += [(entry, data, item, target) for item, target in zip(items, targets, strict=True)]
         read_fills(self._folder.storage, self._folder.at(found.step), found.piece_bytes, fills, lambda: None)
         for entry, data, item, target in copies:

@@ -88,9 +88,10 @@ class Chooser:
                 if not self._folder.has_manifest(self._trying):
                     self._fetch(self._trying)
                 looked, self._looked = self._looked, None  # once: a step may be set aside, and its copy come
-                fits = looked is not None and looked.step == self._trying
-                self.seen = looked if fits else self._folder.inspect(self._trying)
-                return {"step": self._trying, "identity": identity_of(self.seen)}
+                if looked is None or looked.step != self._trying:
+                    looked = self._folder.inspect(self._trying)
+                self.seen = looked
+                return {"step": self._trying, "identity": identity_of(looked)}
             except VersionError:
                 raise
             except IntegrityError as error:

@@ -185,7 +185,7 @@ def check_table(tensors: Sequence[TensorEntry]) -> list[int]:
     file, begin, end = places[:, order]
     overlaps = np.flatnonzero((file[:-1] == file[1:]) & (end[:-1] > begin[1:]))
     if len(overlaps):
-        before, after = (tensors[order[at]] for at in (overlaps[0], overlaps[0] + 1))
+        before, after = (tensors[int(order[at])] for at in (overlaps[0], overlaps[0] + 1))
         raise IntegrityError(f"manifest: tensors {before.name!r} and {after.name!r} overlap in {after.file}")
     return order.tolist()
 

@@ -42,7 +42,7 @@ class StepTimes:
         self.schedule: Schedule | None = None
         """Of the last step, in a pipeline."""
         self._rank, self._step = rank, 0
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._events: list[TraceEvent] = []
         self._work: list[tuple[float, float]] = []
         """Of each event of `operation`: tokens and pairs of attention, times what the op costs."""
@@ -83,7 +83,8 @@ class StepTimes:
 
     def take(self) -> dict[str, float]:
         """Return the seconds of each part since the last call."""
-        taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
+        taken = self._seconds
+        self._seconds = dict.fromkeys(PARTS, 0.0)
         return taken
 
     def write(self, path: Path, *, pair_cost: float) -> None:

@@ -174,7 +174,7 @@ class Planner:
         for chunks in self.chunks(layout):
             rank = int(chunks.loads.argmax())
             row = chunks.chunks(chunks.jobs()[rank].tolist())
-            costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens)
+            costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens, engine=layout.engine)
             stages = self.bounds(layout)
             if 4 * len(stages) * len(row) > MAX_ACTIONS:
                 exact = False

@@ -134,7 +134,7 @@ def test_a_plan_is_a_job(tmp_path, capsys):
     log = tmp_path / "job.log"
     code, output = run_job(settings(corpus, tmp_path / "run", run__steps=2, **more), log)
     assert code == 0, output
-    assert "pipeline state_aware_1f1b of 2 ranks" in output
+    assert f"pipeline {plan['chosen']['layout']['schedule']} of 2 ranks" in output
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
 
 

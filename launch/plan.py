@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(as_json(planner, best, why, time.perf_counter() - begun), indent=1))
     else:
-        show(Console(soft_wrap=True, highlight=False), planner, best, why)
+        show(Console(soft_wrap=True, highlight=False, width=120), planner, best, why)
     return EXIT_WELL
 
 

@@ -21,6 +21,8 @@ from pipeline.costs import Costs
 BACKWARD = 2.0
 """Backward over forward, where weights are trained."""
 FP32, BF16, ADAM = 4, 2, 8
+AUTOCAST, WHOLLY_BF16 = 0.7, 0.55
+"""Of the bytes that fp32 keeps for backward."""
 MAX_LIVE = 10**9
 """Parameters that DeepSpeed's stage 3 keeps gathered at a time, by its own default."""
 ASSUMPTIONS = (
@@ -30,8 +32,9 @@ ASSUMPTIONS = (
     "reduced after the last backward, not beside it",
     "weights, gradients and AdamW's moments are fp32 (DeepSpeed in bf16: bf16 weights and gradients, fp32 the rest); "
     "checkpoints, buffers of the runtime and fragmentation are not counted: leave some room below --device-memory",
-    "activations by a count of what a layer keeps, within 10% of what launch.layer_costs measures in fp32; in bf16 "
-    "0.7 of that",
+    "activations by a count of what a layer keeps, within 10% of what launch.layer_costs measures in fp32; under "
+    "autocast 0.7 of that and a bf16 copy of the weights with every chunk, within 15%; under DeepSpeed's bf16 0.55 of "
+    "it",
     "experts are evenly loaded; LoRA's adapters weigh nothing, and their backward costs one forward",
     "each step is predicted from the data-parallel rank that has most work, over some steps of the recipe's own order",
 )
@@ -81,12 +84,15 @@ class CostModel:
         """Of one token and each layer, relative: what stages are balanced by."""
         return tuple(layer.products for layer in self.sizes.layers)
 
-    @property
-    def number_bytes(self) -> float:
-        """Of one kept number."""
-        return FP32 * 0.7 if self.bf16 else FP32
+    def _kept_bytes(self, layer: LayerSize, tokens: int, engine: EngineName) -> float:
+        """Return what a layer keeps of a chunk; autocast keeps bf16 copies of its weights, too, with every chunk."""
+        if not self.bf16:
+            return layer.kept * tokens * FP32
+        if engine.startswith("zero"):
+            return layer.kept * tokens * FP32 * WHOLLY_BF16
+        return layer.kept * tokens * FP32 * AUTOCAST + layer.products * BF16
 
-    def costs(self, chunks: Sequence[Chunk], *, ep: int, chunk_tokens: int) -> Costs:
+    def costs(self, chunks: Sequence[Chunk], *, ep: int, chunk_tokens: int, engine: EngineName) -> Costs:
         """Return one row a chunk, for the simulator."""
         exchange = _exchange(self, chunk_tokens, ep) if ep > 1 else None
         forward, backward = [], []
@@ -101,14 +107,15 @@ class CostModel:
                     rows[-1] = tuple(
                         s + extra * bool(one.experts) for s, one in zip(rows[-1], self.sizes.layers, strict=True)
                     )
-        kept = tuple(one.kept * self.number_bytes for one in self.sizes.layers)
         state = 2 * self.sizes.key_width * ((BF16 if self.bf16 else FP32) + FP32)
         states = tuple(state * (one.kind == "decoder") for one in self.sizes.layers)
         tokens = [chunk.num_tokens for chunk in chunks]
         return Costs(
             forward_s=tuple(forward),
             backward_s=tuple(backward),
-            activation_bytes=tuple(tuple(n * b for b in kept) for n in tokens),
+            activation_bytes=tuple(
+                tuple(self._kept_bytes(one, n, engine) for one in self.sizes.layers) for n in tokens
+            ),
             state_bytes=tuple(tuple(n * b for b in states) for n in tokens),
             boundary_bytes=tuple(n * self.sizes.width * FP32 for n in tokens),
             hop_s=self.machine.latency_s,

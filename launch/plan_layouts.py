@@ -30,7 +30,7 @@ from pipeline.simulate import simulate
 from pipeline.units import Unit
 
 MAX_ACTIONS = 8_000
-"""Of a simulated step; layouts with more are estimated as a pipeline that fills and drains once."""
+"""Of a simulated step; layouts with more are told to take what they take with longer chunks."""
 MOST = 32
 """Layouts that are simulated to find the best."""
 STAGES = {"interleaved": 2, "zbv": 2}
@@ -174,13 +174,16 @@ class Planner:
         for chunks in self.chunks(layout):
             rank = int(chunks.loads.argmax())
             row = chunks.chunks(chunks.jobs()[rank].tolist())
-            costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens)
+            costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens, engine=layout.engine)
             stages = self.bounds(layout)
             if 4 * len(stages) * len(row) > MAX_ACTIONS:
                 exact = False
-                kept = max(map(sum, costs.activation_bytes)) + sum(map(sum, costs.state_bytes)) / layout.pp
-                times.append(self.guess_s(layout) - self.reduce_s(layout, layout.ep))
-                bubbles.append((layout.pp - 1) / (len(row) + layout.pp - 1))
+                open_share = (layout.pp + layout.retain) / layout.pp  # chunks a device keeps, times its share of layers
+                kept = max(map(sum, costs.activation_bytes)) * open_share
+                kept += sum(map(sum, costs.state_bytes)) / layout.pp
+                seconds, bubble = self._coarser(layout)
+                times.append(seconds)
+                bubbles.append(bubble)
                 peaks.append([size + kept for size in held])
                 continue
             result = simulate(complete(_schedule(layout, units_of(row, layout.retain), stages)), costs)
@@ -199,6 +202,16 @@ class Planner:
             memory_bytes=max(map(max, peaks)),
             simulated=exact,
         )
+
+    def _coarser(self, layout: Layout) -> tuple[float, float]:
+        """Return seconds and bubble of a layout with too many chunks to simulate: those of chunks twice as long."""
+        if layout.chunk_tokens >= int(self.lengths.max()):  # nothing becomes fewer any more
+            count = float(np.mean([chunks.num_chunks / layout.data for chunks in self.chunks(layout)]))
+            guess = self.guess_s(layout) - self.reduce_s(layout, layout.ep)
+            return guess, (layout.pp - 1) / (count + layout.pp - 1)
+        found = self.estimate(replace(layout, chunk_tokens=2 * layout.chunk_tokens))
+        least = self.bound_s(layout) - self.reduce_s(layout, layout.ep)  # shorter chunks run more of them twice
+        return max(least, found.step_s - found.reduce_s), found.bubble
 
     def fits(self, estimate: Estimate) -> bool:
         """Return whether a layout stays within the memory of a device."""

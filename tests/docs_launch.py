@@ -148,7 +148,7 @@ def pretrained_stages(folder, texts):
     """Each with the pretrained model for one step; the first commands of the page run the same recipes."""
     need_smollm2()
     for command, _ in commands(texts[0]):
-        shell(short(command.replace("torchrun", ".venv/bin/torchrun"), steps=1), checkout(folder), timeout_s=900)
+        shell(short(command.replace("torchrun", ".venv/bin/torchrun")), checkout(folder), timeout_s=900)
 
 
 def layout(folder, texts):

@@ -48,9 +48,9 @@ def shell(command, folder, timeout_s=150, code=0):
 
 def checkout(folder):
     """A folder with what commands of a checkout find there."""
-    for name in ("recipes", "Makefile"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / ".venv").symlink_to(BIN.parent)
+    for name, place in (("recipes", ROOT / "recipes"), ("Makefile", ROOT / "Makefile"), (".venv", BIN.parent)):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(place)
     return folder
 
 

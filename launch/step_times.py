@@ -27,7 +27,7 @@ from launch.files import write_lines
 from pipeline.schedule import Schedule
 from pipeline.tracing import Trace, TraceEvent
 
-PARTS = ("data", "compute", "bubble", "exchange", "update", "checkpoint")
+PARTS: tuple[str, ...] = ("data", "compute", "bubble", "exchange", "update", "checkpoint")
 _OP_COST = {"f": 1.0, "F": 1.0, "B": 2.0}
 """Of an op, in forwards."""
 

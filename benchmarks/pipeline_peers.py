@@ -1,8 +1,8 @@
 """What `benchmarks.pipeline` compares with: 1F1B and interleaved 1F1B at their best contiguous split, simulated.
 
-Every stage recomputes its activations, but for the last, whose backward follows its forward at once: what it keeps it
-would otherwise make again at that moment. Splits are tried one by one where there are few, and else improved layer by
-layer from balanced ones until no border is better elsewhere.
+Every stage recomputes its activations; or, with `keep_last`, all but the last, whose backward follows its forward at
+once: what it keeps it would otherwise make again at that moment, so its memory is the same. Splits are tried one by one
+where there are few, and else improved layer by layer from balanced ones until no border is better elsewhere.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ def _topological(before: Sequence[Sequence[int]]) -> Iterator[int]:
                 ready.append(k)
 
 
-def best_peer(name: str, costs: Costs, *, devices: int, microbatches: int, stages: int) -> Peer:
+def best_peer(name: str, costs: Costs, *, devices: int, microbatches: int, stages: int, keep_last: bool) -> Peer:
     """Return a schedule at its best split. Raises PipelineError where it cannot be made."""
     more = {"stages_per_device": stages // devices} if name == "interleaved" else {}
     schedule = SCHEDULES[name](devices=devices, microbatches=microbatches, **more)
-    schedule = with_recompute(schedule, keep_last_stage=True)
+    schedule = with_recompute(schedule, keep_last_stage=keep_last)
     order, num = FixedOrder(schedule), costs.num_layers
     forward_sums, backward_sums = _running(costs.forward_s[0]), _running(costs.backward_s[0])
     known: dict[Bounds, float] = {}
@@ -116,14 +116,19 @@ def best_peer(name: str, costs: Costs, *, devices: int, microbatches: int, stage
     return Peer(name, found, result.makespan_s, int(max(result.peak_bytes)), few)
 
 
-def best_peers(costs: Costs, *, devices: int, microbatches: int, most: int = MOST_STAGES_PER_DEVICE) -> list[Peer]:
+def best_peers(
+    costs: Costs, *, devices: int, microbatches: int, keep_last: bool, most: int = MOST_STAGES_PER_DEVICE
+) -> list[Peer]:
     """Return 1F1B, and interleaved 1F1B with 2 to `most` stages a device, the fastest first."""
     counts = [("1f1b", devices)]
     counts += [("interleaved", devices * v) for v in range(2, min(most, costs.num_layers // devices) + 1)]
     found = []
     for name, stages in counts:
         try:
-            found.append(best_peer(name, costs, devices=devices, microbatches=microbatches, stages=stages))
+            peer = best_peer(
+                name, costs, devices=devices, microbatches=microbatches, stages=stages, keep_last=keep_last
+            )
+            found.append(peer)
         except PipelineError:  # a number of micro-batches that it does not take
             continue
     return sorted(found, key=lambda peer: peer.makespan_s)
@@ -142,7 +147,7 @@ def _every_split(layers: int, stages: int) -> Iterator[Bounds]:
 
 
 def _starts(costs: Costs, stages: int) -> Iterator[Bounds]:
-    """Yield balanced splits, for each number of layers in the last stage, which recomputes nothing."""
+    """Yield balanced splits, for each number of layers in the last stage, which may recompute nothing."""
     layer_s = [2 * f + b for f, b in zip(costs.forward_s[0], costs.backward_s[0], strict=True)]
     num = costs.num_layers
     for last in range(1, num - stages + 2):

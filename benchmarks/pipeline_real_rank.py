@@ -66,7 +66,9 @@ class Bench:
     def peers(self) -> list[Peer]:
         """Return 1F1B and the best interleaved 1F1B."""
         found = _from_first(
-            lambda: best_peers(self.costs, devices=RANKS, microbatches=self.shape.microbatches, most=STAGES_PER_RANK)
+            lambda: best_peers(
+                self.costs, devices=RANKS, microbatches=self.shape.microbatches, keep_last=True, most=STAGES_PER_RANK
+            )
         )
         return [next(p for p in found if p.name == name) for name in ("1f1b", "interleaved")]
 

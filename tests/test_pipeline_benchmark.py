@@ -43,7 +43,7 @@ def test_the_longest_path_is_what_the_simulator_says(name, stages):
 
 
 def test_peers_get_the_best_split_of_all_and_keep_what_they_need_at_once():
-    best = best_peer("1f1b", COSTS, devices=2, microbatches=4, stages=2)
+    best = best_peer("1f1b", COSTS, devices=2, microbatches=4, stages=2, keep_last=True)
     assert best.exhaustive
     every = []
     for border in range(1, 7):
@@ -51,9 +51,10 @@ def test_peers_get_the_best_split_of_all_and_keep_what_they_need_at_once():
         every.append(simulate(complete(with_recompute(schedule, keep_last_stage=True)), COSTS).makespan_s)
     assert best.makespan_s == pytest.approx(min(every))
     assert {str(a.op.value) for a in best.schedule.of(1)} == {"RECV", "F", "B", "SEND"}  # the last recomputes nothing
-    both = best_peers(COSTS, devices=2, microbatches=4)
+    both = best_peers(COSTS, devices=2, microbatches=4, keep_last=True)
     assert {peer.name for peer in both} == {"1f1b", "interleaved"}
     assert both[0].makespan_s <= best.makespan_s
+    assert both[0].makespan_s < best_peers(COSTS, devices=2, microbatches=4, keep_last=False)[0].makespan_s
 
 
 def test_a_plan_is_searched_once(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -44,6 +45,8 @@ class Work:
         return took
 
     # A Stateful, for those who take one.
+
+    restores_own_names: ClassVar[bool] = True
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the tensors."""

@@ -139,9 +139,10 @@ class Checkpointer:
 
         Each byte is read and verified by one rank, and handed to those that need it; when one is wrong, all ranks fall
         back to the next older checkpoint. `skipped` says why, and damaged ones are set aside. Then each Stateful is
-        given the saved names under its prefix, whichever rank saved them, but for tensors that other ranks' states have
-        and its own has not: as a DTensor where its live tensor is one, sharded as that is. Nothing is changed before
-        all bytes are read. After going back to a `step`, newer checkpoints are set aside by the next save.
+        given every saved name under its prefix, from all ranks: as a DTensor where its live tensor is one, sharded as
+        that is. A state with `restores_own_names = True` is not given tensors that only other ranks' states have.
+        Nothing is changed before all bytes are read. After going back to a `step`, newer checkpoints are set aside by
+        the next save.
 
         Returns None when there is no checkpoint. Raises IntegrityError when there are and none verifies, and
         CheckpointError when `step` is not there. What a `load_state_dict` raises reaches the other ranks as an error

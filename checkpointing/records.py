@@ -35,6 +35,9 @@ class Stateful(Protocol):
         """Take a state as `state_dict` gave it out, with every name that was saved, by whichever rank."""
         ...
 
+    # A state with an attribute `restores_own_names = True` takes, of tensors, only names that it gives out itself, and
+    # moments of its parameters: for a rank that computes with nothing else, such as a stage of a pipeline.
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

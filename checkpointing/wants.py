@@ -1,10 +1,11 @@
-"""What a rank needs of a checkpoint: the saved names under its prefixes that its state has now, sharded as that is.
+"""What a rank needs of a checkpoint: the saved names under its prefixes, sharded as its live state is now.
 
-A tensor that is live on other ranks only is theirs (a pipeline stage, an expert, a part of ZeRO's). One that is live
-nowhere yet (the moments before the first step) goes to where its parameter is, or else to all, as values do.
 A name whose live tensor is a DTensor is wanted as this rank's shard, and given as a DTensor like the live one. A saved
 `optim.<parameter>.<slot>` that is not live yet (no step was taken) is sharded like the parameter, if it has its shape.
-Everything else is wanted whole.
+Everything else is wanted whole, and by all: a rank that gives out only what it steps may compute with more.
+
+A state that says `restores_own_names = True` is brought less: a tensor that it has not, and the same state of another
+rank has, is that rank's. One that is live nowhere yet goes to where its parameter is, or else to all, as values do.
 """
 
 from __future__ import annotations
@@ -30,15 +31,19 @@ class Live:
     """What a rank holds, as the other ranks need to know it."""
 
     prefixes: tuple[str, ...]
+    choosy: tuple[str, ...]
+    """Those of them whose states are brought their own names only."""
     names: frozenset[str]
-    """Global names that its state gives out."""
+    """Global names that the states of these give out."""
     shards: Mapping[str, tuple[tuple[int, ...], Box]]
     """Global name of a DTensor to its global shape and the box this rank holds."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it travels."""
         shards = {name: [shape, box.offset, box.shape] for name, (shape, box) in self.shards.items()}
-        return {"prefixes": self.prefixes, "names": sorted(self.names), "shards": shards}
+        return {
+            "prefixes": self.prefixes, "choosy": self.choosy, "names": sorted(self.names), "shards": shards,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Live:
@@ -47,7 +52,7 @@ class Live:
             name: (tuple(shape), Box(tuple(offset), tuple(local)))
             for name, (shape, offset, local) in body["shards"].items()
         }
-        return cls(tuple(body["prefixes"]), frozenset(body["names"]), shards)
+        return cls(tuple(body["prefixes"]), tuple(body["choosy"]), frozenset(body["names"]), shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +83,26 @@ def shards_of(state: Mapping[str, Any]) -> dict[str, DTensor]:
     return {name: value for name, value in bare if isinstance(value, DTensor)}
 
 
-def live_of(prefixes: Iterable[str], names: Iterable[str], shards: Mapping[str, DTensor]) -> Live:
-    """Return what this rank tells the others."""
+def live_of(parts: Mapping[str, Stateful], state: Mapping[str, Any], shards: Mapping[str, DTensor]) -> Live:
+    """Return what this rank tells the others of its parts; `state` is what they give out."""
     boxes = {name: (tuple(one.shape), local_box(one)) for name, one in shards.items()}
-    return Live(tuple(prefixes), frozenset(names), boxes)
+    choosy = tuple(prefix for prefix, part in parts.items() if getattr(part, "restores_own_names", False))
+    return Live(tuple(parts), choosy, frozenset(_under(state, choosy)), boxes)
 
 
 def need_of(manifest: Manifest, live: Live, somewhere: Set[str]) -> Need:
-    """Return what a rank needs; `somewhere` are the names that are live on any rank.
+    """Return what a rank needs; `somewhere` are the names that choosy states have on any rank.
 
     Raises CheckpointError when a live shard is of another shape than what was saved.
     """
     shapes = {entry.name: entry.global_shape for entry in manifest.tensors}
-    under = () if "" in live.prefixes else tuple(f"{prefix}." for prefix in live.prefixes)
-    own, others, aliases = live.names, somewhere - live.names, manifest.aliases
-    names = [name for name in (*shapes, *aliases) if name in own or (name not in others and _is_its(name, own, others))]
-    names = [name for name in (*names, *manifest.values) if not under or name.startswith(under)]
+    aliases = manifest.aliases
+    names = [*_under((*shapes, *aliases, *manifest.values), live.prefixes)]
+    if live.choosy:
+        own, others = live.names, somewhere - live.names
+        chosen = {*_under(names, live.choosy)} - manifest.values.keys() - own
+        left = chosen & others | {name for name in chosen - others if not _is_its(name, own, others)}
+        names = [name for name in names if name not in left]
     wholes = {shape: whole(shape) for shape in {*shapes.values()}}
     like: dict[str, str] = {}
     boxes: dict[str, Box] = {}
@@ -121,6 +130,13 @@ def _held(name: str, shape: tuple[int, ...], live: Live, like: dict[str, str]) -
     if model == name:
         raise CheckpointError(f"{name!r} was saved as {list(shape)} and is {list(now)} now")
     return None
+
+
+def _under(names: Iterable[str], prefixes: Sequence[str]) -> Iterable[str]:
+    if "" in prefixes:
+        return names
+    starts = tuple(f"{prefix}." for prefix in prefixes)
+    return (name for name in names if name.startswith(starts))
 
 
 def _is_its(name: str, own: Set[str], others: Set[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpointing import Mutability, TensorProvider
+from checkpointing import Mutability
 from launch.flat import flatten, unflatten
 from launch.held import mismatch, unknown
 from launch.optim_state import CLASS, GROUPS, check_groups
@@ -46,7 +46,6 @@ class ZeroState:
             }
         )
         flat: dict[str, Any] = {f"model.{name}": tensor for name, tensor in self._plain().items()}
-        flat |= self._wanted(slots)
         for part in self.parts:
             kept = Mutability.STEP if part.trained else Mutability.NEVER
             if part.held.last > part.held.first:
@@ -58,18 +57,6 @@ class ZeroState:
         flat[CLASS] = type(self._base).__name__
         flatten(GROUPS, self._settings(), flat)
         return flat
-
-    def _wanted(self, slots: Sequence[str]) -> dict[str, Any]:
-        """Return every name as no rows of its tensor: a restore brings a rank the names that it gives out."""
-        found: dict[str, Any] = {}
-        for name, dtype in self._sharded.items():
-            shape = self._whole.shapes[name]
-            nothing = TensorProvider(
-                torch.empty((0, *shape[1:]), dtype=dtype), Mutability.STEP, whole=shape, at=(0,) * len(shape)
-            )
-            moments = slots if name in self._whole.trained else ()
-            found |= dict.fromkeys((f"model.{name}", *(f"optim.{name}.{slot}" for slot in moments)), nothing)
-        return found
 
     def check(self, flat: Mapping[str, Any]) -> Iterator[str]:
         """See `Held.check`."""

@@ -143,6 +143,32 @@ def test_every_byte_is_read_once_per_job(tmp_path):
     assert all(count > 0 for count, _ in results)
 
 
+class Stage(Flat):
+    """Computes with what it gives out, and with nothing else."""
+
+    restores_own_names = True
+
+
+def load_stage(info, path):
+    """Each rank saves a layer with moments and a shared norm; a fresh one of the same layer has no moments yet."""
+    mine, other = (torch.full((9,), float(rank)) for rank in (info.rank, 1 - info.rank))
+    layer, slot, norm = f"model.{info.rank}.w", f"optim.{info.rank}.w.m", torch.ones(4)
+    with Checkpointer(path) as ckpt:
+        ckpt.save(1, Flat({layer: mine, slot: mine + 5, "model.norm": norm, "epoch": 3})).wait()
+        stage, plain = Stage({layer: torch.zeros(9), "model.norm": torch.zeros(4)}), Flat({layer: torch.zeros(9)})
+        ckpt.restore(stage)
+        ckpt.restore(plain)
+    own = {layer: mine, "model.norm": norm, "epoch": 3}
+    rest = {f"model.{1 - info.rank}.w": other, f"optim.{1 - info.rank}.w.m": other + 5}
+    return stage.loaded.keys() - own.keys(), same(plain.loaded, own | rest | {slot: mine + 5}), slot
+
+
+def test_a_stage_is_brought_its_own_names_and_others_every_name(tmp_path):
+    for extra, plain_has_all, slot in run_ranks(load_stage, 2, tmp_path):
+        assert extra == {slot}  # the moments come to where their parameter is
+        assert plain_has_all
+
+
 def reference():
     torch.manual_seed(11)
     return {"w": torch.randn(7, 6), "b": torch.randn(5), "tall": torch.randn(9, 2), "plain": torch.randn(3)}

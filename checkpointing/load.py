@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
 
 _ALIGN = 4096
+_ARENA_BYTES = 64 * 2**20
 _GENERATOR_BYTES = 64 * 2**10
 
 
@@ -97,7 +98,7 @@ class Buffers:
     """Fresh memory for the tasks in which a rank takes part, a block for each."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self.blocks = [(task, _block(task)) for task in tasks]
+        self.blocks = list(zip(tasks, _blocks(tasks), strict=True))
         self._tensors: dict[int, torch.Tensor] = {}
 
     def fills(self, rank: int) -> list[Fill]:
@@ -112,9 +113,17 @@ class Buffers:
         return self._tensors[id(entry)]
 
 
-def _block(task: Task) -> torch.Tensor:
-    skipped = task.entries[0].begin % _ALIGN  # memory is aligned as its place in the file is
-    return fresh(skipped + task.num_bytes)[skipped:]
+def _blocks(tasks: Sequence[Task]) -> Iterator[torch.Tensor]:
+    """Yield the memory of each task, aligned as its place in the file is; cut from larger pieces, for huge pages."""
+    cuts, size = list[tuple[int, int]](), 0
+    for number, task in enumerate(tasks, 1):
+        begin = size + -size % _ALIGN + task.entries[0].begin % _ALIGN
+        size = begin + task.num_bytes
+        cuts.append((begin, size))
+        if size >= _ARENA_BYTES or number == len(tasks):
+            memory = fresh(size)
+            yield from (memory[low:high] for low, high in cuts)
+            cuts, size = [], 0
 
 
 def typed(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:

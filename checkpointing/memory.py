@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 _LARGE = 256 * 2**10
+_HUGE_PAGE = 2 * 2**20
 
 
 def fresh(num_bytes: int) -> torch.Tensor:
@@ -20,7 +21,9 @@ def fresh(num_bytes: int) -> torch.Tensor:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or num_bytes < _LARGE:
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")  # whatever the default device is
-    mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Linux aligns a mapping to huge pages when its length is a multiple of theirs; what is not touched costs nothing.
+    length = num_bytes + (-num_bytes % _HUGE_PAGE if num_bytes >= _HUGE_PAGE else 0)
+    mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapped.madvise(advice)
     return torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes)
 

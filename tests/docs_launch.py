@@ -195,7 +195,7 @@ def interrupted(command, folder):
     while "step 2/6" not in log.read_text() and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     job.send_signal(signal.SIGINT)
-    job.wait(timeout=120)
+    job.wait(timeout=320)
     assert "Asked to stop: saved after step" in log.read_text(), log.read_text()[-3000:]
     assert "Resuming after step" in shell(command, folder, timeout_s=500)
 

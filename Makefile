@@ -19,7 +19,7 @@ help:            ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 finetune: .venv/.run $(NEEDS_$(RECIPE))   ## fine-tune by recipes/$(RECIPE).yaml; FRESH=1 starts over, NPROC ranks
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m launch.finetune \
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --shutdown-timeout 300 -m launch.finetune \
 	    --config recipes/$(RECIPE).yaml $(if $(filter 1 true yes,$(FRESH)),--fresh true)
 
 test: .venv/.dev       ## the tests that gate every commit

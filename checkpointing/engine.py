@@ -128,6 +128,8 @@ class Engine:
                 _log.error("%s: given up on the way out; the checkpoints before it are intact", job.what)
         self.idle(timeout_s if not flying else _GOODBYE_S)
         self._jobs.put(None)
+        if self._thread is not None and not self._open:
+            self._thread.join(_GOODBYE_S)
         self.pool.close()
         self._control.close()
         self._snapshots.forget()

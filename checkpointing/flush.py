@@ -15,6 +15,7 @@ from checkpointing.slabs import Slab, SlabRing
 from checkpointing.storage.local import LocalStorage
 
 _PAGE = 4096
+_GOODBYE_S = 1.0
 
 
 class FlushFile:
@@ -103,11 +104,17 @@ class FlushPool:
             self.hurry(False)
 
     def close(self) -> None:
-        """End the threads; what is queued is dropped, which happens only to saves that were given up."""
+        """End the threads; what is queued is dropped, which happens only to saves that were given up.
+
+        A thread that a write holds up is not waited for. One that is left when Python ends can end the process badly.
+        """
         with self._changed:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
+        give_up = time.monotonic() + _GOODBYE_S
+        for thread in self._threads:
+            thread.join(max(0.0, give_up - time.monotonic()))
 
     def _start(self) -> None:
         for index in range(max(self._calm, self._hurried)):

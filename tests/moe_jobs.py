@@ -7,6 +7,7 @@ import torch
 from chunkflow import ChunkLoader, MemorySource
 from launch.mesh import make_mesh
 from launch.pipeline_job import Place
+from launch.step_times import StepTimes
 from tests.moe_models import VOCABULARY
 from tests.tiny import sequence
 
@@ -34,4 +35,5 @@ def place_of(info, ep, esp):
     return Place(
         pipeline_rank=0, pipeline_group=mesh.get_group("pp"), data_rank=info.rank, data_size=info.world_size,
         data_group=world, mesh=mesh, transport=None, device=torch.device("cpu"),
+        times=StepTimes(info.rank),
     )  # fmt: skip

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from launch.errors import ConfigError, ModelError
 from launch.metrics import read_metrics
 from launch.precision import autocast
 from launch.pretrained import pretrained_model, pretrained_tokenizer
-from launch.runners import make_runner
+from pipeline.config import PipelineConfig
 from tests.launch_jobs import kill_job, run_job, start, wait_for_step
 from tests.spawn import ROOT
 from tests.tiny import tiny_model
@@ -103,9 +102,8 @@ def test_bf16_is_of_products_only():
 
 
 def test_a_pipeline_refuses_bf16():
-    config = replace(FinetuneConfig(), model=ModelConfig(precision="bf16"))
     with pytest.raises(ConfigError, match=r"model.precision is bf16, and pipelines .* compute in fp32"):
-        make_runner(tiny_model(), config, SimpleNamespace(transport=object()))
+        replace(FinetuneConfig(), model=ModelConfig(precision="bf16"), pipeline=PipelineConfig(ranks=2))
 
 
 def write_functions_of(folder: Path) -> Path:
@@ -145,7 +143,7 @@ def test_the_recipe_trains_a_gguf_model_to_a_lower_held_out_loss(file, tmp_path,
     assert AutoModelForCausalLM.from_pretrained(run / "model").dtype == torch.float32
     assert AutoTokenizer.from_pretrained(run / "model").chat_template == TEMPLATE
     page = (run / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 8
+    assert page.count("data:image/svg+xml;base64,") == 13
     assert "<td>model.precision</td><td>bf16</td>" in page
 
 

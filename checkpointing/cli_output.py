@@ -10,8 +10,9 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -24,15 +25,32 @@ class Bars:
 
     def bytes(self, what: str, total: int | None) -> Callable[[int], None]:
         """Return a function that is told of bytes."""
-        if self._progress is None:
-            return lambda _: None
-        progress, task = self._progress, self._progress.add_task(what, total=total)
-        return lambda count: progress.update(task, advance=count)
+        return self._begin(what, total, unit="bytes")
 
     def names(self, what: str, names: Collection[str]) -> Callable[[str], None]:
         """Return a function that is told of names."""
-        step = self.bytes(what, len(names))
+        step = self._begin(what, len(names), unit="names")
         return lambda _: step(1)
+
+    def _begin(self, what: str, total: int | None, *, unit: str) -> Callable[[int], None]:
+        if self._progress is None:
+            return lambda _: None
+        progress, task = self._progress, self._progress.add_task(what, total=total, unit=unit)
+        return lambda count: progress.update(task, advance=count)
+
+
+class _Done(ProgressColumn):
+    """How far a bar is: bytes with their speed, or names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size, self._speed = DownloadColumn(), TransferSpeedColumn()
+
+    def render(self, task: Task) -> Text:
+        """Return the text behind a bar."""
+        if task.fields["unit"] == "bytes":
+            return Text(" ").join((self._size.render(task), self._speed.render(task)))
+        return Text(f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}")
 
 
 @contextmanager
@@ -45,7 +63,7 @@ def progress(quiet: bool) -> Iterator[Bars]:
         if quiet or not sys.stderr.isatty():
             yield Bars(None)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), _Done())
         with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
             yield Bars(shown)
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from json.encoder import encode_basestring
 
 import torch
 
@@ -99,7 +100,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def _header_entry(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
     dims = ",".join(map(str, shape))  # the encoder takes several times as long, and there may be many tensors
-    return f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dims}],"data_offsets":[{begin},{end}]}}'
+    return f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{dims}],"data_offsets":[{begin},{end}]}}'
 
 
 _json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -125,6 +125,17 @@ def _manifest(body: Mapping[str, Any], rows: list[tuple[str, ...]] | None = None
 
 def _split(data: bytes) -> tuple[Mapping[str, Any], list[tuple[str, ...]]] | None:
     """Return the rest of a manifest and its table of tensors in rows, when both are in the writer's form; else None."""
+    found = _without_table(data)
+    if found is None:
+        return None
+    with suppress(ValueError):
+        rows = rows_of(found[1].decode("ascii"))
+        return None if rows is None else (found[0], rows)
+    return None
+
+
+def _without_table(data: bytes) -> tuple[Mapping[str, Any], bytes] | None:
+    """Return the rest of a manifest, and its table of tensors unread, when the rest is in the writer's form."""
     begin = data.find(_TABLE)
     end = data.find(_BEHIND, begin)
     if min(begin, end) < 0:
@@ -132,11 +143,11 @@ def _split(data: bytes) -> tuple[Mapping[str, Any], list[tuple[str, ...]]] | Non
     try:
         # That what stands before the table is an object once it is closed proves that the table is a field of it.
         before, behind = _parse(data[:begin] + b"}"), _parse(b"{" + data[end + 2 :])
-        rows = rows_of(data[begin + len(_TABLE) : end].decode("ascii"))
-        if rows is None or len(body := {**before, "tensors": [], **behind}) != len(before) + 1 + len(behind):
+        body = {**before, "tensors": [], **behind}
+        if len(body) != len(before) + 1 + len(behind) or body.get("format_version") != FORMAT_VERSION:
             return None
-        return (_checked(body), rows) if body.get("format_version") == FORMAT_VERSION else None
-    except (ValueError, IntegrityError):
+        return _checked(body), data[begin + len(_TABLE) : end]
+    except IntegrityError:
         return None
 
 
@@ -145,7 +156,8 @@ def loads_summary(data: bytes) -> Summary:
 
     Raises IntegrityError.
     """
-    body = _checked(_parse(_proved(data)))
+    found = _without_table(_proved(data))
+    body = _checked(_parse(data)) if found is None else found[0]
     files: tuple[FileEntry, ...] = read_files_1(body) if body["format_version"] == 1 else read_files(body)[0]
     return Summary(read_run_id(body), read_int(body, "step"), files, read_object(body, "values"))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, pairwise, repeat
 from math import prod
 from operator import attrgetter, eq, le, sub
@@ -26,8 +27,8 @@ from checkpointing.records import FileEntry, TensorEntry
 
 FIELDS = ("name", "dtype", "global_shape", "offset", "shape", "file", "begin", "end")
 _MAX_COMPARISONS = 2 * 10**6
-_TEXT = "{{" + ",".join(f'"{name}":{{}}' for name in FIELDS) + "}}"
-_quoted = json.JSONEncoder().encode
+_TEXT = "{" + ",".join(f'"{name}":%s' for name in FIELDS) + "}"
+_quoted = json.encoder.encode_basestring_ascii
 _FIELDS_1 = (*FIELDS, "xxh3_64")
 _INTS = {int}
 _DIMS = r"\[([0-9,]*)\]"
@@ -37,17 +38,25 @@ _ROW_PATTERNS = (r'"([^"\\\x00-\x1f]+)"', '"([A-Z0-9_]+)"', _DIMS, _DIMS, _DIMS,
 _ROW = re.compile(
     r"\{" + ",".join(f'"{name}":{one}' for name, one in zip(FIELDS, _ROW_PATTERNS, strict=True)) + r"\}(?:,|\Z)"
 )
-_ROW_LENGTH = len(_TEXT.format(*['""'] * 2, *["[]"] * 3, '""', "", "")) + 1
+_ROW_LENGTH = len(_TEXT % (*['""'] * 2, *["[]"] * 3, '""', "", "")) + 1
 _place = attrgetter("file", "begin", "end", "name")
+_Columns = Sequence[Sequence[Any]]
+"""The fields of all entries but their hashes, or nothing where there are no entries."""
+_NO_COLUMNS: _Columns = ((),) * len(FIELDS)
 _Dims = dict[tuple[int, ...], tuple[int, ...]]
 """Shapes and offsets that were found right: most tensors have one that another has, too."""
 
 
 def tensor_text(entry: TensorEntry) -> str:
     """Return an entry as JSON, without its hashes. By hand: the encoder takes several times as long."""
-    shapes = (f"[{','.join(map(str, dims))}]" for dims in (entry.global_shape, entry.offset, entry.shape))
-    values = (_quoted(entry.name), f'"{entry.dtype}"', *shapes, f'"{entry.file}"', entry.begin, entry.end)
-    return _TEXT.format(*values)
+    name, dtype, whole, offset, shape, file, begin, end, _ = entry
+    shapes = (_dims_text(whole), _dims_text(offset), _dims_text(shape))
+    return _TEXT % (_quoted(name), f'"{dtype}"', *shapes, f'"{file}"', begin, end)
+
+
+@lru_cache(1024)
+def _dims_text(dims: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, dims))}]"
 
 
 def read_tensors_1(body: Mapping[str, Any], files: Sequence[FileEntry]) -> tuple[TensorEntry, ...]:
@@ -71,7 +80,7 @@ def read_tensors(
     """Return the tensors of a manifest; `pieces` are the hashes of each file, one behind the other."""
     lengths, dims = {file.path: file.length for file in files}, _Dims()
     tensors = [_tensor(read_record(one, "TensorEntry", FIELDS), lengths, dims) for one in read_list(body, "tensors")]
-    return _hashed(tensors, pieces, piece_bytes)
+    return _hashed(_columns(tensors), pieces, piece_bytes)
 
 
 def rows_of(table: str) -> list[tuple[str, ...]] | None:
@@ -89,7 +98,7 @@ def read_rows(
 ) -> tuple[TensorEntry, ...]:
     """Return what `read_tensors` does. Where that would refuse an entry the IntegrityError does not say which."""
     if not rows:
-        return _hashed([], pieces, piece_bytes)
+        return _hashed((), pieces, piece_bytes)
     lengths = {file.path: file.length for file in files}
     names, dtypes, *dims, paths, begin_texts, end_texts = zip(*rows, strict=True)
     begins, ends = [*map(int, begin_texts)], [*map(int, end_texts)]
@@ -103,7 +112,7 @@ def read_rows(
     said = map(sizes.__getitem__, zip(dtypes, shapes[-1], strict=True))
     if not inside or not all(map(eq, map(sub, ends, begins), said)):
         raise IntegrityError("manifest: a tensor lies outside of its file, or has another size than its shape")
-    return _hashed([*map(TensorEntry, names, dtypes, *shapes, paths, begins, ends, repeat(()))], pieces, piece_bytes)
+    return _hashed((names, dtypes, *shapes, paths, begins, ends), pieces, piece_bytes)
 
 
 def hashes_of_files(tensors: Iterable[TensorEntry], paths: Iterable[str]) -> dict[str, str]:
@@ -114,25 +123,25 @@ def hashes_of_files(tensors: Iterable[TensorEntry], paths: Iterable[str]) -> dic
     return {path: "".join(hashes) for path, hashes in found.items()}
 
 
-def _hashed(tensors: Sequence[TensorEntry], pieces: Mapping[str, str], piece_bytes: int) -> tuple[TensorEntry, ...]:
+def _hashed(columns: _Columns, pieces: Mapping[str, str], piece_bytes: int) -> tuple[TensorEntry, ...]:
     """Return the entries with their hashes, once the table is found right."""
-    order = check_table(tensors)
-    found: list[tuple[str, ...]] = [()] * len(tensors)
+    order = _check_columns(columns)
+    names, _, _, _, _, files, begins, ends = columns or _NO_COLUMNS
+    found: list[tuple[str, ...]] = [()] * len(names)
     done = dict.fromkeys(pieces, 0)
     for index in order:
-        _, _, _, _, _, file, begin, end, _ = tensors[index]
+        file, begin, end = files[index], begins[index], ends[index]
         first, text = done[file], pieces[file]
         done[file] = last = first + 16 * (-(-end // piece_bytes) - begin // piece_bytes if end > begin else 0)
         if last > len(text):
-            raise IntegrityError(f"manifest: {file} has too few hashes for tensor {tensors[index].name!r}")
+            raise IntegrityError(f"manifest: {file} has too few hashes for tensor {names[index]!r}")
         found[index] = (
             (*(text[i : i + 16] for i in range(first, last, 16)),) if last - first != 16 else (text[first:last],)
         )
     for path, end in done.items():
         if end != len(pieces[path]):
             raise IntegrityError(f"manifest: {path} has {len(pieces[path])} hex digits of hashes, and needs {end}")
-    columns = [*zip(*tensors, strict=True)][:-1]
-    return tuple(map(TensorEntry, *columns, found)) if tensors else ()
+    return tuple(map(TensorEntry, *(columns or _NO_COLUMNS), found))
 
 
 def _tensor(found: Mapping[str, Any], lengths: Mapping[str, int], dims: _Dims) -> TensorEntry:
@@ -164,18 +173,27 @@ def _dims(value: Any, name: str, known: _Dims) -> tuple[int, ...]:
     return known.setdefault(made, made)
 
 
-def check_table(tensors: Sequence[TensorEntry]) -> list[int]:
-    """Raise IntegrityError where slices do not tile their whole, or two entries share bytes or a name.
+def check_table(tensors: Sequence[TensorEntry]) -> None:
+    """Raise IntegrityError where slices do not tile their whole, or two entries share bytes or a name."""
+    _check_columns(_columns(tensors))
 
-    Returns the indices of the entries in the order of their bytes.
-    """
-    if not tensors:
+
+def _columns(tensors: Sequence[TensorEntry]) -> _Columns:
+    """Return the fields of entries, without their hashes; nothing of nothing."""
+    return [*zip(*tensors, strict=True)][:-1]
+
+
+def _check_columns(columns: _Columns) -> list[int]:
+    """Do what `check_table` does; return the indices of the entries in the order of their bytes."""
+    if not columns:
         return []
-    names, _, global_shapes, offsets, shapes, files, begins, ends, _ = zip(*tensors, strict=True)
-    are_whole = global_shapes == shapes and not any(map(any, offsets)) and [*map(len, offsets)] == [*map(len, shapes)]
+    names, _, global_shapes, offsets, shapes, files, begins, ends = columns
+    are_whole = (
+        [*global_shapes] == [*shapes] and not any(map(any, offsets)) and [*map(len, offsets)] == [*map(len, shapes)]
+    )
     if not are_whole or len({*names}) != len(names):
         by_name: dict[str, list[TensorEntry]] = {}
-        for tensor in tensors:
+        for tensor in map(TensorEntry, *columns, repeat(())):
             by_name.setdefault(tensor.name, []).append(tensor)
         for name, slices in by_name.items():
             _check_slices(name, sorted(slices, key=attrgetter("offset")))
@@ -185,8 +203,8 @@ def check_table(tensors: Sequence[TensorEntry]) -> list[int]:
     file, begin, end = places[:, order]
     overlaps = np.flatnonzero((file[:-1] == file[1:]) & (end[:-1] > begin[1:]))
     if len(overlaps):
-        before, after = (tensors[int(order[at])] for at in (overlaps[0], overlaps[0] + 1))
-        raise IntegrityError(f"manifest: tensors {before.name!r} and {after.name!r} overlap in {after.file}")
+        before, after = (int(order[at]) for at in (overlaps[0], overlaps[0] + 1))
+        raise IntegrityError(f"manifest: tensors {names[before]!r} and {names[after]!r} overlap in {files[after]}")
     return order.tolist()
 
 

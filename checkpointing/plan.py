@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from checkpointing.dtypes import itemsize
@@ -75,13 +76,14 @@ def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     the small ones side by side, to be gathered together. Objects, whose size is not known yet, come last.
     """
 
-    def key(spec: TensorSpec) -> tuple[object, ...]:
-        size = spec.num_bytes
-        small = size <= SMALL_BYTES
-        pages = not small and size % 4096 == 0
-        return (spec.encoding is not None, not pages, -itemsize(spec.dtype), not small, spec.dtype, spec.name)
+    return sorted(specs, key=lambda spec: (_class(spec.dtype, spec.num_bytes, spec.encoding), spec.name))
 
-    return sorted(specs, key=key)
+
+@lru_cache(1024)  # there may be many tensors, of few sizes
+def _class(dtype: str, size: int, encoding: str | None) -> tuple[object, ...]:
+    small = size <= SMALL_BYTES
+    pages = not small and size % 4096 == 0
+    return (encoding is not None, not pages, -itemsize(dtype), not small, dtype)
 
 
 def agreed_values(ranks: Sequence[Mapping[str, Any]], tensors: Mapping[str, int]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _holders(ranks: Sequence[Sequence[TensorSpec]]) -> dict[_Key, dict[int, Tens
     for rank, specs in enumerate(ranks):
         for spec in specs:
             other_rank, other = first.setdefault(spec.name, (rank, spec))
-            if _kind(spec) != _kind(other):
+            if other is not spec and _kind(spec) != _kind(other):
                 raise StateError(
                     f"tensor {spec.name!r} is {_text(other)} on rank {other_rank} and {_text(spec)} on rank {rank}; "
                     + _REMEDY
@@ -130,10 +132,9 @@ def _kind(spec: TensorSpec) -> tuple[object, ...]:
 
 def _aliases(ranks: Sequence[Sequence[TensorSpec]]) -> dict[str, str]:
     """Return second names. A name that is tied on some ranks and not on others is written for itself."""
-    targets: dict[str, set[str | None]] = {}
-    for specs in ranks:
-        for spec in specs:
-            targets.setdefault(spec.name, set()).add(spec.alias_of)
+    targets: dict[str, set[str | None]] = {spec.name: set() for specs in ranks for spec in specs if spec.alias_of}
+    for spec in (spec for specs in ranks if targets for spec in specs if spec.name in targets):
+        targets[spec.name].add(spec.alias_of)
     # A target is no alias itself: the ranks that named it hold it under its first name.
     return {name: target for name, found in targets.items() if len(found) == 1 and (target := next(iter(found)))}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -39,8 +40,15 @@ class Stateful(Protocol):
     # moments of its parameters: for a rank that computes with nothing else, such as a stage of a pipeline.
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+@lru_cache(1024)  # there may be many tensors, of few shapes
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * itemsize(dtype)
+
+
+_ORIGINS = tuple((0,) * num_dims for num_dims in range(65))  # torch has at most 64 dims
+
+
+class TensorSpec(NamedTuple):
     """A tensor, or a slice of one, as a rank holds it, without its bytes."""
 
     name: str
@@ -60,7 +68,7 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         """Bytes of the slice; 0 of an object."""
-        return 0 if self.encoding else prod(self.shape) * itemsize(self.dtype)
+        return 0 if self.encoding else _size(self.dtype, self.shape)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -70,7 +78,7 @@ class TensorSpec:
     @property
     def begin(self) -> tuple[int, ...]:
         """Where the slice begins in the whole tensor."""
-        return (0,) * len(self.shape) if self.offset is None else self.offset
+        return _ORIGINS[len(self.shape)] if self.offset is None else self.offset
 
 
 class TensorEntry(NamedTuple):

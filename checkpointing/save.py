@@ -25,7 +25,7 @@ from checkpointing.memory import no_collection
 from checkpointing.pieces import PIECE_BYTES, num_pieces
 from checkpointing.records import FileEntry, TensorSpec
 from checkpointing.slabs import SlabRing
-from checkpointing.snapshot import Snapshot, describe
+from checkpointing.snapshot import Snapshot
 from checkpointing.staging import Stager
 
 
@@ -111,7 +111,7 @@ class Saver:
                 raise job.error
         assert job.snapshot is not None
         structure = job.snapshot.structure
-        specs = None if structure.fingerprint == self._told else [describe(spec) for spec in structure.specs]
+        specs = None if structure.fingerprint == self._told else structure.specs
         self._told = ""  # until the round is over well
         values = job.snapshot.values
         return {"fingerprint": structure.fingerprint, "specs": specs, "plan": self._plan[0], "values": values}

@@ -182,7 +182,7 @@ def _structure(key: Any, named: Named, owned: set[int], arena_limit: int) -> Str
     runs, places = _runs(flat, small)
     urgent = {name for name, one in flat.providers.items() if name not in places and _may_change(one, owned)}
     frozen = {name for name, one in flat.providers.items() if one.mutability is Mutability.NEVER}
-    text = json.dumps([describe(spec) for spec in flat.specs])
+    text = json.dumps(flat.specs)
     fingerprint = xxhash.xxh3_128_hexdigest(text.encode())
     at = {name: index for index, name in enumerate(named.names)}
     return Structure(
@@ -198,13 +198,8 @@ def _structure(key: Any, named: Named, owned: set[int], arena_limit: int) -> Str
     )
 
 
-def describe(spec: TensorSpec) -> list[Any]:
-    """Return a spec as it travels."""
-    return [spec.name, spec.dtype, spec.shape, spec.alias_of, spec.global_shape, spec.offset, spec.encoding]
-
-
 def described(fields: Sequence[Any]) -> TensorSpec:
-    """Return the spec that `describe` was given."""
+    """Return a spec that travelled as JSON."""
     name, dtype, shape, alias, global_shape, offset, encoding = fields
     whole = (None, None) if global_shape is None else (tuple(global_shape), tuple(offset))
     return TensorSpec(name, dtype, tuple(shape), alias, *whole, encoding)
@@ -224,18 +219,19 @@ def _small(flat: FlatState, arena_limit: int) -> list[TensorSpec]:
 
 
 def _runs(flat: FlatState, small: Sequence[TensorSpec]) -> tuple[tuple[Run, ...], dict[str, tuple[int, int]]]:
-    groups: dict[tuple[int, str], list[tuple[str, torch.Tensor]]] = {}
+    groups: dict[tuple[int, torch.device], list[tuple[TensorSpec, torch.Tensor]]] = {}
     for spec in file_order(small):
         provider = flat.providers[spec.name]
         assert isinstance(provider, TensorProvider)
         tensor = provider.local
-        groups.setdefault((tensor.itemsize, str(tensor.device)), []).append((spec.name, tensor))
+        groups.setdefault((tensor.itemsize, tensor.device), []).append((spec, tensor))
     runs, places, at = [], {}, 0
     for group in groups.values():
         begin = at
-        for name, tensor in group:
-            places[name] = (at, at + tensor.nbytes)
-            at += tensor.nbytes
+        for spec, _ in group:
+            end = at + spec.num_bytes
+            places[spec.name] = (at, end)
+            at = end
         runs.append(Run(CompositeProvider.of([tensor for _, tensor in group]), begin, at))
         at += -at % _ALIGN
     return tuple(runs), places

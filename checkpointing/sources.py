@@ -46,6 +46,17 @@ class HostSource:
                 ctypes.memmove(slab.address + slab_at + low - at, address + low - begin, high - low)
 
 
+class TensorSource:
+    """A row-major tensor in host memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._address = tensor, tensor.data_ptr()  # the tensor keeps its memory alive
+
+    def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
+        """Copy without the interpreter's lock: ctypes gives it up."""
+        ctypes.memmove(slab.address + slab_at, self._address + at, length)
+
+
 class DeviceSource:
     """A row-major tensor in the memory of an accelerator."""
 
@@ -73,8 +84,8 @@ def view_source(name: str, provider: Provider) -> Source | None:
     """Return a source of what needs no work; None where it does. Raises StateError as `made_source`."""
     if provider.cost is not Cost.VIEW:
         return None
-    if provider.place is Place.DEVICE and isinstance(provider, TensorProvider):
-        return DeviceSource(provider.local)
+    if isinstance(provider, TensorProvider):
+        return DeviceSource(provider.local) if provider.place is Place.DEVICE else TensorSource(provider.local)
     return _whole(name, provider, HostSource(list(provider.chunks())))
 
 

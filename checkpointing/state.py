@@ -138,13 +138,14 @@ def _check_name(name: str) -> None:
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, DTensor):
-        raise StateError(
-            f"{name!r} is a {type(tensor).__name__}; plain tensors and DTensors can be saved: give what it is made of"
-        )
-    if isinstance(tensor, DTensor):
+    kind = type(tensor)
+    if kind is DTensor:
         slice_of(name, tensor)
         tensor = tensor._local_tensor
+    elif kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        raise StateError(
+            f"{name!r} is a {kind.__name__}; plain tensors and DTensors can be saved: give what it is made of"
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise StateError(f"{name!r} is sparse, nested or quantized; save its parts as plain tensors")
     if tensor.device.type == "meta":
@@ -192,14 +193,13 @@ def _specs(providers: Mapping[str, Provider]) -> tuple[TensorSpec, ...]:
 
 def _spec(name: str, one: Provider, first_name: dict[tuple[Any, ...], str]) -> TensorSpec:
     if isinstance(one, TensorProvider):
-        tensor, whole, begin, alias = one.local, one.global_shape, one.offset, None
-        shape = tuple(tensor.shape)
-        if tensor.numel():
+        tensor, whole, begin, alias = one.local, one.global_shape, one.offset, name
+        shape, dtype, address = tuple(tensor.shape), tensor.dtype, tensor.data_ptr()
+        if address:  # else it has no elements
             # A conjugated or negated view shares memory with its base and holds other numbers.
-            flags = (tensor.is_conj(), tensor.is_neg(), whole, begin)
-            identity = (tensor.device, tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), flags)
-            alias = first_name.setdefault(identity, name)
-        return TensorSpec(name, NAMES[tensor.dtype], shape, None if alias == name else alias, whole, begin)
+            flags = (tensor.device, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            alias = first_name.setdefault((address, dtype, shape, whole, begin, flags), name)
+        return TensorSpec(name, NAMES[dtype], shape, None if alias == name else alias, whole, begin)
     if one.encoding is not None:
         return TensorSpec(name, "U8", (), encoding=one.encoding)
     return TensorSpec(name, one.dtype, one.shape or (), None, one.global_shape, one.offset)

@@ -136,7 +136,7 @@ def _under(names: Iterable[str], prefixes: Sequence[str]) -> Iterable[str]:
     if "" in prefixes:
         return names
     starts = tuple(f"{prefix}." for prefix in prefixes)
-    return (name for name in names if name.startswith(starts))
+    return [name for name in names if name.startswith(starts)]
 
 
 def _is_its(name: str, own: Set[str], others: Set[str]) -> bool:

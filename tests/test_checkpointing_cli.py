@@ -2,8 +2,10 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -78,6 +80,26 @@ def test_the_module_is_the_command_and_bad_input_exits_2(tmp_path):
     )  # fmt: skip
     assert found.returncode == 2
     assert found.stderr.strip() == (f"checkpoint: {tmp_path}/none does not exist or is empty; give the folder of a run")
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"), [(["verify", "@20"], "step 20"), (["diff", "@10", "@20"], "comparing")], ids=["bytes", "names"]
+)
+def test_a_person_at_a_terminal_sees_a_bar_and_a_program_does_not(saved, args, shown):
+    command = [sys.executable, "-m", "checkpointing", *(f"{saved}{one}" if one[0] == "@" else one for one in args)]
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=theirs, timeout=60, check=False)
+    os.close(theirs)
+    drawn = b""
+    with suppress(OSError), os.fdopen(ours, "rb", 0) as screen:  # an error is how a terminal ends
+        while part := screen.read(4096):
+            drawn += part
+    assert shown in drawn.decode()
+    assert ("names" in drawn.decode()) == (args[0] == "diff")
+    plain = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=60, check=False)
+    assert plain.stderr == b""
+    assert plain.stdout == done.stdout
 
 
 def test_ls_and_show(saved):

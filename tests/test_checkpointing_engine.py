@@ -10,6 +10,7 @@ import torch
 from checkpointing import SINGLE, Checkpointer, CheckpointError, Cost, Mutability, Place
 from checkpointing.errors import StateError
 from checkpointing.pieces import PIECE_BYTES
+from checkpointing.save import Saver
 from checkpointing.storage.local import LocalStorage
 from tests.flat_states import Flat, assorted, same
 
@@ -52,10 +53,14 @@ def test_what_takes_work_is_made_while_bytes_are_written(tmp_path, monkeypatch):
 
 def test_what_stays_is_planned_and_described_once(tmp_path, monkeypatch):
     described: list[str] = []
-    from checkpointing import save
-    from checkpointing.save import describe
+    report = Saver._report
 
-    monkeypatch.setattr(save, "describe", lambda spec: described.append(spec.name) or describe(spec))
+    def spied(saver, job):
+        told = report(saver, job)
+        described.extend(spec.name for spec in told["specs"] or ())
+        return told
+
+    monkeypatch.setattr(Saver, "_report", spied)
     state = assorted(1)
     with Checkpointer(tmp_path, group=SINGLE) as ckpt:
         kept = []

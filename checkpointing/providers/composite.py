@@ -13,6 +13,8 @@ from checkpointing.torch_dtypes import NAMES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Not every dtype has a kernel for `cat`, and tensors of several may lie side by side."""
+_AS_THEY_ARE = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32}
+"""Dtypes that have one: tensors of one of these alone need no view each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class CompositeProvider:
     """
 
     flat: tuple[torch.Tensor, ...]
-    """The tensors as one-dimensional views, in integers of the size of their elements."""
+    """The tensors, one-dimensional; of several dtypes, or of a rare one, as integers of the size of their elements."""
     mutability: Mutability = Mutability.ANYTIME
     cost: Cost = Cost.COMPUTE
     global_shape: None = None
@@ -33,6 +35,8 @@ class CompositeProvider:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> CompositeProvider:
         """Make one; tensors that do not lie in row-major order cannot be viewed flat, and are not for a composite."""
+        if len(dtypes := {tensor.dtype for tensor in tensors}) == 1 and dtypes <= _AS_THEY_ARE:
+            return cls(tuple(tensor if tensor.dim() == 1 else tensor.detach().view(-1) for tensor in tensors))
         return cls(tuple(tensor.detach().view(-1).view(_INTEGERS[tensor.dtype.itemsize]) for tensor in tensors))
 
     @property
@@ -42,7 +46,7 @@ class CompositeProvider:
 
     @property
     def dtype(self) -> str:
-        """Integers: of the tensors, only the size of their elements is known."""
+        """That of `flat`."""
         return NAMES[self.flat[0].dtype]
 
     @property
@@ -50,6 +54,7 @@ class CompositeProvider:
         """Elements of all together."""
         return (sum(one.numel() for one in self.flat),)
 
+    @torch.no_grad()
     def gather(self, into: torch.Tensor) -> None:
         """Copy everything into `into`, a host tensor of as many bytes."""
         same = into.view(self.flat[0].dtype)

@@ -138,14 +138,13 @@ def _check_name(name: str) -> None:
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    kind = type(tensor)
-    if kind is DTensor:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, DTensor):
+        raise StateError(
+            f"{name!r} is a {type(tensor).__name__}; plain tensors and DTensors can be saved: give what it is made of"
+        )
+    if isinstance(tensor, DTensor):
         slice_of(name, tensor)
         tensor = tensor._local_tensor
-    elif kind is not torch.Tensor and kind is not torch.nn.Parameter:
-        raise StateError(
-            f"{name!r} is a {kind.__name__}; plain tensors and DTensors can be saved: give what it is made of"
-        )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise StateError(f"{name!r} is sparse, nested or quantized; save its parts as plain tensors")
     if tensor.device.type == "meta":

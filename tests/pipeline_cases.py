@@ -1,7 +1,10 @@
 """A small model in stages, and random schedules that are legal by construction, for tests of the runtime."""
 
+import os
 import random
+import signal
 import threading
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -142,3 +145,17 @@ def in_threads(model, place, batch, schedule, *, halves=False, first_trained=0, 
     if errors:
         raise errors[0]
     return losses
+
+
+def stop(folder):
+    """Stop this rank, for good; `folder` is where the others find out which process it is."""
+    (folder / "stopped").write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def end_stopped(folder, survivors=2):
+    """End the rank that stopped, once every survivor has told what it saw: then nobody has to wait for it."""
+    told = [one for one in folder.iterdir() if one.name.isdecimal()]
+    if len(told) == survivors and (folder / "stopped").exists():
+        with suppress(ProcessLookupError):
+            os.kill(int((folder / "stopped").read_text()), signal.SIGKILL)

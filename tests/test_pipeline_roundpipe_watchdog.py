@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from pipeline.errors import WatchdogError
 from pipeline.roundpipe.lowering import slot_schedule, without_optimizer
 from pipeline.schedules.roundpipe import Slots
-from tests.pipeline_cases import Words, ragged
+from tests.pipeline_cases import Words, end_stopped, ragged, stop
 from tests.roundpipe_cases import open_worker, slot_layers
 from tests.spawn import SpawnError, run_ranks
 
@@ -34,17 +33,21 @@ def rank_meets_trouble(info, folder, trouble):
     worker.run(schedule)
     worker.peers.timeout_s = TIMEOUT_S[trouble]
     if info.rank == 2:
-        worker.layers = [*layers[:-1], type(layers[-1])("head", layers[-1].parameters, in_trouble(layers[-1], trouble))]
+        worker.layers = [
+            *layers[:-1],
+            type(layers[-1])("head", layers[-1].parameters, in_trouble(layers[-1], trouble, folder)),
+        ]
     begun = time.monotonic()
     try:
         worker.run(schedule, first_step=6)
     except (WatchdogError, ValueError) as error:
         found = [type(error).__name__, str(error), time.monotonic() - begun]
         (Path(folder) / str(info.rank)).write_text(json.dumps(found))
+        end_stopped(Path(folder))
     worker.close()
 
 
-def in_trouble(layer, trouble):
+def in_trouble(layer, trouble, folder):
     def run(x, mb):
         if mb == 1:
             if trouble == "fails":
@@ -52,7 +55,7 @@ def in_trouble(layer, trouble):
             if trouble == "dies":
                 os._exit(7)
             if trouble == "stops":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                stop(Path(folder))
             time.sleep(4)
         return layer.run(x, mb)
 
@@ -64,7 +67,7 @@ def in_trouble(layer, trouble):
 )
 def test_the_trouble_of_one_rank_ends_the_others_in_bounded_time(tmp_path, trouble):
     """The fused slot is the third, so it runs on rank 2; others wait for its gradient."""
-    match = {"dies": "exited with code 7", "stops": r"ranks \[2\] of 3 stuck"}.get(trouble)
+    match = {"dies": "exited with code 7", "stops": "killed by SIGKILL"}.get(trouble)
     with pytest.raises(SpawnError, match=match) if match else nullcontext():
         run_ranks(rank_meets_trouble, 3, str(tmp_path), trouble, fresh=match is not None, timeout_s=18)
     texts = []

@@ -165,6 +165,8 @@ class Checkpointer:
         self._engine.idle()
         with told_as(CheckpointError):
             check_step(step)
+            if step not in (there := self._folder.candidates()):
+                raise CheckpointError(f"there is no step {step} in {self._folder.root}; there are: {there or 'none'}")
             self._committer.goes_on_from(self._folder.inspect(step))  # rank 0's counts
 
     def latest(self) -> int | None:
@@ -234,6 +236,8 @@ class Checkpointer:
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
+    if not os.fspath(path):
+        raise CheckpointError("the folder is an empty text; give the folder that checkpoints go to")
     if "://" in os.fspath(path):
         raise CheckpointError(f"{path} is no folder; save into a folder, and give {path} as its mirror")
     return Path(path).absolute()

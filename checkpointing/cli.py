@@ -21,6 +21,7 @@ from checkpointing import cli_output as out
 from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.folder import REQUEST, Folder, split_step
 from checkpointing.storage import open_storage
+from checkpointing.storage.local import LocalStorage
 
 app = typer.Typer(
     name="checkpoint", help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -143,11 +144,17 @@ def restore(
 
     notes: list[str] = []
     opened = _source(source)
-    with out.progress(json) as bar:
-        restore_source(
-            opened, dest, format_, world_size=world_size, only=only, dtype=dtype, note=notes.append,
-            wrote=bar.bytes("writing", None if only else opened.num_bytes),
-        )  # fmt: skip
+    try:
+        with out.progress(json) as bar:
+            restore_source(
+                opened, dest, format_, world_size=world_size, only=only, dtype=dtype, note=notes.append,
+                wrote=bar.bytes("writing", None if only else opened.num_bytes),
+            )  # fmt: skip
+    except IntegrityError as error:
+        older = [step for step in Folder(opened.path.parent, LocalStorage()).candidates() if step != opened.step]
+        if opened.kind != "longrail" or _split(source)[1] is not None or not older:
+            raise
+        raise IntegrityError(f"{error}; other steps: {opened.path.parent}@{max(older)}") from error
     out.show_done({"path": str(dest), "format": format_, "notes": notes}, json, f"wrote {dest}", *notes)
 
 
@@ -160,7 +167,7 @@ def request(run: Run, json: Json = False) -> None:
     asked = REQUEST in folder.storage.names(folder.root)
     if not asked:
         folder.storage.write_new(folder.root / REQUEST, b"")
-    said = "was asked already" if asked else "asked: the job saves at its next step"
+    said = "was asked already" if asked else "asked: a job that saves there does at its next step"
     out.show_done({"path": str(folder.root / REQUEST), "already": asked}, json, said)
 
 
@@ -205,16 +212,25 @@ def main() -> None:
 def _split(text: str) -> tuple[str, int | None]:
     """Return (path, step) of `path` or `path@step`."""
     path, at, step = text.rpartition("@")
-    return (path, int(step)) if at and step.isascii() and step.isdigit() else (text, None)
+    if at and step.isascii() and step.isdigit():
+        return path, int(step)
+    if at and Path(path).exists() and not Path(text).exists():
+        raise CheckpointError(f"{step!r} is no step of {path}; give a number, as in {path}@20")
+    return text, None
 
 
 def _folder(text: str) -> tuple[Folder, int | None]:
     path, step = _split(text)
+    if Path(path).is_file():
+        raise CheckpointError(f"{path} is a file; give the folder of a run")
     root, storage = open_storage(path)
     root, named = split_step(root)
     if not storage.names(root):
         raise CheckpointError(f"{path} does not exist or is empty; give the folder of a run")
-    return Folder(root, storage), step if step is not None else named
+    step, there = step if step is not None else named, Folder(root, storage).candidates()
+    if step is not None and step not in there:
+        raise CheckpointError(f"there is no step {step} in {root}; there are: {there or 'none'}")
+    return Folder(root, storage), step
 
 
 def _is_ours(text: str) -> bool:

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.table import Table
 from rich.text import Text
 
-_console = Console(highlight=False, soft_wrap=True)
+# Where nobody is looking, names are not to be broken.
+_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 
 
 class Bars:

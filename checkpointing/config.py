@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from checkpointing.errors import CheckpointError
 from checkpointing.pieces import PIECE_BYTES
-from checkpointing.retention import Keep, KeepLast
+from checkpointing.retention import Keep, KeepLast, check_keep
 
 Busy = Literal["wait", "skip", "replace"]
 
@@ -37,8 +37,7 @@ class CheckpointConfig:
     the tensor, when it changed between. For finding out who changes state outside of an optimizer's step."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.keep, Keep):
-            raise CheckpointError(f"keep is {self.keep!r}; give a retention rule, for example KeepLast(3)")
+        check_keep(self.keep)
         if not self.timeout_s > 0:
             raise CheckpointError(f"timeout_s is {self.timeout_s}; it must be more than 0")
         if self.busy not in get_args(Busy):

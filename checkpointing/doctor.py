@@ -11,8 +11,6 @@ from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
 from checkpointing.records import Manifest
 
-_GB = 10**9
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -32,7 +30,7 @@ def examine(folder: Folder) -> Iterator[Finding]:
         space = os.statvfs(folder.root)
         free = space.f_bavail * space.f_frsize
         level = "problem" if free < size else "note" if free < 3 * size else "ok"
-        yield Finding(level, f"{free / _GB:.1f} GB are free; the newest checkpoint has {size / _GB:.3f} GB")
+        yield Finding(level, f"{free / 1e9:,.1f} GB are free; the newest checkpoint has {size / 1e6:,.1f} MB")
 
 
 def _file_system(folder: Folder) -> Iterator[Finding]:
@@ -71,7 +69,8 @@ def _checkpoints(folder: Folder) -> Iterator[Finding]:  # returns {step: Manifes
         except IntegrityError as error:
             level = "problem" if folder.has_manifest(step) else "note"
             yield Finding(level, str(error))
-    yield Finding("ok" if found else "note", f"{len(found)} committed checkpoints: {', '.join(map(str, found))}")
+    told = f"committed steps: {', '.join(map(str, found))}" if found else "no committed checkpoints"
+    yield Finding("ok" if found else "note", told)
     runs = {manifest.run_id for manifest in found.values()}
     if len(runs) > 1:
         yield Finding("problem", f"checkpoints of {len(runs)} runs share the folder; a restore takes the newest")

@@ -142,7 +142,7 @@ class FlushPool:
             error: BaseException | None = None
             try:
                 if write.file.error is None:  # what is behind an error is not worth writing
-                    self._pace(write.length)
+                    self._pace(write)
                     self._write(write)
             except BaseException as caught:  # noqa: BLE001 - told to the save, which tells the other ranks
                 error = caught
@@ -155,13 +155,17 @@ class FlushPool:
         self._storage.write_at(write.file.fd, write.slab.view[:padded], write.offset)
         write.file.meter.wrote(write.length)
 
-    def _pace(self, num_bytes: int) -> None:
+    def _pace(self, write: _Write) -> None:
+        """Wait for the turn of a write. Raises the error of its file once it is given up."""
         if self._rate is None:
             return
         with self._changed:
             begin = max(self._next_at, time.monotonic())
-            self._next_at = begin + num_bytes / self._rate
-        time.sleep(max(0.0, begin - time.monotonic()))
+            self._next_at = begin + write.length / self._rate
+        while (left := begin - time.monotonic()) > 0:
+            if write.file.error is not None:
+                raise write.file.error
+            time.sleep(min(left, 0.2))
 
 
 def drain(file: FlushFile, check: Callable[[], None], alive: Callable[[], None], timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class SaveHandle:
         self, what: str, hurry: Callable[[bool], None], stalled: Callable[[], str | None] = lambda: None
     ) -> None:
         self._what, self._hurry, self._stalled, self._meter = what, hurry, stalled, Meter()
-        self._staged, self._over = threading.Event(), threading.Event()
+        self._staged, self._over, self._pid = threading.Event(), threading.Event(), os.getpid()
         self._path: Path | None = None
         self._error: CheckpointError | None = None
         self._owed = False
@@ -79,6 +80,8 @@ class SaveHandle:
     def _await(self, event: threading.Event, timeout_s: float | None, goal: str) -> None:
         if event.is_set():
             return
+        if os.getpid() != self._pid:
+            raise CheckpointError(f"{self._what} is not {goal} yet: this process was forked from the one that saves")
         self._hurry(True)
         begun = time.monotonic()
         try:

@@ -21,7 +21,7 @@ from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.state import State, parts_of, under
-from checkpointing.wants import Live, given, live_of, live_state, need_of, shards_of
+from checkpointing.wants import Live, Need, given, live_of, live_state, need_of, shards_of
 
 
 @no_collection()
@@ -102,6 +102,7 @@ class _Attempt:
             different = {id(live): live for live in self._lives}  # mostly one: then planned once
             needs = {key: need_of(found, live, somewhere) for key, live in different.items()}
             self._needs = tuple(needs[id(live)] for live in self._lives)
+            _check_any(found, self._lives, self._needs)
             self._plan = plan_load(found, [need.boxes for need in self._needs])
             self._buffers = read_part(self._folder, found, self._plan, self._rank, control.alive)
         except IntegrityError as error:
@@ -117,6 +118,14 @@ class _Attempt:
         by_name = entries_by_name(self.found)
         loaded = {name: assemble(name, box, by_name[name], self._buffers) for name, box in need.boxes.items()}
         return given(self.found, need, loaded, shards)
+
+
+def _check_any(found: Manifest, lives: Sequence[Live], needs: Sequence[Need]) -> None:
+    """Raise CheckpointError when no rank asks for anything that was saved: a prefix was changed."""
+    there = [*(entry.name for entry in found.tensors), *found.values]
+    if there and not any(need.names for need in needs):
+        asked = ", ".join(sorted({repr(prefix) for live in lives for prefix in live.prefixes}))
+        raise CheckpointError(f"nothing was saved under {asked}; step {found.step} has names like {min(there)!r}")
 
 
 def _agreed(bodies: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from checkpointing.errors import CheckpointError
+
+_log = logging.getLogger("checkpointing")
 
 
 @runtime_checkable
@@ -20,6 +23,7 @@ class Keep(Protocol):
 
 class _Rule:
     def __or__(self, other: Keep) -> KeepAny:
+        check_keep(other)
         return KeepAny((*_rules(self), *_rules(other)))  # pyright: ignore[reportArgumentType]  (every rule is a Keep)
 
 
@@ -57,8 +61,9 @@ class KeepEvery(_Rule):
 class KeepBest(_Rule):
     """Keep the `count` checkpoints with the best `metric`; a tie goes to the newer one.
 
-    The metric is a number that the state holds under this name, for example `progress.eval_loss`: a value, or a number
-    inside of one by its dotted path. Checkpoints without it are not among the best.
+    The metric is a number that the state holds under this global name, its prefix included, for example
+    `train.eval_loss`: a value, or a number inside of one by its dotted path. Checkpoints without it are not among the
+    best; as long as none has it, all of them stay, and every save warns of it.
     """
 
     metric: str
@@ -74,6 +79,10 @@ class KeepBest(_Rule):
         """Return those of `steps` that stay."""
         sign = -1 if self.largest else 1
         found = {step: number for step, values in steps.items() if (number := look_up(values, self.metric)) is not None}
+        if not found:
+            some = ", ".join(sorted({name for values in steps.values() for name in values})[:5]) or "none"
+            _log.warning("no checkpoint has the metric %r, so none is pruned by it; values are: %s", self.metric, some)
+            return set(steps)
         return set(sorted(found, key=lambda step: (sign * found[step], -step))[: self.count])
 
 
@@ -116,6 +125,12 @@ def plan_pruning(
         return ()
     kept = keep.kept(good) | {max(good), saved}
     return tuple(sorted(step for step in values if step not in kept and (step in good or step < min(kept))))
+
+
+def check_keep(keep: Any) -> None:
+    """Raise CheckpointError on what is no rule."""
+    if isinstance(keep, type) or not isinstance(keep, Keep):
+        raise CheckpointError(f"keep is {keep!r}; give a retention rule, for example KeepLast(3)")
 
 
 def _rules(rule: Any) -> tuple[Keep, ...]:

@@ -30,6 +30,8 @@ class Mirror:
     """Copies what it is told of to the second tier, one at a time, on a thread of its own."""
 
     def __init__(self, first: Folder, second: str) -> None:
+        if second == "s3://" or (":/" in second and not second.startswith("s3://")):
+            raise CheckpointError(f"the mirror {second!r} is neither a folder nor s3://bucket/prefix")
         self.first, self.second = first, Folder(*open_storage(second))
         if isinstance(self.second.storage, LocalStorage) and self.second.root.resolve() == first.root.resolve():
             raise CheckpointError(f"the mirror {second} is the folder of the run itself; give another one")

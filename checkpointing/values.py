@@ -111,6 +111,7 @@ def _at(where: str) -> str:
 
 def _refusal(name: str, where: str, value: object) -> str:
     kind = type(value).__name__
+    whose = "numpy." if type(value).__module__ == "numpy" else ""  # some are called as Python's own
     remedy = {
         "Tensor": "give every tensor a name of its own in a flat state, {name: Tensor | JSON value}; "
         "a torch optimizer: use launch.TrainState",
@@ -121,4 +122,4 @@ def _refusal(name: str, where: str, value: object) -> str:
         "ndarray": "make it a tensor: torch.from_numpy(...)",
         **dict.fromkeys(("float64", "float32", "int64", "int32", "bool"), "make it a number of Python's: .item()"),
     }.get(kind, "save tensors and JSON values (None, bool, int, float, str, list, dict) only")
-    return f"{name!r}{_at(where)} is of type {kind}; {remedy}"
+    return f"{name!r}{_at(where)} is of type {whose}{kind}; {remedy}"

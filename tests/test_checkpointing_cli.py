@@ -310,3 +310,46 @@ def test_every_verb_has_json_and_its_exit_codes(saved, tmp_path):
         assert run(verb, *args, "--json", ok=(1,))[0] == 1, verb
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "c").exists()
+
+
+def test_the_model_of_a_training_state_under_a_prefix_is_found(tmp_path):
+    first = {"model.fc.weight": torch.ones(2, 3), "optim.fc.weight.exp_avg": torch.zeros(2, 3), "optim_class": "AdamW"}
+    with Checkpointer(tmp_path / "one", group=SINGLE) as ckpt:
+        ckpt.save(1, {"train": Flat(first), "ema": Flat({"fc.weight": torch.zeros(2, 3)})}).wait()
+    run("restore", tmp_path / "one", tmp_path / "hf", "--format", "hf")
+    assert [one["name"] for one in run_json("show", tmp_path / "hf")["tensors"]] == ["fc.weight"]
+    run("restore", tmp_path / "one", tmp_path / "part", "--format", "hf", "--only", "train.model.*")
+    assert run("diff", tmp_path / "hf", tmp_path / "part")[1].strip() == "no differences"
+    with Checkpointer(tmp_path / "two", group=SINGLE) as ckpt:
+        ckpt.save(1, {"a": Flat(first), "b": Flat(first)}).wait()
+    _, text = run("restore", tmp_path / "two", tmp_path / "none", "--format", "hf", ok=(2,))
+    assert "2 training states; choose one of them: --only 'a.*' or --only 'b.*'" in text
+    run("restore", tmp_path / "two", tmp_path / "b", "--format", "hf", "--only", "b.*")
+    assert run("diff", tmp_path / "hf", tmp_path / "b")[1].strip() == "no differences"
+
+
+@pytest.mark.parametrize("format_", ["dcp", "torchsnapshot"])
+def test_a_nested_state_keeps_its_names_in_other_formats(tmp_path, format_):
+    pytest.importorskip("torchsnapshot")
+    tensors = {"model": {"0.weight": torch.ones(2, 3)}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}
+    torch.save(tensors | {"step": 3}, tmp_path / "a.pt")
+    run("save", tmp_path / "a.pt", tmp_path / "run")
+    run("restore", tmp_path / "run", tmp_path / "out", "--format", format_)
+    names = {one["name"] for one in run_json("show", tmp_path / "a.pt")["tensors"]}
+    assert {one["name"] for one in run_json("show", tmp_path / "out")["tensors"]} == names
+
+
+def test_what_is_no_step_and_no_run_is_said(saved, tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "m.pt")
+    assert "'x' is no step" in run("show", f"{saved}@x", ok=(2,))[1]
+    assert "there are: [10, 20]" in run("verify", f"{saved}@99", ok=(2,))[1]
+    assert "is a file" in run("ls", tmp_path / "m.pt", ok=(2,))[1]
+    assert "longrail" not in run("restore", f"{saved}@20", tmp_path / "o", "--format", "xx", ok=(2,))[1]
+
+
+def test_restore_of_a_damaged_run_names_another_step(saved, tmp_path):
+    runs = copied(saved, tmp_path)
+    data = bytearray((runs / "step-20" / DATA).read_bytes())
+    data[-3] ^= 1
+    (runs / "step-20" / DATA).write_bytes(data)
+    assert f"other steps: {runs}@10" in run("restore", runs, tmp_path / "o.pt", "--format", "torch", ok=(1,))[1]

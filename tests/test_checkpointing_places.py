@@ -92,6 +92,8 @@ def test_a_forked_child_leaves_the_save_of_its_parent_alone(tmp_path, monkeypatc
                 optimizer.step()
                 with pytest.raises(CheckpointError, match="forked"):
                     ckpt.save(2, Flat({"n": 2}))
+                with pytest.raises(CheckpointError, match="forked"):
+                    handle.wait()
                 ckpt.close()
                 code = 0
             finally:

@@ -72,7 +72,7 @@ LOSSES = {
         (KeepBest("run.loss"), {3}),  # a tie goes to the newer one
         (KeepBest("run.loss", 3), {2, 3, 8}),  # what is no finite number is not among the best
         (KeepBest("run.loss", 2, largest=True), {1, 8}),
-        (KeepBest("run.accuracy"), set()),
+        (KeepBest("run.accuracy"), set(LOSSES)),  # nothing is thrown away by a metric that is not there
         (KeepEvery(4), {4, 8}),
         (KeepLast(1) | KeepEvery(3), {3, 6, 8}),
         (KeepEvery(5) | KeepBest("run.loss") | KeepLast(2), {3, 5, 7, 8}),
@@ -101,3 +101,11 @@ def test_what_stays_on_disk(tmp_path):
         ckpt.restore({"run": Flat({})})
         ckpt.save(9, {"run": Flat({"eval": {"loss": 0.5}})}).wait()
     assert ckpt.steps() == [4, 9]
+
+
+@pytest.mark.parametrize("keep", [KeepLast, 3, lambda steps: steps])
+def test_what_is_no_rule_is_refused_at_once(tmp_path, keep):
+    with pytest.raises(CheckpointError, match="give a retention rule"):
+        Checkpointer(tmp_path, group=SINGLE, keep=keep)
+    with pytest.raises(CheckpointError, match="give a retention rule"):
+        KeepLast(2) | keep

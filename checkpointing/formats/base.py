@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ TREE = "tree"
 """Name of the value that says how a nested state (`.pt`) is built from its tensors; see checkpointing.nested."""
 FILES = "hf_files."
 """Prefix of the other files of a Hugging Face folder, each as a tensor of its bytes."""
+_OPTIMIZER = re.compile(r"((?:.*?\.)?)(?:optim(?:izer)?\.|(?:optim_class|optim_groups|progress)$)")
 LIBRARY_KINDS = {"longrail", "deepspeed"}
 
 
@@ -48,6 +50,8 @@ class Source:
     step: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Second names of tied tensors."""
+    part_of: tuple[str, ...] = ()
+    """Of a part: the prefixes of the training states in the whole."""
 
     @property
     def num_bytes(self) -> int:
@@ -64,7 +68,18 @@ class Source:
         if not tensors and not values and not orphans:
             some = ", ".join(list(self.tensors)[:3])
             raise FormatError(f"no name of {self.path} matches {pattern!r}; names are like {some}")
-        return Source(self.kind, self.path, tensors | orphans, values, self.step, kept)
+        return Source(self.kind, self.path, tensors | orphans, values, self.step, kept, tuple(training_states(self)))
+
+    def below(self, prefix: str) -> Source:
+        """Return what stands under a prefix, without it."""
+
+        def cut(names: Mapping[str, Any]) -> dict[str, Any]:
+            return {name.removeprefix(prefix): one for name, one in names.items() if name.startswith(prefix)}
+
+        tied = cut(self.aliases)
+        aliases = {name: first.removeprefix(prefix) for name, first in tied.items() if first.startswith(prefix)}
+        tensors = cut(self.tensors) | {name: self.tensors[tied[name]] for name in tied.keys() - aliases.keys()}
+        return Source(self.kind, self.path, tensors, cut(self.values), self.step, aliases)
 
     def cast(self, dtype: torch.dtype) -> Source:
         """Return it with the floating-point tensors of the model in another dtype; optimizer state stays as it is."""
@@ -76,7 +91,7 @@ class Source:
             return Lazy(dtype, lazy.shape, lambda: lazy.read().to(dtype))
 
         tensors = {name: one(name, lazy) for name, lazy in self.tensors.items()}
-        return Source(self.kind, self.path, tensors, self.values, self.step, self.aliases)
+        return replace(self, tensors=tensors)
 
     def nested(self) -> Any:
         """Return the state as its format had it, where that was nested; else a flat dict."""
@@ -111,12 +126,31 @@ def of_tree(kind: str, path: Path, tree: Any, classes: Classes | None = None) ->
 def model_names(source: Source) -> dict[str, str]:
     """Return {name in the model: name in the source}.
 
-    In a training state the model's tensors stand under `model.`, beside `optim.*`; everything else is a model itself.
+    In a training state the model's tensors stand under `model.`, beside `optim.*`, all of them perhaps under a prefix;
+    everything else is a model itself. Raises FormatError when there are several training states.
     """
     names = [name for name in (*source.tensors, *source.aliases) if not name.startswith(FILES)]
-    training = any(name.startswith(("optim.", "optimizer.")) or name == "optim_class" for name in names) or any(
-        name in ("optim_class", "optim_groups", "progress") or name.startswith("optim.") for name in source.values
-    )
-    if not training:
+    states = training_states(source)
+    if not states:
         return {name: name for name in names}
-    return {name.removeprefix("model."): name for name in names if name.startswith("model.")}
+    start = f"{only_state(source)}model."
+    return {name.removeprefix(start): name for name in names if name.startswith(start)}
+
+
+def training_states(source: Source) -> list[str]:
+    """Return the prefixes, with their dots, of the training states in a checkpoint: what has an optimizer and a model.
+
+    An optimizer without a prefix and without a model is one, too: of a part, in which there is no model to be found.
+    """
+    names = (*source.tensors, *source.aliases, *source.values)
+    found = sorted({*source.part_of, *(match[1] for name in names if (match := _OPTIMIZER.match(name)))})
+    return [one for one in found if not one or any(name.startswith(f"{one}model.") for name in names)]
+
+
+def only_state(source: Source) -> str:
+    """Return the prefix of the training state, "" when there is none. Raises FormatError when there are several."""
+    states = training_states(source)
+    if len(states) > 1:
+        some = " or ".join(f"--only '{one}*'" for one in states)
+        raise FormatError(f"{source.path} holds {len(states)} training states; choose one of them: {some}")
+    return states[0] if states else ""

@@ -102,5 +102,6 @@ def _tagged(path: Path, names: set[str]) -> bool:
 
 def _module(kind: str):
     if kind not in FORMATS:
-        raise FormatError(f"format {kind!r} is unknown; formats: {', '.join(FORMATS)}")
+        others = ", ".join(one for one in FORMATS if one != "longrail")
+        raise FormatError(f"format {kind!r} is unknown; formats: {others}")
     return importlib.import_module(FORMATS[kind])

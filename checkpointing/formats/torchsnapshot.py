@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import torch
 
 from checkpointing.errors import FormatError, StateError
-from checkpointing.formats.base import Lazy, Source, Target
+from checkpointing.formats.base import TREE, Lazy, Source, Target
 from checkpointing.formats.torch_pt import load
 from checkpointing.nested import flatten, unflatten
 from checkpointing.reshard import Box, whole
@@ -64,9 +64,18 @@ def write(source: Source, target: Target) -> None:
             f"torchsnapshot cannot hold {odd[0]!r}, bfloat16 of an odd number of elements (it drops the last one); "
             "write it with --dtype float32"
         )
-    flat: dict[str, Any] = {name: lazy.read() for name, lazy in source.tensors.items()}
-    flat |= {name: flat[first] for name, first in source.aliases.items()}
-    flat |= {name: unflatten(value, flat.__getitem__) for name, value in source.values.items()}
+    flat: dict[str, Any]
+    nested = source.nested() if TREE in source.values else None
+    if isinstance(nested, dict):  # torchsnapshot names what is inside by its path, as we do
+        flat = {
+            f"{key}.{inner}" if isinstance(value, dict) else key: one
+            for key, value in nested.items()
+            for inner, one in (value.items() if isinstance(value, dict) else ((key, value),))
+        }
+    else:
+        flat = {name: lazy.read() for name, lazy in source.tensors.items()}
+        flat |= {name: flat[first] for name, first in source.aliases.items()}
+        flat |= {name: unflatten(value, flat.__getitem__) for name, value in source.values.items()}
     states: dict[str, Any] = defaultdict(torchsnapshot.StateDict)
     for key in [name.removeprefix(TREES) for name in source.values if name.startswith(TREES)]:
         states[key] = torchsnapshot.StateDict(**flat.pop(f"{TREES}{key}"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from checkpointing.errors import FormatError
-from checkpointing.formats.base import Source, Target
+from checkpointing.formats.base import Source, Target, only_state
 from checkpointing.nested import unflatten
 from checkpointing.storage.local import LocalStorage
 
@@ -21,6 +21,7 @@ def write_zero(source: Source, target: Target) -> None:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
+    source = source.below(only_state(source))
     flat = {name: lazy.read() for name, lazy in source.tensors.items()}
     extra = source.values.get("deepspeed")
     extra = unflatten(extra, flat.__getitem__) if extra else {}

@@ -315,4 +315,4 @@ def save_or_restore(info, path):
 
 
 def test_a_rank_that_saves_and_one_that_restores_are_told(tmp_path):
-    assert run_ranks(save_or_restore, tmp_path, world_size=2) == ["step-2"] * 2
+    assert run_ranks(save_or_restore, 2, tmp_path) == ["step-2"] * 2

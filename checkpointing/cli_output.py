@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.table import Table
 from rich.text import Text
 
-# Where nobody is looking, names are not to be broken.
-_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
+# Names are anything, and not to be broken where nobody is looking.
+_console = Console(
+    highlight=False, soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 1000
+)
 
 
 class Bars:
@@ -106,7 +109,7 @@ def show_checkpoint(found: Mapping[str, Any], as_json: bool) -> None:
         )
     for name, value in found["values"].items():
         text = json.dumps(value, default=str)
-        _console.print(f"{name} = {text if len(text) <= 100 else text[:97] + '...'}", markup=False)
+        _console.print(f"{name} = {text if len(text) <= 100 else text[:97] + '...'}")
 
 
 def show_damages(found: Mapping[int, Sequence[Any]], as_json: bool) -> None:
@@ -192,4 +195,13 @@ def _plain(value: Any) -> Any:
 
 
 def _json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(_strict(value), indent=2, default=str, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """Return a value with text for floats that are not finite: JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value

@@ -31,6 +31,7 @@ class StoreControl:
         self._timeout_s = timeout_s
         self._calls = StoreCalls(open_store(group, self.rank), timeout_s)
         self._call, self._what = 0, "joining the others"
+        self._first: str | None = None
         self._beats, self._beat_at, self._leads = 0, 0.0, 0
         self._unread: dict[str, int] = {}
         self.pulse = time.monotonic()
@@ -39,7 +40,7 @@ class StoreControl:
 
     def begin(self, what: str) -> None:
         """Begin a call; calls are numbered, so that a rank that gave one up does not answer the next with it."""
-        self._call, self._what = self._call + 1, what
+        self._call, self._what, self._first = self._call + 1, what, None
 
     def tell(self, phase: str, outcome: Outcome) -> None:
         """Report this rank's outcome; on rank 0, which decides, it becomes everyone's answer."""
@@ -158,7 +159,9 @@ class StoreControl:
         return json.loads(zlib.decompress(data))
 
     def _key(self, phase: str, kind: str, rank: int) -> str:
-        return f"{self._call}/{phase}/{kind}/{rank}"
+        # The first phase has one name in all calls: ranks that make different ones meet there, and are told.
+        self._first = self._first or phase
+        return f"{self._call}/{'first' if phase == self._first else phase}/{kind}/{rank}"
 
     def _life(self, rank: int) -> str:
         return f"alive/{rank}"

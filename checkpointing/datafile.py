@@ -95,7 +95,13 @@ def file_name(rank: int) -> str:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor as row-major elements; a view of its memory where that is possible."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    return octets(plain).numpy().data
+
+
+def octets(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the memory of a row-major tensor as uint8 [bytes], a view."""
+    # Not by `reshape`: where a dim has one element its stride may be any, and stays.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _header_entry(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:

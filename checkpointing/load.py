@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from checkpointing.datafile import bytes_of
+from checkpointing.datafile import bytes_of, octets
 from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
 from checkpointing.memory import fresh
@@ -189,10 +189,10 @@ def _pass_on(exchange: Exchange, entry: TensorEntry, reader: int, taker: int, wa
     # Read-only slices of what may be a larger entry: only the part a rank needs goes over the wire.
     part = buffers.tensor(entry)[shared.within(box_of(entry))]
     if exchange.rank == reader:
-        exchange.send(_bytes(part), taker)
+        exchange.send(octets(part.contiguous()), taker)
     else:
         received = torch.empty(shared.shape, dtype=part.dtype, device="cpu")
-        exchange.receive(_bytes(received), reader)
+        exchange.receive(octets(received), reader)
         part.copy_(received)
 
 
@@ -254,7 +254,3 @@ def _check_heads(folder: Folder, manifest: Manifest, files: set[str]) -> None:
     for file in manifest.files:
         if file.path in files:
             check_head(folder.storage, folder.at(manifest.step), file)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

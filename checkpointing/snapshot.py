@@ -18,7 +18,7 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from checkpointing.errors import StateError
-from checkpointing.fence import Owners, local
+from checkpointing.fence import Owned, Owners, local
 from checkpointing.memory import no_collection
 from checkpointing.plan import SMALL_BYTES, file_order
 from checkpointing.providers.base import Cost, Mutability, Provider
@@ -106,7 +106,7 @@ class Snapshotter:
         key = (_key(named), self._owners.epoch())
         if self._structure is None or self._structure.key != key:
             with no_collection():
-                self._structure = _structure(key, named, self._owners.storages(), self._arena_limit)
+                self._structure = _structure(key, named, self._owners.memory(), self._arena_limit)
         structure = self._structure
         snapshot = Snapshot(
             structure,
@@ -117,8 +117,9 @@ class Snapshotter:
         for run in structure.runs:
             run.composite.gather(snapshot.arena[run.begin : run.end])
         for name, provider in snapshot.providers.items():
-            if name in structure.urgent and provider.cost is Cost.COMPUTE:
-                snapshot.made[name] = made_source(name, provider)
+            if name in structure.urgent:  # copied before `save` returns, and free to change from then on
+                if provider.cost is Cost.COMPUTE:
+                    snapshot.made[name] = made_source(name, provider)
             elif self._check and provider.cost is Cost.VIEW:
                 snapshot.seals[name] = _seal(provider)
         return snapshot
@@ -158,11 +159,12 @@ def _key(named: Named) -> Any:
         elif isinstance(value, DTensor):
             here = local(value)
             where.append(here.data_ptr())
-            kinds.append(hash((here.shape, here.stride(), here.dtype, value.shape, value.placements)))
+            spread = (value.shape, value.placements, value.device_mesh)
+            kinds.append(hash((here.shape, here.stride(), here.dtype, here.is_conj(), here.is_neg(), spread)))
         elif isinstance(value, TensorProvider):
             inner = _key(Named([""], [value.tensor]))
             where.append(inner[1][0])
-            kinds.append(hash((inner[2][0], value.mutability)))
+            kinds.append(hash((inner[2][0], value.mutability, value.whole, value.at)))
         else:
             where.append(0)
             kinds.append(_kind(value))
@@ -176,7 +178,7 @@ def _kind(value: Any) -> int:
     return hash((type(value), value.mutability, value.cost, value.dtype, value.encoding, shapes))
 
 
-def _structure(key: Any, named: Named, owned: set[int], arena_limit: int) -> Structure:
+def _structure(key: Any, named: Named, owned: Owned, arena_limit: int) -> Structure:
     flat = flatten(named)
     small = _small(flat, arena_limit)
     runs, places = _runs(flat, small)
@@ -237,10 +239,10 @@ def _runs(flat: FlatState, small: Sequence[TensorSpec]) -> tuple[tuple[Run, ...]
     return tuple(runs), places
 
 
-def _may_change(provider: Provider, owned: set[int]) -> bool:
+def _may_change(provider: Provider, owned: Owned) -> bool:
     if provider.mutability is not Mutability.ANYTIME:
         return False
-    return not isinstance(provider, TensorProvider) or provider.local.untyped_storage().data_ptr() not in owned
+    return not isinstance(provider, TensorProvider) or not owned.holds(provider.local)
 
 
 def _provider(value: Any) -> Provider:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from checkpointing.datafile import octets
 from checkpointing.dtypes import itemsize
 from checkpointing.errors import StateError
 from checkpointing.providers.base import Chunk, Cost, Place, Provider
@@ -61,7 +62,7 @@ class DeviceSource:
     """A row-major tensor in the memory of an accelerator."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._bytes = tensor.detach().reshape(-1).view(torch.uint8)
+        self._bytes = octets(tensor.detach())
 
     def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
         """Copy through the current stream, and wait for it."""

@@ -49,12 +49,15 @@ def same(left: Any, right: Any) -> bool:
         return (
             isinstance(right, torch.Tensor)
             and (left.dtype, left.shape) == (right.dtype, right.shape)
-            and torch.equal(
-                left.contiguous().reshape(-1).view(torch.uint8), right.contiguous().reshape(-1).view(torch.uint8)
-            )
+            and torch.equal(_bytes(left), _bytes(right))
         )
     if isinstance(left, dict):
         return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
     if isinstance(left, list):
         return isinstance(right, list) and len(left) == len(right) and all(map(same, left, right))
     return type(left) is type(right) and repr(left) == repr(right)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return plain.reshape(-1).view(torch.uint8)

@@ -1,6 +1,7 @@
 """The `checkpoint` command, run as people run it: as a process with arguments, output and an exit code."""
 
 import json
+import math
 import os
 import pty
 import subprocess
@@ -116,6 +117,19 @@ def test_ls_and_show(saved):
     some = run_json("show", f"{saved}@10", "--only", "run.b*")
     assert [one["name"] for one in some["tensors"]] == ["run.bf16"]
     assert "run.page" in run("show", saved / "step-10")[1]
+
+
+def test_names_are_shown_as_they_are_and_json_is_strict(tmp_path):
+    state = {"a[/b]": torch.zeros(2), "c[red]": torch.ones(1), ":smile:": 1, "d[/e]": [math.nan, {"f": -math.inf}]}
+    with Checkpointer(tmp_path, group=SINGLE) as ckpt:
+        ckpt.save(1, Flat(state)).wait()
+        ckpt.save(2, Flat(state | {"a[/b]": torch.tensor([0.0, math.inf]), "d[/e]": 2})).wait()
+    shown, told = run("show", f"{tmp_path}@1")[1], run("diff", f"{tmp_path}@1", f"{tmp_path}@2", ok=(1,))[1]
+    assert all(name in shown for name in state), shown
+    assert "a[/b]" in told
+    assert "d[/e]" in told
+    assert run_json("show", f"{tmp_path}@1")["values"]["d[/e]"] == ["nan", {"f": "-inf"}]
+    assert run_json("diff", f"{tmp_path}@1", f"{tmp_path}@2", ok=(1,))[0]["max_abs"] == "inf"
 
 
 def test_ls_says_what_is_damaged(saved, tmp_path):

@@ -305,3 +305,14 @@ def test_an_error_is_told_before_a_silent_rank_is_waited_for(tmp_path):
     assert said[0] == "ValueError: a mistake of mine; ending within 0.5 s the save in flight"
     assert "rank 1 did not report in time" in said[-1]
     assert took < 60
+
+
+def save_or_restore(info, path):
+    with Checkpointer(path, timeout_s=5) as ckpt:
+        with pytest.raises(RankError, match="save of step 1 failed: rank 1 is in: restore; every rank must make the"):
+            ckpt.save(1, Flat({"a": 1})).wait() if info.rank == 0 else ckpt.restore(Flat({"a": 1}))
+        return ckpt.save(2, Flat({"a": 1})).wait().name
+
+
+def test_a_rank_that_saves_and_one_that_restores_are_told(tmp_path):
+    assert run_ranks(save_or_restore, 2, tmp_path) == ["step-2"] * 2

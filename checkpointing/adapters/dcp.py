@@ -33,7 +33,7 @@ from torch.futures import Future
 from checkpointing.adapters.dcp_reader import INNER, DcpReader
 from checkpointing.checkpointer import Checkpointer, Settings
 from checkpointing.errors import SaveError, StateError
-from checkpointing.fence import Owners, StepHook, local
+from checkpointing.fence import Owned, Owners, StepHook
 from checkpointing.folder import split_step
 from checkpointing.nested import flatten
 from checkpointing.providers import Mutability, Provider, TensorProvider
@@ -108,7 +108,7 @@ class DcpWriter(StorageWriter, AsyncStager):
             ended = not self._worker.is_alive()
         if not ended:
             raise SaveError(f"the save before has not ended within {self._timeout_s:g} s")
-        staged = _staged(state_dict, self._owners.storages())
+        staged = _staged(state_dict, self._owners.memory())
         self._torn, self._worker = False, None
         self._staged.clear()
         self._over.clear()
@@ -226,10 +226,10 @@ def _value(name: str, data: Any) -> dict[str, Any]:
     return {name: encoded, **{inner: TensorProvider(tensor) for inner, tensor in tensors.items()}}
 
 
-def _staged(value: Any, owned: set[int]) -> Any:
-    """Return a copy that keeps the tensors whose memory is in `owned`."""
+def _staged(value: Any, owned: Owned) -> Any:
+    """Return a copy that keeps the tensors whose memory is `owned`."""
     if isinstance(value, torch.Tensor):
-        return value.detach() if local(value).untyped_storage().data_ptr() in owned else value.detach().clone()
+        return value.detach() if owned.holds(value) else value.detach().clone()
     if isinstance(value, Mapping):
         return {key: _staged(item, owned) for key, item in value.items()}
     if type(value) in (list, tuple):

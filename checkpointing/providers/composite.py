@@ -14,7 +14,7 @@ from checkpointing.torch_dtypes import NAMES
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Not every dtype has a kernel for `cat`, and tensors of several may lie side by side."""
 _AS_THEY_ARE = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32}
-"""Dtypes that have one: tensors of one of these alone need no view each."""
+"""Dtypes that have one: tensors of one of these alone need no integer view each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class CompositeProvider:
     def of(cls, tensors: Sequence[torch.Tensor]) -> CompositeProvider:
         """Make one; tensors that do not lie in row-major order cannot be viewed flat, and are not for a composite."""
         if len(dtypes := {tensor.dtype for tensor in tensors}) == 1 and dtypes <= _AS_THEY_ARE:
-            return cls(tuple(tensor if tensor.dim() == 1 else tensor.detach().view(-1) for tensor in tensors))
+            # Detached: another memory that is put into a tensor later (`.data = ...`) is not what was planned.
+            flat = (tensor.detach() for tensor in tensors)
+            return cls(tuple(tensor if tensor.dim() == 1 else tensor.view(-1) for tensor in flat))
         return cls(tuple(tensor.detach().view(-1).view(_INTEGERS[tensor.dtype.itemsize]) for tensor in tensors))
 
     @property

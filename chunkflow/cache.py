@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from chunkflow.errors import SourceError
 from chunkflow.index import Row, is_whole, write_store
 from chunkflow.sources import manifest_of
@@ -61,10 +63,18 @@ def _build(
 ) -> None:
     temporary.mkdir()
     try:
-        write_store(temporary, make_rows(), description=description, manifest=manifest)
+        write_store(temporary, _read(make_rows), description=description, manifest=manifest)
         _install(temporary, folder, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read(make_rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """Yield the rows; what fails in reading them is the data's fault, not the store's."""
+    try:
+        yield from make_rows()
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"the data cannot be read to its end: {error}; did it change or go away?") from error
 
 
 def _install(temporary: Path, folder: Path, manifest: str) -> None:

@@ -59,7 +59,11 @@ def _by_differences(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Row:
         for turn, message in enumerate(chat.messages)
         if message["role"] == "assistant" and turn >= chat.prompt_messages
     ]
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+    options: dict[str, Any] = {"return_offsets_mapping": True, "truncation": False, "verbose": False}
+    try:
+        encoded = tokenizer(whole, add_special_tokens=False, **options)
+    except Exception as error:  # whatever a tokenizer raises, it is named with its sample
+        raise SourceError(f"{chat.name}: the tokenizer failed: {type(error).__name__}: {error}") from error
     ids = np.array(encoded["input_ids"], dtype=np.int64)
     begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     said = np.zeros(len(ids), dtype=bool)

@@ -100,7 +100,7 @@ def _read_lengths(
             raise SourceError(f"both {data} and --lengths were given; give one")
         try:
             found = np.load(lengths)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged file makes numpy raise anything
             raise SourceError(f"{lengths} cannot be read as lengths: {error}") from error
     if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
         raise SourceError(f"{lengths}: lengths are a flat array of at least one whole number")
@@ -166,8 +166,7 @@ def plan(
         if policy is Overflow.RAISE and (kept > limit).any():
             raise PlanError(f"{(kept > limit).sum()} sequences have more than {limit} tokens, and overflow is raise")
         with _progress("planning") as progress:
-            options: dict[str, Any] = {"batch": global_batch, "world_size": world_size, "seed": seed}
-            found = survey(kept, config=config, progress=progress, **options)
+            found = survey(kept, config=config, progress=progress, batch=global_batch, world_size=world_size, seed=seed)
         if as_json:
             typer.echo(json.dumps(found.to_json()))
             return
@@ -240,8 +239,7 @@ def check(
         from chunkflow.model_open import open_model
 
         report = check_exact(open_model(model), chunk_tokens=chunk_tokens)
-        text = json.dumps({**asdict(report), "exact": report.exact}) if as_json else str(report)
-        typer.echo(text)
+        typer.echo(json.dumps({**asdict(report), "exact": report.exact}) if as_json else str(report))
         raise typer.Exit(0 if report.exact else 1)
 
 
@@ -286,6 +284,8 @@ def tune(
     with _errors():
         from chunkflow.tune import tune as search
 
+        if not 0 < cap_mib < float("inf"):
+            raise ChunkflowError(f"cap_mib is {cap_mib}; it must be a number above 0")
         with _progress("measuring") as progress:
             found = search(
                 model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (256, 512, 1024),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chunkflow.errors import PlanError
+from chunkflow.records import MAX_SAMPLE_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,10 @@ class PlannerConfig:
             raise PlanError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
         if self.retain < 1:
             raise PlanError(f"retain is {self.retain}; it must be at least 1, the chunk that is trained now")
+        if max(self.chunk_tokens, self.retain) > MAX_SAMPLE_TOKENS:
+            raise PlanError(
+                f"chunk_tokens is {self.chunk_tokens}, retain {self.retain}; both must be at most {MAX_SAMPLE_TOKENS}"
+            )
         if not self.pair_cost >= 0:
             raise PlanError(f"pair_cost is {self.pair_cost}; it must be 0 or more")
         if self.max_tokens is not None and self.max_tokens < 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkflow.errors import SourceError
 from chunkflow.layout import Ints
 
 PERCENTILES = (50, 90, 99, 99.9)
@@ -91,4 +92,7 @@ def draw(found: Histogram, path: Path, *, chunk_tokens: int | None) -> None:
     axes.set_ylabel("% of all")
     axes.set_title(f"{found.sequences} sequences, {found.tokens} tokens, longest {found.longest}")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise SourceError(f"no picture can be written to {path}: {error}") from error

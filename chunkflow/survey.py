@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from chunkflow.config import PlannerConfig
+from chunkflow.errors import PlanError
 from chunkflow.layout import Ints, Layout, make_layout
 from chunkflow.overflow import Overflow, limit_of
 from chunkflow.pack import lower_bound_chunks
@@ -59,8 +60,10 @@ def survey(
 ) -> Survey:
     """Plan the first epoch over sequences int64 [N]; `progress` is called with batches done and in all.
 
-    Raises PlanError on a length below 1, over 2**31 - 1 or over `config.max_tokens`.
+    Raises PlanError on no lengths at all, a length below 1, over 2**31 - 1 or over `config.max_tokens`.
     """
+    if not len(lengths):
+        raise PlanError("the overflow policy leaves no sequence to plan; raise chunk_tokens or max_tokens")
     check_lengths(lengths, config.max_tokens)
     make_layout(np.arange(1), lengths[:1], config=config, world_size=world_size)  # the kernels are loaded
     steps, rows, seconds = steps_per_epoch(len(lengths), batch), [], 0.0

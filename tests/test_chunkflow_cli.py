@@ -175,3 +175,21 @@ def test_max_tokens_is_the_memory_cap(lengths):
     config = replace(PlannerConfig(chunk_tokens=1024), max_tokens=int(every.max()))
     plan_step(0, range(700), every, config=config, world_size=2, denominator=1.0)
     run("plan", "--lengths", lengths, "--max-tokens", int(every.max()), "--chunk-tokens", 1024)
+
+
+def test_odd_values_are_one_line_and_no_json(tmp_path):
+    np.save(tmp_path / "l.npy", np.array([5, 9]))
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04no archive")
+    good = ["--lengths", tmp_path / "l.npy"]
+    for args, message in [
+        (["plan", "--lengths", tmp_path / "zip.npy"], "zip.npy cannot be read as lengths"),
+        (["plan", *good, "--chunk-tokens", 2**70], "both must be at most 2147483647"),
+        (["plan", *good, "--retain", 2**70], "both must be at most 2147483647"),
+        (["plan", *good, "--overflow", "drop", "--chunk-tokens", 1], "leaves no sequence to plan"),
+        (["lengths", *good, "--png", tmp_path / "x.foo"], "no picture can be written to"),
+        (["tune", "absent", "--cap-mib", "nan", "--longest", 9], "cap_mib is nan"),
+    ]:
+        done = run(*args, code=2)
+        assert message in done.stderr
+        assert not done.stdout
+        assert done.stderr.count("\n") == 1

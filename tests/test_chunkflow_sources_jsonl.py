@@ -84,3 +84,11 @@ def test_a_sample_too_long_for_int32():
 def test_another_field(tmp_path):
     source = json_lines(tmp_path, [{"body": "fox"}], tiny_tokenizer(), field="body")
     assert source.description["field"] == "body"
+
+
+def test_a_message_that_is_no_unicode_is_named(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud800"}]
+    with pytest.raises(SourceError, match=r"x\.jsonl:1: the tokenizer failed: "):
+        json_lines(tmp_path, [{"messages": messages}], tokenizer)

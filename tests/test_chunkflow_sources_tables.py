@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset
 
+from chunkflow.cache import open_or_build
 from chunkflow.errors import SourceError
 from chunkflow.sources_open import open_source
 from chunkflow.sources_tables import FromDataset, ParquetFiles
@@ -95,3 +96,17 @@ def test_a_parquet_file_that_changes_meanwhile(tmp_path):
     with pytest.raises(SourceError, match=r"x\.parquet (changed while it was being read|cannot be read to its end)"):
         ParquetFiles(path, None, cache_dir=tmp_path / "cache", progress=change)
     assert not list((tmp_path / "cache").glob("*/index.json"))
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PAR1")])
+def test_a_table_that_goes_between_its_digest_and_its_rows(tmp_path, monkeypatch, change):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table(ROWS), path)
+
+    def late(*args):
+        change(path)
+        return open_or_build(*args)
+
+    monkeypatch.setattr("chunkflow.sources_tables.open_or_build", late)
+    with pytest.raises(SourceError, match=r"the data cannot be read to its end: .*did it change"):
+        ParquetFiles(path, None, cache_dir=tmp_path / "cache")

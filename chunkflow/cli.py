@@ -1,14 +1,6 @@
 """The command `chunkflow`: what is in a data set, how it would be planned, and whether that is exact.
 
-    chunkflow lengths DATA                 histogram and percentiles of the lengths
-    chunkflow plan DATA                    the plan of one epoch: chunks, fill, balance
-    chunkflow audit DATA                   proof that every target is scored exactly once
-    chunkflow check MODEL                  gradients in chunks against whole sequences
-    chunkflow families                     which causal LMs of transformers are exact, and which refused
-    chunkflow tune MODEL                   the best (chunk_tokens, retain) under a memory cap
-
-DATA is a `.jsonl` or `.parquet` file, a folder, a name on the Hub, or, with --lengths, a `.npy` file of lengths. Exit
-codes: 0 well, 1 a check failed, 2 bad input.
+DATA is a `.jsonl` or `.parquet` file, a folder or a name on the Hub. Exit codes: 0 well, 1 a check failed, 2 bad input.
 """
 
 from __future__ import annotations
@@ -46,7 +38,7 @@ World = Annotated[int, typer.Option(help="data-parallel ranks")]
 Retain = Annotated[int, typer.Option(help="chunks of a long sequence that keep their activations (K)")]
 Policy = Annotated[str, typer.Option(help="split, split_independent, truncate, drop or raise")]
 Seed = Annotated[int, typer.Option(help="of the order of the samples")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest sequence that fits into memory; none: no limit")]
+MaxTokens = Annotated[int | None, typer.Option(help="longest sequence that fits into memory (default: no limit)")]
 CACHE = Path("runs/cache")
 
 
@@ -185,7 +177,7 @@ def audit(
     global_batch: Batch = 256,
     world_size: World = 2,
     resume_world_size: Annotated[int, typer.Option(help="ranks after the resume")] = 3,
-    resume_at: Annotated[int | None, typer.Option(help="step to stop and resume at; none: the middle")] = None,
+    resume_at: Annotated[int | None, typer.Option(help="step to stop and resume at (default: the middle)")] = None,
     retain: Retain = 1,
     overflow: Policy = "split",
     seed: Seed = 0,
@@ -197,7 +189,7 @@ def audit(
     field: Field = "text",
     as_json: AsJson = False,
 ) -> None:
-    """Prove that every (sample, target) of an epoch is scored exactly once, across a resume at another world size."""
+    """Prove that an epoch, resumed at another world size, scores every target once."""
     with _errors():
         from chunkflow.audit import audit as prove
         from chunkflow.loader import ChunkLoader
@@ -231,7 +223,7 @@ def check(
     chunk_tokens: ChunkTokens = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Compare gradients in chunks with those of whole sequences, in fp64, on this very model."""
+    """Compare a model's gradients in chunks with whole sequences."""
     with _errors():
         from dataclasses import asdict
 
@@ -245,11 +237,11 @@ def check(
 
 @app.command()
 def families(
-    names: Annotated[list[str] | None, typer.Argument(help="model types, such as llama; none: all")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="model types, such as llama (default: all)")] = None,
     as_json: AsJson = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the documentation")] = False,
 ) -> None:
-    """Try causal LM families of the installed transformers, tiny and random: exact in chunks, or refused and why."""
+    """Try transformers' causal LM families: exact, or refused and why."""
     with _errors():
         from dataclasses import asdict
 
@@ -280,7 +272,7 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a few (chunk_tokens, retain), fit time and memory, propose the best under a cap, and measure that too."""
+    """Measure, fit and propose the best (chunk_tokens, retain) under a cap."""
     with _errors():
         from chunkflow.tune import tune as search
 

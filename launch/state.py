@@ -41,6 +41,17 @@ class Position(Protocol):
         ...
 
 
+class _Nowhere:
+    """The position of a job whose data has none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take whatever there is."""
+
+
 class Part(Protocol):
     """Something else of a job with a state: tensors, numbers, strings, lists and dicts of them."""
 
@@ -68,7 +79,8 @@ class Spread(Protocol):
 class TrainState:
     """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
 
-    The optimizer may be any of torch's; it must be made from the model's parameters. `rank` and `world_size` default to
+    The optimizer may be any of torch's; it must be made from the model's parameters. Without a `loader` there is no
+    position in the data to keep. `rank` and `world_size` default to
     those of the default process group, or to one process where there is none. `whole` describes the model of which
     `model` is this rank's part: a checkpoint then has the names of the whole, whatever the cut, and loads into any.
     `parts` are what else belongs to the job, by name: a learning-rate scheduler, a GradScaler. `spread` is for models
@@ -80,7 +92,7 @@ class TrainState:
         self,
         model: nn.Module,
         optimizer: Optimizer | None,
-        loader: Position,
+        loader: Position | None = None,
         *,
         rank: int | None = None,
         world_size: int | None = None,
@@ -94,7 +106,8 @@ class TrainState:
         self.step = 0
         self.notes: tuple[str, ...] = ()
         """What the last load_state_dict could not restore, in words."""
-        self._model, self._loader, self._parts, self._spread = model, loader, dict(parts or {}), spread
+        self._model, self._parts, self._spread = model, dict(parts or {}), spread
+        self._loader: Position = _Nowhere() if loader is None else loader
         self._rank, self._world_size = resolve_place(rank, world_size)
         self._seed = seed
         self._device = device or torch.device("cpu")

@@ -72,37 +72,43 @@ class Rates:
 
 def measure_rates(shape: Shape) -> Rates:
     """Time the bare kernels, each for a while; all ranks must call, so that they share the machine as in a step."""
-    hidden, inner = shape.hidden, 3 * shape.hidden
-    products = [(hidden, hidden), (hidden, hidden // 2), (hidden, hidden // 2), (hidden, hidden),
+    return rates_of(model_of(shape, recompute=False))
+
+
+def rates_of(model: Any, *, rows: int = ROWS) -> Rates:
+    """Return the rates of a transformers Llama in training mode, by products of `rows`; all ranks must call."""
+    config = model.config
+    hidden, inner, width = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
+    products = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden),
                 (hidden, inner), (hidden, inner), (inner, hidden)]  # fmt: skip
-    times = [_product_s(k, n) for k, n in products]
-    head = _product_s(hidden, shape.vocabulary)
-    forward_s, backward_s = _attention_s(shape)
-    code_forward_s, code_backward_s = _code_s(shape)
-    pairs = QUERIES * KEYS
+    times = [_product_s(rows, k, n) for k, n in products]
+    head = _product_s(rows, hidden, config.vocab_size)
+    forward_s, backward_s = _attention_s(config.num_attention_heads, width)
+    code_forward_s, code_backward_s = _code_s(model.model, rows, config.vocab_size)
+    pairs, layers = QUERIES * KEYS, config.num_hidden_layers
     return Rates(
-        layer_forward=shape.layers * sum(f for f, _ in times) / ROWS,
-        layer_backward=shape.layers * sum(b for _, b in times) / ROWS,
-        head=sum(head) / ROWS,
-        pair_forward=shape.layers * forward_s / pairs,
-        pair_backward=shape.layers * backward_s / pairs,
-        code_forward=code_forward_s / ROWS,
-        code_backward=code_backward_s / ROWS,
+        layer_forward=layers * sum(f for f, _ in times) / rows,
+        layer_backward=layers * sum(b for _, b in times) / rows,
+        head=sum(head) / rows,
+        pair_forward=layers * forward_s / pairs,
+        pair_backward=layers * backward_s / pairs,
+        code_forward=code_forward_s / rows,
+        code_backward=code_backward_s / rows,
     )
 
 
-def _product_s(inputs: int, outputs: int) -> tuple[float, float]:
+def _product_s(rows: int, inputs: int, outputs: int) -> tuple[float, float]:
     """Return the seconds of x @ W^T, and of the gradients of both."""
-    x, weight, grad = torch.randn(ROWS, inputs), torch.randn(outputs, inputs), torch.randn(ROWS, outputs)
-    out, d_x, d_weight = torch.empty(ROWS, outputs), torch.empty(ROWS, inputs), torch.empty(outputs, inputs)
+    x, weight, grad = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+    out, d_x, d_weight = torch.empty(rows, outputs), torch.empty(rows, inputs), torch.empty(outputs, inputs)
     forward = _typical_s(lambda: torch.mm(x, weight.t(), out=out))
     return forward, _typical_s(lambda: (torch.mm(grad, weight, out=d_x), torch.mm(grad.t(), x, out=d_weight)))
 
 
-def _attention_s(shape: Shape) -> tuple[float, float]:
+def _attention_s(heads: int, width: int) -> tuple[float, float]:
     """Return the seconds of one layer's attention over a square of visible pairs, forward and backward."""
-    heads = shape.hidden // 64
-    q, k, v, grad = (torch.randn(1, heads, n, 64) for n in (QUERIES, KEYS, KEYS, QUERIES))
+    q, k, v, grad = (torch.randn(1, heads, n, width) for n in (QUERIES, KEYS, KEYS, QUERIES))
     out, lse = _flash(q, k, v, 0.0, False)
     forward = _typical_s(lambda: _flash(q, k, v, 0.0, False))
     return forward, _typical_s(lambda: _flash_backward(grad, q, k, v, out, lse, 0.0, False))
@@ -118,10 +124,9 @@ def _no_attention(
 AttentionInterface.register("benchmark_no_attention", _no_attention)
 
 
-def _code_s(shape: Shape) -> tuple[float, float]:
+def _code_s(model: Any, rows: int, vocabulary: int) -> tuple[float, float]:
     """Return the seconds of transformers' layers without attention, forward and backward; gradients are there."""
-    model = model_of(shape, recompute=False).model
-    ids = torch.arange(ROWS).remainder(shape.vocabulary)[None]
+    ids = torch.arange(rows).remainder(vocabulary)[None]
     forwards: list[float] = []
     backwards: list[float] = []
 

@@ -28,6 +28,8 @@ from launch.tokenizer import trained_tokenizer
 CACHE = Path("runs/cache/job")
 LARGEST_BYTES, QUICK_LARGEST_BYTES = 12_288, 4_096
 """Of one function or class; the first is the recipe's."""
+_SPARE = 16
+"""Samples drawn beyond those wanted: some have nothing to score, and are left out."""
 _SMALL = ModelConfig(vocab_size=1024, hidden_size=64, intermediate_size=192, num_layers=2, max_positions=8192)
 
 
@@ -90,14 +92,14 @@ def mix(model: Path, *, count: int, quick: bool) -> Tokens:
     if not path.exists():
         choice = choose_files(replace(DataConfig(kind="functions"), max_file_bytes=None, long_files=()))
         written = write_functions(choice, max_bytes=limit, held_out=0, seed=0, cache=CACHE)
-        lines = drawn(written.train.read_text(encoding="utf-8").splitlines(), count, seed=0)
+        lines = drawn(written.train.read_text(encoding="utf-8").splitlines(), count + _SPARE, seed=0)
         tokenizer = pretrained_tokenizer(str(model))
         if tokenizer.chat_template is None:
             lines = [_without_template(line) for line in lines]
         drawn_path = path.with_suffix(".texts")
         write_lines(drawn_path, lines)
         source = JsonLines(drawn_path, tokenizer, cache_dir=CACHE)
-        write_lines(path, [json.dumps(unshifted(source.read(index))) for index in range(len(source))])
+        write_lines(path, [json.dumps(unshifted(source.read(index))) for index in range(count)])
     return read_tokens(path)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def main() -> None:
         remove_unused_columns=False, seed=0,
     )  # fmt: skip
     clock, collator = Clock(), Collator()
-    rows: Any = rows_of(read_tokens(options["data"]))
+    rows: Any = rows_of(read_tokens(Path(options["data"])))
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
     result = trainer.train()
     tell(folder, read_processes().rank, {

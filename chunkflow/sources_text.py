@@ -73,9 +73,10 @@ def _find(root: Path, pattern: str, exclude: list[str], cache: Path) -> list[str
         matches = list(root.glob(pattern))
     except (ValueError, NotImplementedError) as error:
         raise SourceError(f"the pattern {pattern!r} is not a glob relative to {root}: {error}") from error
-    files = [p for p in matches if p.is_file() and cache not in p.resolve().parents]
-    names = sorted(p.relative_to(root).as_posix() for p in files)
-    names = [name for name in names if not any(fnmatchcase(name, glob) for glob in exclude)]
+    # What is excluded first: the others are looked at on disk, and a folder may hold many times as much.
+    found = {p.relative_to(root).as_posix(): p for p in matches}
+    taken = {name: p for name, p in found.items() if not any(fnmatchcase(name, glob) for glob in exclude)}
+    names = sorted(name for name, p in taken.items() if p.is_file() and cache not in p.resolve().parents)
     if not names:
         raise SourceError(f"no file of {root} matches {pattern!r} and is not excluded by {exclude}")
     return names

@@ -40,11 +40,11 @@ def choose_files(data: DataConfig) -> FolderChoice:
     if not root.is_dir():
         raise DataError(f"data.path {data.path} is no folder; give one with text files, or {STDLIB!r}")
     try:
-        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.glob(data.pattern)
-                 if path.is_file()}  # fmt: skip
+        found = {path.relative_to(root).as_posix(): path for path in root.glob(data.pattern)}
     except (ValueError, NotImplementedError) as error:
         raise DataError(f"data.pattern is {data.pattern!r}, no glob relative to {root}: {error}") from error
-    sizes = {name: sizes[name] for name in sorted(sizes) if not any(fnmatchcase(name, ex) for ex in data.exclude)}
+    taken = [name for name in sorted(found) if not any(fnmatchcase(name, ex) for ex in data.exclude)]
+    sizes = {name: found[name].stat().st_size for name in taken if found[name].is_file()}
     lost = [name for name in data.long_files if name not in sizes]
     if lost:
         raise DataError(

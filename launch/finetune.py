@@ -29,7 +29,6 @@ from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
-from launch.report import write_report
 from launch.saving import Saver
 from launch.stop import StopSignals
 from launch.summary import print_summary, summarize, summed_up
@@ -137,6 +136,8 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
 
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
+    from launch.report import write_report  # draws; nearly a second to import, and no start waits for it
+
     peak = max(job.world.board.gather("peak memory", job.memory.resident_bytes()))
     if not job.write_model(folder.model):
         return

@@ -1,6 +1,7 @@
 """One job with everything in it: beside transformers' Trainer, beside the plainest loop, and from start to first step.
 
-    python -m benchmarks.job [--quick] [--only train|features|startup] [--scan] [--rounds N] [--report] [--json FILE]
+    python -m benchmarks.job [--quick] [--only train|features|startup] [--scan] [--rounds N] [--add] [--report]
+                            [--json FILE]
 
 train     SmolLM2's first four layers, real weights, on functions and classes of the standard library as in
           recipes/smollm2.yaml, two ranks under torchrun: launch.finetune with chunks, lazy checkpoints, metrics and
@@ -13,7 +14,8 @@ startup   from the start of torchrun to the first step, less what a bare script 
           transformers and loads the model.
 
 `--scan` runs settings of both sides of `train` once each instead. `--report` prints what FILE has. What is measured
-replaces the rows of the same part in FILE. Exit codes: 0, or 1 where a target is missed.
+replaces the rows of the same part in FILE; with `--add` it is further rounds of them. Exit codes: 0, or 1 where a
+target is missed.
 """
 
 from __future__ import annotations
@@ -35,27 +37,30 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "train": job_train.measure,
     "features": job_features.measure,
     "startup": job_startup.measure,
+    "scan": job_train.scan,
 }
-ROUNDS = {"train": 2, "features": 4, "startup": 3}
-QUICK_ROUNDS = 1
+ROUNDS = {"train": 1, "features": 4, "startup": 3}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round; about a minute")
-    parser.add_argument("--only", choices=PARTS, action="append", help="one part; repeatable")
+    parser.add_argument("--only", choices=ROUNDS, action="append", help="one part; repeatable")
     parser.add_argument("--scan", action="store_true", help="settings of `train`, once each")
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help=f"default: {ROUNDS}")
+    parser.add_argument("--add", action="store_true", help="keep the rounds that FILE has")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/job.json"), metavar="FILE")
     parser.add_argument("--report", action="store_true", help="measure nothing; report what is in the JSON file")
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are gone when someone ends this, too
     rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
-    for part in [] if given.report else ["scan"] if given.scan else given.only or PARTS:
-        measured = job_train.scan(quick=given.quick) if part == "scan" else measure(part, given.rounds, given.quick)
-        rows = [row for row in rows if (row["part"], row["quick"]) != (part, given.quick)]
-        for row in measured:
+    for part in [] if given.report else ["scan"] if given.scan else given.only or ROUNDS:
+        same = [row for row in rows if (row["part"], row["quick"]) == (part, given.quick)]
+        first = 1 + max((row["round"] for row in same), default=-1) if given.add else 0
+        rows = rows if given.add else [row for row in rows if row not in same]
+        rounds = given.rounds or (1 if given.quick or part == "scan" else ROUNDS[part])
+        for row in PARTS[part](numbers=range(first, first + rounds), quick=given.quick):
             rows.append(row)
             print(brief(row), flush=True)
             write_report(given.json, rows=rows, claims=[])
@@ -65,11 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_report(given.json, rows=rows, claims=claims)
     print(f"rows and claims: {given.json}")
     sys.exit(0 if all(claim.met for claim in claims) else 1)
-
-
-def measure(part: str, rounds: int | None, quick: bool) -> Iterator[Row]:
-    """Run one part."""
-    return PARTS[part](rounds=rounds or (QUICK_ROUNDS if quick else ROUNDS[part]), quick=quick)
 
 
 def brief(row: Row) -> str:

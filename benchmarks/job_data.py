@@ -109,7 +109,7 @@ def drawn(lines: Sequence[str], count: int, *, seed: int) -> list[str]:
     longest = max(range(len(lines)), key=lambda index: len(lines[index]))
     if longest not in chosen:
         chosen[0] = longest
-    return [lines[index] for index in chosen]
+    return [str(lines[index]) for index in chosen]
 
 
 def _without_template(line: str) -> str:

@@ -9,7 +9,7 @@ import gc
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -45,13 +45,13 @@ class Size:
 SIZE, QUICK = Size(steps=8, chunk_tokens=256, global_batch=4), Size(steps=6, chunk_tokens=128, global_batch=4)
 
 
-def measure(*, rounds: int, quick: bool) -> Iterator[Row]:
+def measure(*, numbers: Sequence[int], quick: bool) -> Iterator[Row]:
     """Run every way in turn, in the same two processes."""
     size, model = (QUICK if quick else SIZE), model_folder(quick=quick)
     data = equal(model, rows=size.steps * size.global_batch, length=size.chunk_tokens, quick=quick)
     options = {
         "model": str(model), "data": str(data.path), "chunk_tokens": size.chunk_tokens,
-        "global_batch": size.global_batch, "lr": LR, "rounds": rounds,
+        "global_batch": size.global_batch, "lr": LR, "numbers": list(numbers),
     }  # fmt: skip
     reports = torchrun("benchmarks.job_features", [json.dumps(options)], deadline_s=DEADLINE_S)
     for row in reports[0]["rows"]:
@@ -68,7 +68,7 @@ def main() -> None:
             chunk_tokens=options["chunk_tokens"], global_batch=options["global_batch"], lr=options["lr"],
         )  # fmt: skip
         names = [FULL, *WAYS]
-        for number in range(options["rounds"]):
+        for number in options["numbers"]:
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 seen, parts = whole_job(place, world, stop) if name == FULL else (WAYS[name](place), {})
                 rows.append({"way": name, "round": number, "seconds": median(seen.periods), "parts": parts,
@@ -98,7 +98,7 @@ def whole_job(place: Place, world: World, stop: StopSignals) -> tuple[Seen, dict
     return Seen(periods_of(probe.steps), probe.losses), parts
 
 
-def means(metrics: list[Mapping[str, float]]) -> dict[str, float]:
+def means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean seconds of each part, over the steps whose periods count: not the first and the last one."""
     counted = [line for line in metrics if "loss" in line][1:-1]
     return {part: fmean(line[f"seconds.{part}"] for line in counted) for part in PARTS}

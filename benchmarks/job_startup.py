@@ -42,14 +42,20 @@ def cases(*, quick: bool) -> list[Case]:
     ]
 
 
-def measure(*, rounds: int, quick: bool) -> Iterator[Row]:
-    """Start every case once with nothing cached, then `rounds` times more; a bare script before each."""
+def measure(*, numbers: Sequence[int], quick: bool) -> Iterator[Row]:
+    """Start every case once with nothing cached, then in the rounds of these numbers; a bare script before each."""
     for case in cases(quick=quick):
         with tempfile.TemporaryDirectory(prefix="bench-job-start-") as folder:
-            for number in range(rounds + 1):
+            for number in (numbers[0] - 1, *numbers):
                 bare = torchrun("benchmarks.job_bare", [case.model] if case.model else [], deadline_s=DEADLINE_S)
                 ours = started(case, Path(folder), number)
-                row = {"part": "startup", "case": case.name, "round": number, "cached": number > 0, "quick": quick}
+                row = {
+                    "part": "startup",
+                    "case": case.name,
+                    "round": number,
+                    "cached": number >= numbers[0],
+                    "quick": quick,
+                }
                 yield {**row, **beyond(bare, ours)}
 
 

@@ -37,37 +37,41 @@ FULL = Size(steps=20, global_batch=8, cap_bytes=5_000_000_000, quick=False)
 QUICK = Size(steps=10, global_batch=8, cap_bytes=1_000_000_000, quick=True)
 SCAN = Size(steps=10, global_batch=8, cap_bytes=5_000_000_000, quick=False)
 
-OURS: Mapping[str, int] = {"chunk_tokens": 2048, "retain": 1}
+OURS: Mapping[str, int] = {"chunk_tokens": 2048, "retain": 2}
 PEER: Mapping[str, int] = {"batch": 1}
 QUICK_OURS: Mapping[str, int] = {"chunk_tokens": 256, "retain": 1}
 SETTINGS: Sequence[tuple[str, Mapping[str, int]]] = [
-    *[("ours", {"chunk_tokens": c, "retain": k}) for c, k in ((1024, 1), (1024, 4), (2048, 1), (2048, 2), (4096, 1))],
+    *[("ours", {"chunk_tokens": c, "retain": k}) for c, k in ((1024, 1), (1024, 4), (2048, 2), (4096, 1))],
     *[("peer", {"batch": b}) for b in (1, 2, 4)],
 ]
-"""What `--scan` runs once each."""
+"""What `--scan` runs once each, by what takes more and more memory."""
 
 
-def measure(*, rounds: int, quick: bool) -> Iterator[Row]:
-    """Run both ways in turn, round by round, rates before each."""
+def measure(*, numbers: Sequence[int], quick: bool) -> Iterator[Row]:
+    """Run both ways in turn, in the rounds of these numbers, rates before each."""
     size = QUICK if quick else FULL
     ways = [("ours", QUICK_OURS if quick else OURS), ("peer", PEER)]
     model = model_folder(quick=quick)
     data = mix(model, count=size.steps * size.global_batch, quick=quick)
-    for number in range(rounds):
+    for number in numbers:
         measured = rates_now(model)
         turned = ways[number % 2 :] + ways[: number % 2]
         for way, setting in turned:
             yield {"part": "train", "round": number, **run_way(way, setting, model, data, size, measured)}
 
 
-def scan(*, quick: bool) -> Iterator[Row]:
-    """Run every setting once, on less data."""
+def scan(*, numbers: Sequence[int], quick: bool) -> Iterator[Row]:
+    """Run every setting once, on less data; of each side none behind one that exceeds the cap."""
     size = QUICK if quick else SCAN
     model = model_folder(quick=quick)
     data = mix(model, count=size.steps * size.global_batch, quick=quick)
     measured = rates_now(model)
+    over: set[str] = set()
     for way, setting in SETTINGS:
-        yield {"part": "scan", "round": 0, **run_way(way, setting, model, data, size, measured)}
+        if way not in over:
+            row = run_way(way, setting, model, data, size, measured)
+            over |= {way} if max(row["peak_bytes"]) > size.cap_bytes else set()
+            yield {"part": "scan", "round": numbers[0], **row}
 
 
 def rates_now(model: Path) -> Row:

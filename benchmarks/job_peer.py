@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.chunkflow_ways import recomputed
@@ -121,6 +122,8 @@ def main() -> None:
         "loads": [asdict(load) for load in by_step(collator.batches, accumulate)],
         "loss": result.training_loss,
     })  # fmt: skip
+    dist.barrier()
+    dist.destroy_process_group()  # left alone, gloo's threads may abort a rank that ends
 
 
 if __name__ == "__main__":

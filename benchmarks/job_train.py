@@ -151,9 +151,10 @@ def peak_of(ranks: Sequence[Row], number: int) -> int:
 
 
 def loss_of(ranks: Sequence[Row]) -> float:
-    """Return the mean of the steps' losses."""
-    first = ranks[0]
-    return first["loss"] if "loss" in first else math.fsum(first["losses"]) / len(first["losses"])
+    """Return the mean of the steps' losses; the peer's ranks each know their own part, times the ranks."""
+    if "loss" in ranks[0]:
+        return math.fsum(rank["loss"] for rank in ranks) / len(ranks)
+    return math.fsum(ranks[0]["losses"]) / len(ranks[0]["losses"])
 
 
 def parts_of(metrics: Sequence[Row]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from benchmarks.job_peer import Collator, by_step, rows_of
 from benchmarks.job_plain import WAYS, periods_of, tensors
 from benchmarks.job_report import FULL, claims_of, print_tables
 from benchmarks.job_startup import beyond
-from benchmarks.job_train import bound_seconds, peak_of
+from benchmarks.job_train import bound_seconds, loss_of, peak_of
 from chunkflow import ChunkLoader, MemorySource
 from chunkflow.sources import shifted
 
@@ -105,6 +105,11 @@ def test_peaks_are_the_largest_of_all_steps_and_what_follows():
     metrics = [{"step": 0}, {"ranks": {"peak_bytes": [5, 9]}}, {"ranks": {"peak_bytes": [7, 2]}}]
     ranks = [{"peak_bytes": 6, "metrics": metrics}, {"peak_bytes": 4}]
     assert [peak_of(ranks, 0), peak_of(ranks, 1)] == [7, 9]
+
+
+def test_mean_losses_are_of_all_ranks():
+    assert loss_of([{"loss": 3.0}, {"loss": 1.0}]) == 2.0
+    assert loss_of([{"losses": [4.0, 2.0]}, {"losses": [4.0, 2.0]}]) == 3.0
 
 
 def test_start_up_is_beyond_a_bare_script_and_without_the_first_evaluation():

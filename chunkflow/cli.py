@@ -74,7 +74,10 @@ def _open(data: str | None, tokenizer: str | None, cache: Path, split: str, fiel
         except (OSError, ValueError) as error:
             raise SourceError(f"no tokenizer could be loaded from {tokenizer!r}: {error}") from error
     with _progress("tokens") as progress:
-        return open_source(data, loaded, cache_dir=cache, split=split, field=field, progress=progress)
+        source = open_source(data, loaded, cache_dir=cache, split=split, field=field, progress=progress)
+    for one in source.skipped:
+        typer.echo(f"{data}: {one}", err=True)
+    return source
 
 
 def _read_lengths(
@@ -194,13 +197,18 @@ def audit(
         from chunkflow.audit import audit as prove
         from chunkflow.loader import ChunkLoader
 
-        source = _open(data, tokenizer, cache, split, field)
+        source, told = _open(data, tokenizer, cache, split, field), set[str]()
+
+        def tell(text: str) -> None:  # every loader has the same to tell
+            if text not in told:
+                typer.echo(text, err=True)
+            told.add(text)
 
         def make(rank: int, world: int) -> ChunkLoader:
             return ChunkLoader(
                 source, chunk_tokens=chunk_tokens, global_batch=global_batch, rank=rank, world_size=world,
                 retain=retain, seed=seed, overflow=overflow, max_tokens=max_tokens, weighting=weighting,
-                report=lambda text: typer.echo(text, err=True),
+                report=tell,
             )  # fmt: skip
 
         if min(world_size, resume_world_size) < 1:

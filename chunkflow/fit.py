@@ -63,7 +63,12 @@ class CostModel:
             f"pair (residual {op.residual:.1%} over {op.count} ops)"
             for name, op in (("forward", self.forward), ("backward", self.backward))
         ]
-        return "\n".join([*lines, f"pair_cost {self.pair_cost:.3g}"])
+        return "\n".join([*lines, f"pair_cost {self.pair_cost_text}"])
+
+    @property
+    def pair_cost_text(self) -> str:
+        """The ratio for people."""
+        return f"{self.pair_cost:.3g}" if self.pair_cost else "not measurable: time of a token is lost in that of pairs"
 
 
 class CostFit:

@@ -16,10 +16,16 @@ def open_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     Raises ChunkflowError when it cannot be loaded.
     """
     path = Path(name)
+    if path.is_file() and path.suffix != ".json":
+        raise ChunkflowError(f"{name} is a file; give a model's folder or name, or a config.json for random weights")
     try:
         if path.suffix == ".json":
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # the Hub, the network and models' own code raise anything
-        raise ChunkflowError(f"no causal LM could be loaded from {name!r}: {type(error).__name__}: {error}") from error
+        here = (path / "config.json").is_file()
+        hint = f" (for random weights give {path / 'config.json'})" if here else ""
+        raise ChunkflowError(
+            f"no causal LM could be loaded from {name!r}{hint}: {type(error).__name__}: {error}"
+        ) from error

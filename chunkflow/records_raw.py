@@ -35,6 +35,10 @@ def item_of(name: str, values: Mapping[str, Any], field: str, tokenizer: PreTrai
         _require(tokenizer, name, "a prompt")
         return _pair(name, values["prompt"], values["completion"])
     if field not in values:
+        if half := sorted({"prompt", "completion"} & values.keys()):
+            gone = [one for one in ("prompt", "completion") if values.get(one) is None]
+            what = "is null" if gone[0] in values else "is missing"
+            raise SourceError(f"{name}: {gone[0]!r} {what} beside {half}; a record has both, or a {field!r}")
         raise SourceError(
             f"{name}: neither {field!r} nor 'input_ids', 'messages' or 'prompt' and 'completion' among its fields "
             f"{sorted(values)}; set field="

@@ -89,10 +89,10 @@ class Tuning:
             f"{m3:.0f} a token of keys and values (residual {self.memory_residual:.1%}), over "
             f"{self.fixed_bytes / 2**20:.0f} MiB of process, weights, gradients and AdamW",
             f"proposed for {self.longest} tokens under {self.cap_bytes / 2**20:.0f} MiB: chunk_tokens "
-            f"{self.chunk_tokens}, retain {self.retain}, pair_cost {self.cost.pair_cost:.3g}",
+            f"{self.chunk_tokens}, retain {self.retain}, pair_cost {self.cost.pair_cost_text}",
             f"peak predicted {self.predicted_peak_bytes / 2**20:.1f} MiB, measured "
-            f"{self.measured_peak_bytes / 2**20:.1f}; time predicted {self.predicted_seconds:.2f} s, measured "
-            f"{self.measured_seconds:.2f}: {'holds' if self.holds else 'does NOT hold'}",
+            f"{self.measured_peak_bytes / 2**20:.1f}: {'holds' if self.holds else 'does NOT hold'}",
+            f"time predicted {self.predicted_seconds:.2f} s, measured {self.measured_seconds:.2f}",
         ]
         return "\n".join(lines)
 

@@ -121,6 +121,23 @@ def test_trainer_resumes_where_it_was(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("what", ["more samples a step", "other data"])
+def test_a_resume_whose_steps_would_be_others_is_refused(tmp_path, what):
+    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    ChunkTrainer(
+        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path, **args), train_dataset=rows(),
+        data_collator=collator(),
+    ).train()  # fmt: skip
+    more = {"per_device_train_batch_size": 8} if what == "more samples a step" else {}
+    data = rows() if more else rows().select(range(1, len(LENGTHS)))
+    again = ChunkTrainer(
+        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path, **args, **more), train_dataset=data,
+        data_collator=collator(),
+    )  # fmt: skip
+    with pytest.raises(ChunkflowError, match="global.batch.*4.*8" if more else "data"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_its_own_accumulation_and_collators_without_labels_are_refused(tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=2)
     trainer = ChunkTrainer(model=tiny_model(), args=args, train_dataset=rows(), data_collator=collator())

@@ -5,12 +5,15 @@
     trainer = ChunkTrainer(model=model, args=args, train_dataset=tokenized, data_collator=collator)
 
 `per_device_train_batch_size` is what it was: samples in a step = that times the number of ranks. Long samples are not
-cut, and their gradients are exact.
+cut, and their gradients are exact. A checkpoint holds what its steps were planned from: a resume with other data or
+another global batch, whose steps would be others, is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from chunkflow.loader import ChunkLoader
 from chunkflow.records import StepBatch
 from chunkflow.sources import Source
 
+_STATE = "chunkflow.json"
 _EPOCHS = 2**20
 """More than any run has; the trainer counts them."""
 
@@ -35,7 +39,7 @@ class Steps(IterableDataset[StepBatch]):
     """One epoch of optimizer steps at a time."""
 
     def __init__(self, loader: ChunkLoader) -> None:
-        self._loader = loader
+        self.loader = loader
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -45,15 +49,15 @@ class Steps(IterableDataset[StepBatch]):
     @property
     def num_samples(self) -> int:
         """Samples of an epoch."""
-        return len(self._loader.source)
+        return len(self.loader.source)
 
     def __len__(self) -> int:
-        return self._loader.steps_per_epoch
+        return self.loader.steps_per_epoch
 
     def __iter__(self) -> Iterator[StepBatch]:
-        state = {**self._loader.state_dict(), "epoch": self._epoch, "step": 0}
-        self._loader.load_state_dict(state)
-        for _, batch in zip(range(len(self)), self._loader, strict=False):
+        state = {**self.loader.state_dict(), "epoch": self._epoch, "step": 0}
+        self.loader.load_state_dict(state)
+        for _, batch in zip(range(len(self)), self.loader, strict=False):
             yield batch
 
 
@@ -63,10 +67,15 @@ class StepLoader(DataLoader[StepBatch]):
     def __init__(self, steps: Steps) -> None:
         super().__init__(steps, batch_size=None)
 
+    @property
+    def steps(self) -> Steps:
+        """What it iterates."""
+        assert isinstance(self.dataset, Steps)
+        return self.dataset
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is next."""
-        assert isinstance(self.dataset, Steps)
-        self.dataset.set_epoch(epoch)
+        self.steps.set_epoch(epoch)
 
 
 class ChunkMixin(Trainer):
@@ -79,6 +88,10 @@ class ChunkMixin(Trainer):
     """Whose `compute_loss` is known to be the mean cross entropy of the targets."""
 
     _accelerated: AcceleratedRunner | None = None
+    _resumes: str | None = None
+    """The checkpoint that `train` goes on from."""
+    _plan: dict[str, Any] | None = None
+    """What the steps are planned from."""
 
     def source(self, dataset: Any) -> Source:
         """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
@@ -95,7 +108,9 @@ class ChunkMixin(Trainer):
                 "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
             )
         self._require_cross_entropy()
-        return self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+        found = self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+        self._same_steps(found.steps)
+        return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """Return the evaluation's steps."""
@@ -104,6 +119,29 @@ class ChunkMixin(Trainer):
             assert isinstance(self.eval_dataset, dict)
             dataset = self.eval_dataset[dataset]
         return self._steps(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)
+
+    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: str | None = None, **others: Any) -> Any:
+        self._resumes = resume_from_checkpoint
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **others)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self._plan is not None:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / _STATE).write_text(json.dumps(self._plan))
+
+    def _same_steps(self, steps: Steps) -> None:
+        """Raise ChunkflowError, naming what differs, where the checkpoint's steps were planned from something else."""
+        self._plan = steps.loader.state_dict()
+        file = Path(self._resumes or "") / _STATE
+        if self._resumes is None or not file.exists():  # a plain trainer's has none
+            return
+        try:
+            steps.loader.load_state_dict({**json.loads(file.read_text()), "epoch": 0, "step": 0})
+        except ChunkflowError as error:
+            raise ChunkflowError(
+                f"{self._resumes}: {error} (a step has per_device_train_batch_size times the number of ranks samples)"
+            ) from error
 
     def _require_cross_entropy(self) -> None:
         """Raise ChunkflowError, naming it, where the trainer's loss is not the cross entropy of each target."""

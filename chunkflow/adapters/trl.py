@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Trainer
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from chunkflow.adapters.trainer import ChunkMixin
@@ -22,18 +23,27 @@ class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):
 
     cross_entropy_of = (Trainer, SFTTrainer)
 
+    def __init__(self, model: Any, args: Any = None, *others: Any, **more: Any) -> None:
+        if isinstance(args, SFTConfig):  # before TRL has tokenized, and cut, everything
+            _check(args)
+        super().__init__(model, args, *others, **more)
+
     def source(self, dataset: Any) -> Source:
         """See `ChunkMixin.source`."""
-        args: Any = self.args
-        if args.packing or args.padding_free:
-            raise ChunkflowError("SFTConfig.packing and padding_free must be off; chunks are packed already")
-        if args.max_length is not None:
-            raise ChunkflowError(
-                f"SFTConfig.max_length is {args.max_length}, and TRL has cut longer samples there already; set it to "
-                "None: chunks train samples of any length"
-            )
-        if args.loss_type not in ("nll", "chunked_nll"):
-            raise ChunkflowError(
-                f"SFTConfig.loss_type is {args.loss_type!r}; chunks train the cross entropy of each target: use 'nll'"
-            )
+        _check(self.args)
         return super().source(dataset)
+
+
+def _check(args: Any) -> None:
+    """Raise ChunkflowError for settings that would cut samples, pack twice or train another loss."""
+    if args.packing or args.padding_free:
+        raise ChunkflowError("SFTConfig.packing and padding_free must be off; chunks are packed already")
+    if args.max_length is not None:
+        raise ChunkflowError(
+            f"SFTConfig.max_length is {args.max_length}, and TRL has cut longer samples there already; set it to "
+            "None: chunks train samples of any length"
+        )
+    if args.loss_type not in ("nll", "chunked_nll"):
+        raise ChunkflowError(
+            f"SFTConfig.loss_type is {args.loss_type!r}; chunks train the cross entropy of each target: use 'nll'"
+        )

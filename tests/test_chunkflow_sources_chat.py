@@ -123,7 +123,9 @@ def test_another_chat_template_is_another_data_set(tmp_path):
         ({"messages": []}, r"x\.jsonl:1: 'messages' is \[\]"),
         ({"messages": [{"content": "hi"}]}, r"x\.jsonl:1: 'messages' holds .*a message has a role"),
         ({"prompt": "a", "completion": 3}, r"x\.jsonl:1: 'prompt' is 'a'; it must be a list of messages"),
-        ({"prompt": "a"}, r"x\.jsonl:1: neither 'text' nor .* among its fields \['prompt'\]"),
+        ({"prompt": "a"}, r"x\.jsonl:1: 'completion' is missing beside \['prompt'\]; a record has both, or a 'text'"),
+        ({"prompt": "a", "completion": None}, r"x\.jsonl:1: 'completion' is null beside"),
+        ({"body": "a"}, r"x\.jsonl:1: neither 'text' nor .* among its fields \['body'\]"),
     ],
 )
 def test_bad_conversations_are_named(tmp_path, record, message):

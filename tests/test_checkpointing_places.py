@@ -172,3 +172,9 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
         assert ckpt._engine.idle(20)
         assert ckpt.steps() == [2, 3]
         assert ckpt.restore(Flat({})).step == 3
+
+
+@pytest.mark.parametrize("mirror", ["s3://", "s3:/bucket/run", "ftp://host/run", "gs:///"])
+def test_a_mirror_that_is_no_place_is_refused_at_once(tmp_path, mirror):
+    with pytest.raises(CheckpointError, match="is neither a folder nor s3://bucket/prefix"):
+        Checkpointer(tmp_path / "run", group=SINGLE, mirror=mirror)

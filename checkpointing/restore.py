@@ -4,6 +4,7 @@ bytes, and only when all are right do ranks hand each other what they read. Noth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.state import State, parts_of, under
 from checkpointing.wants import Live, Need, given, live_of, live_state, need_of, shards_of
+
+_log = logging.getLogger("checkpointing")
 
 
 @no_collection()
@@ -102,7 +105,8 @@ class _Attempt:
             different = {id(live): live for live in self._lives}  # mostly one: then planned once
             needs = {key: need_of(found, live, somewhere) for key, live in different.items()}
             self._needs = tuple(needs[id(live)] for live in self._lives)
-            _check_any(found, self._lives, self._needs)
+            if self._rank == 0:
+                _warn_of_nothing(found, self._lives, self._needs)
             self._plan = plan_load(found, [need.boxes for need in self._needs])
             self._buffers = read_part(self._folder, found, self._plan, self._rank, control.alive)
         except IntegrityError as error:
@@ -120,12 +124,12 @@ class _Attempt:
         return given(self.found, need, loaded, shards)
 
 
-def _check_any(found: Manifest, lives: Sequence[Live], needs: Sequence[Need]) -> None:
-    """Raise CheckpointError when no rank asks for anything that was saved: a prefix was changed."""
+def _warn_of_nothing(found: Manifest, lives: Sequence[Live], needs: Sequence[Need]) -> None:
+    """Say so when no rank asks for anything that was saved: a prefix was changed, perhaps."""
     there = [*(entry.name for entry in found.tensors), *found.values]
     if there and not any(need.names for need in needs):
         asked = ", ".join(sorted({repr(prefix) for live in lives for prefix in live.prefixes}))
-        raise CheckpointError(f"nothing was saved under {asked}; step {found.step} has names like {min(there)!r}")
+        _log.warning("nothing was saved under %s; step %d has names like %r", asked, found.step, min(there))
 
 
 def _agreed(bodies: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -31,7 +31,9 @@ def test_any_path_will_do(tmp_path, name):
     command = [sys.executable, "-m", "checkpointing", "verify", str(place)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "step 2: every byte is what was saved\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    # Step 1 goes after a later save, where it was still being copied to the second tier.
+    assert done.stdout.endswith("step 2: every byte is what was saved\n")
 
 
 def test_a_folder_behind_a_link_and_one_behind_a_broken_link(tmp_path):

@@ -118,11 +118,13 @@ def test_nothing_is_created_before_the_first_save(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_every_saved_name_is_given_and_other_prefixes_are_left_alone(tmp_path):
+def test_every_saved_name_is_given_and_other_prefixes_are_left_alone(tmp_path, caplog):
     saved(tmp_path, {"model": Flat({"w": torch.ones(1)}), "modeling": Flat({"w": 2}), "optim": Flat({"w.exp_avg": 3})})
     assert same(loaded(tmp_path, "model"), {"w": torch.ones(1)})
     assert same(loaded(tmp_path, "optim"), {"w.exp_avg": 3})
+    assert not caplog.records
     assert same(loaded(tmp_path, "absent"), {})
+    assert "nothing was saved under 'absent'; step 1 has names like 'model.w'" in caplog.text
 
 
 def test_an_alias_whose_other_name_is_not_asked_for(tmp_path):

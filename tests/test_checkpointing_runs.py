@@ -140,7 +140,7 @@ def test_to_look_at_an_old_checkpoint_and_go_on_from_the_newest(two):
 
 def test_what_was_loaded_by_other_means_can_be_adopted(two):
     with Checkpointer(two, group=SINGLE, keep=KeepLast(2)) as ckpt:
-        with pytest.raises(CheckpointError, match=r"step-30/manifest\.json"):
+        with pytest.raises(CheckpointError, match="there is no step 30"):
             ckpt.adopt(30)
         with pytest.raises(CheckpointError, match="it must be an int"):
             ckpt.adopt("20")  # pyright: ignore[reportArgumentType]

@@ -23,6 +23,7 @@ def curve(lines):
     return [{key: line[key] for key in ("loss", "grad_norm", "eval_loss") if key in line} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_gpt_model_trains_resumes_and_is_exported(tmp_path):
     write_corpus(tmp_path / "corpus", files=24)
     code, output = run_job(settings(tmp_path / "corpus", tmp_path / "two", **GPT), tmp_path / "two.log")

@@ -80,6 +80,7 @@ def test_the_search_finds_what_trying_everything_finds(memory, longest):
     assert len(quick.known) < len(every)
 
 
+@pytest.mark.slow
 def test_a_thousand_devices(tmp_path):
     """70 billion parameters in fp32 fit a device only in a pipeline; few layouts of many are simulated."""
     LlamaConfig(

@@ -21,7 +21,6 @@ from checkpointing import cli_output as out
 from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.folder import REQUEST, Folder, split_step
 from checkpointing.storage import open_storage
-from checkpointing.storage.local import LocalStorage
 
 app = typer.Typer(
     name="checkpoint", help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -151,10 +150,11 @@ def restore(
                 wrote=bar.bytes("writing", None if only else opened.num_bytes),
             )  # fmt: skip
     except IntegrityError as error:
-        older = [step for step in Folder(opened.path.parent, LocalStorage()).candidates() if step != opened.step]
-        if opened.kind != "longrail" or _split(source)[1] is not None or not older:
+        folder, named = _folder(source) if opened.kind == "longrail" else (None, None)
+        others = [step for step in folder.candidates() if step != opened.step] if folder and named is None else []
+        if not others:
             raise
-        raise IntegrityError(f"{error}; other steps: {opened.path.parent}@{max(older)}") from error
+        raise IntegrityError(f"{error}; another step: {source}@{max(others)}") from error
     out.show_done({"path": str(dest), "format": format_, "notes": notes}, json, f"wrote {dest}", *notes)
 
 

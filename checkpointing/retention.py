@@ -1,4 +1,4 @@
-"""Which checkpoints may go. Pure: integers in, integers out."""
+"""Which checkpoints may go. Touches none of them; a rule may warn of itself."""
 
 from __future__ import annotations
 

@@ -24,16 +24,12 @@ from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
 
 _READ_BYTES = 8 * 2**20
-_STORES = ("s3", "gs", "az")
 
 
 class Mirror:
     """Copies what it is told of to the second tier, one at a time, on a thread of its own."""
 
     def __init__(self, first: Folder, second: str) -> None:
-        scheme, _, bucket = second.partition("://")
-        if ":/" in second and (scheme not in _STORES or not bucket.strip("/")):
-            raise CheckpointError(f"the mirror {second!r} is neither a folder nor s3://bucket/prefix (or gs://, az://)")
         self.first, self.second = first, Folder(*open_storage(second))
         if isinstance(self.second.storage, LocalStorage) and self.second.root.resolve() == first.root.resolve():
             raise CheckpointError(f"the mirror {second} is the folder of the run itself; give another one")

@@ -54,8 +54,7 @@ class CostModel:
     @property
     def pair_cost(self) -> float:
         """Time of one pair relative to the rest of the work for one token; see `PlannerConfig`."""
-        per_token = self.forward.per_token + self.backward.per_token
-        return (self.forward.per_pair + self.backward.per_pair) / per_token if per_token > 0 else 0.0
+        return (self.forward.per_pair + self.backward.per_pair) / self._per_token if self._per_token > 0 else 0.0
 
     def __str__(self) -> str:
         lines = [
@@ -68,7 +67,13 @@ class CostModel:
     @property
     def pair_cost_text(self) -> str:
         """The ratio for people."""
-        return f"{self.pair_cost:.3g}" if self.pair_cost else "not measurable: time of a token is lost in that of pairs"
+        if self._per_token > 0:
+            return f"{self.pair_cost:.3g}"
+        return "not measurable, as the fit finds no time of a token beside that of pairs; try longer chunks"
+
+    @property
+    def _per_token(self) -> float:
+        return self.forward.per_token + self.backward.per_token
 
 
 class CostFit:

@@ -71,7 +71,7 @@ def _find(root: Path, pattern: str, exclude: list[str], cache: Path) -> list[str
     cache = cache.resolve()
     try:
         matches = list(root.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # pathlib's for an absolute or empty pattern
         raise SourceError(f"the pattern {pattern!r} is not a glob relative to {root}: {error}") from error
     # What is excluded first: the others are looked at on disk, and a folder may hold many times as much.
     found = {p.relative_to(root).as_posix(): p for p in matches}

@@ -41,7 +41,7 @@ def choose_files(data: DataConfig) -> FolderChoice:
         raise DataError(f"data.path {data.path} is no folder; give one with text files, or {STDLIB!r}")
     try:
         found = {path.relative_to(root).as_posix(): path for path in root.glob(data.pattern)}
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # pathlib's for an absolute or empty pattern
         raise DataError(f"data.pattern is {data.pattern!r}, no glob relative to {root}: {error}") from error
     taken = [name for name in sorted(found) if not any(fnmatchcase(name, ex) for ex in data.exclude)]
     sizes = {name: found[name].stat().st_size for name in taken if found[name].is_file()}

@@ -366,4 +366,4 @@ def test_restore_of_a_damaged_run_names_another_step(saved, tmp_path):
     data = bytearray((runs / "step-20" / DATA).read_bytes())
     data[-3] ^= 1
     (runs / "step-20" / DATA).write_bytes(data)
-    assert f"other steps: {runs}@10" in run("restore", runs, tmp_path / "o.pt", "--format", "torch", ok=(1,))[1]
+    assert f"another step: {runs}@10" in run("restore", runs, tmp_path / "o.pt", "--format", "torch", ok=(1,))[1]

@@ -366,3 +366,12 @@ def test_a_save_in_flight_is_finished_by_close_or_given_up_and_either_is_said(tm
 def test_bad_settings_are_refused(tmp_path, settings, text):
     with pytest.raises(CheckpointError, match=text):
         Checkpointer(tmp_path, group=SINGLE, **settings)
+
+
+def test_a_save_given_up_leaves_no_writer_that_waits_for_its_turn(tmp_path):
+    before = set(threading.enumerate())
+    ckpt = Checkpointer(tmp_path, group=SINGLE, timeout_s=1.0, max_bytes_per_s=10_000.0)  # a buffer: seven minutes
+    ckpt.save(1, Flat({"a": torch.ones(4_000_000)}))
+    with pytest.raises(CheckpointError):
+        ckpt.close()
+    assert not [one for one in {*threading.enumerate()} - before if one.name.startswith("checkpoint-flush")]

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from chunkflow.cli import app
 from chunkflow.config import PlannerConfig
+from chunkflow.errors import ChunkflowError
 from chunkflow.lengths import DISTRIBUTIONS
+from chunkflow.model_open import open_model
 from chunkflow.pack import lower_bound_chunks
 from chunkflow.plan import plan_step
 from chunkflow.sampler import global_batch
@@ -193,3 +195,16 @@ def test_odd_values_are_one_line_and_no_json(tmp_path):
         assert message in done.stderr
         assert not done.stdout
         assert done.stderr.count("\n") == 1
+
+
+def test_what_is_left_out_and_what_is_no_model_is_told(tmp_path):
+    rows = tmp_path / "x.jsonl"
+    rows.write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [1, 2], "labels": [-100, -100]}\n')
+    done = CliRunner().invoke(app, ["plan", str(rows), "--global-batch", "1", "--cache", str(tmp_path / "c"), "--json"])
+    assert json.loads(done.stdout)["batches"] == 1
+    assert "1 left out" in done.stderr
+    with pytest.raises(ChunkflowError, match="is a file; give a model's folder"):
+        open_model(str(rows))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ChunkflowError, match=r"for random weights give .*config\.json"):
+        open_model(str(tmp_path))

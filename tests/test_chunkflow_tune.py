@@ -71,3 +71,9 @@ def test_what_cannot_be_measured(tmp_path):
         tune(str(tmp_path / "absent"), cap_bytes=1, longest=64, chunk_tokens=[16], retain=[1])
     with pytest.raises(ChunkflowError, match="dtype is 'int8'"):
         tune("x", cap_bytes=1, longest=64, chunk_tokens=[16], retain=[1], dtype="int8")
+
+
+def test_a_fit_without_time_a_token_names_no_pair_cost():
+    lost = CostModel(OpTime(1e-3, 0.0, 1e-10, 0.0, 9), OpTime(2e-3, 0.0, 2e-10, 0.0, 9))
+    assert "pair_cost not measurable" in str(lost)
+    assert f"pair_cost {COST.pair_cost:.3g}" in str(COST)

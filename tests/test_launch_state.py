@@ -284,3 +284,15 @@ def test_parameters_that_are_not_trained_are_declared_never_to_change():
     assert given["model.1.weight"].tensor.data_ptr() == model[1].weight.data_ptr()
     assert given.keys() == state.state_dict().keys()
     assert sum(isinstance(value, TensorProvider) for value in given.values()) == 1
+
+
+def test_a_job_whose_data_has_no_position():
+    model = nn.Linear(2, 1)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    state.step = 3
+    saved = state.state_dict()
+    other = nn.Linear(2, 1)
+    back = TrainState(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    back.load_state_dict(saved)
+    assert back.step == 3
+    assert torch.equal(other.weight, model.weight)

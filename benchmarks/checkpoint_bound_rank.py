@@ -1,4 +1,4 @@
-"""One rank of `benchmarks.checkpoint_bound`: it computes, and a thread does one part of a save beside it.
+"""One rank of `benchmarks.checkpoint_bound`: it trains, and a thread does one part of a save beside it.
 
 python -m benchmarks.checkpoint_bound_rank RANK FOLDER OPTIONS        (started by benchmarks.checkpoint_bound)
 """
@@ -21,9 +21,11 @@ import torch.distributed as dist
 import xxhash
 
 from benchmarks.checkpoint_raw import PART_BYTES, warm_buffers
+from benchmarks.checkpoint_state import Work, smollm
 
 RANKS = 2
-WINDOW_S = 2.0
+TOKENS = 128
+"""Of a step and rank, as in `benchmarks.checkpoint --only blocked`."""
 SECTOR = 512
 Part = Callable[[int, int], object]
 PARTS = ("nothing", "copy", "hash", "write", "copy and hash", "copy, hash and write", "hash and write in place")
@@ -59,28 +61,23 @@ def parts(source: torch.Tensor, fd: int) -> dict[str, Part]:
     return dict(zip(PARTS, (lambda i, at: None, copy, hash_, write, copied, everything, in_place), strict=True))
 
 
-def work_beside(part: Part, num_bytes: int, compute: Callable[[], None]) -> int:
-    """Return how often `compute` ran in a window in which a thread did `part` once for every piece."""
+def step_beside(part: Part, num_bytes: int, work: Work) -> float:
+    """Return the seconds of a training step at whose beginning a thread begins to do `part` once for every piece.
+
+    As with a save, the parameters are updated once the thread has done everything.
+    """
     thread = threading.Thread(target=lambda: [part(i, at) for i, at in enumerate(range(0, num_bytes, PART_BYTES))])
-    end, count = time.perf_counter() + WINDOW_S, 0
+    began = time.perf_counter()
     thread.start()
-    while time.perf_counter() < end:
-        compute()
-        count += 1
-    thread.join()
-    return count
+    work.step(thread.join)
+    return time.perf_counter() - began
 
 
-def measure(rank: int, gb: float, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """Run every part in turn, round by round; return how much this rank has computed beside each."""
-    num_bytes = int(gb * 1e9) // PART_BYTES * PART_BYTES
+def measure(rank: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """Run every part in turn, round by round; return how long this rank's steps beside them were."""
+    work = smollm(rank, RANKS, tokens=TOKENS)
+    num_bytes = work.num_bytes // PART_BYTES * PART_BYTES
     source = torch.zeros(num_bytes + SECTOR, dtype=torch.uint8, device="cpu").fill_(3)
-    x, weight, wide = torch.randn(128, 576), torch.randn(576, 1536), torch.randn(128, 1536)
-
-    def compute() -> None:  # some 5 ms: a product, and work that is bound by memory, as in a step
-        torch.mm(x, weight)
-        torch.nn.functional.silu(wide)
-
     rows = []
     fd = os.open(folder / f"bytes-{rank}", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
     try:
@@ -88,8 +85,9 @@ def measure(rank: int, gb: float, rounds: int, folder: Path) -> list[dict[str, A
         for round_ in range(-1, rounds):  # one to warm up
             for name, part in parts(source, fd).items():
                 dist.barrier()
-                done = work_beside(part, num_bytes, compute)
-                rows += [{"rank": rank, "round": round_, "part": name, "done": done}] if round_ >= 0 else []
+                step_s = step_beside(part, num_bytes, work)
+                row = {"rank": rank, "round": round_, "part": name, "step_s": step_s, "num_bytes": num_bytes}
+                rows += [row] if round_ >= 0 else []
     finally:
         os.close(fd)
     return rows
@@ -104,7 +102,7 @@ def main() -> None:
         timeout=timedelta(seconds=120),
     )  # fmt: skip
     found: list[Any] = [None] * RANKS
-    dist.all_gather_object(found, measure(rank, options["gb"], options["rounds"], folder))
+    dist.all_gather_object(found, measure(rank, options["rounds"], folder))
     if rank == 0:
         lines = (json.dumps(row) + "\n" for rows in found for row in rows)
         (folder / "rows.jsonl").write_text("".join(lines))

@@ -129,9 +129,9 @@ class TorchCheckpointing(Blocking):
         self.future.result()
 
     def load(self, folder: Path, step: int) -> None:
-        """Read."""
-        loaded = self.manager.load(str(folder), {"state": self.work.state_dict()})
-        self.copy(loaded["state"])
+        """Read into the live tensors."""
+        with torch.no_grad():
+            self.manager.load(str(folder), {"state": self.work.state_dict()})
 
     def close(self) -> None:
         """End its process."""

@@ -123,7 +123,8 @@ def test_what_does_not_fit_is_told(tmp_path):
 
 def test_arrays_of_numpy_come_back_as_they_were_or_are_refused(tmp_path):
     arrays = {
-        "scalar": np.array(5.0), "turned": np.arange(6).reshape(2, 3).T, "back": np.arange(3)[::-1], "one": np.uint32(7),
+        "scalar": np.array(5.0), "turned": np.arange(6).reshape(2, 3).T, "back": np.arange(3)[::-1],
+        "one": np.uint32(7),
         "read-only": np.frombuffer(b"1234", dtype=np.int32), "none": np.zeros((0, 2)),
     }  # fmt: skip
     state, other = torchsnapshot.StateDict(arrays=arrays), torchsnapshot.StateDict(arrays=None)

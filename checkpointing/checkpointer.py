@@ -26,6 +26,7 @@ from checkpointing.restore import restore
 from checkpointing.retention import Keep, KeepLast
 from checkpointing.save import SaveJob
 from checkpointing.state import State
+from checkpointing.storage import is_store
 from checkpointing.storage.local import LocalStorage
 from checkpointing.tiers import Mirror
 
@@ -90,9 +91,10 @@ class Checkpointer:
         self._committer = Committer(self._folder, config.keep)
         self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
+        self._closing = False
         # At exit too: a save in flight is finished, others may not have read rank 0's last answer, and a failed save
         # must not go unheard.
-        self._end = weakref.finalize(self, _at_exit, self._engine, self._owed, config.timeout_s)
+        self._end = weakref.finalize(self, _at_exit, self._engine, self._owed, self._committer, config.timeout_s)
         self._control.begin("opening the checkpointer")
 
         def join() -> dict[str, str]:
@@ -193,12 +195,20 @@ class Checkpointer:
         self._close(self._config.timeout_s)
 
     def _close(self, timeout_s: float) -> None:
-        if self._end.detach() is None or self._engine.is_forked():
+        if not self._end.alive or self._engine.is_forked():
             return
-        self._engine.close(timeout_s)
-        owed = self._owed_error()
-        if self._committer.mirror is not None:
-            self._committer.mirror.close(timeout_s)
+        self._closing = True
+        try:
+            self._engine.close(timeout_s)
+            lacks = self._committer.end(timeout_s)
+        except BaseException:  # Ctrl-C, say: what is left is done at exit, where it is said what became of it
+            if self._end.detach() is not None:
+                limit = min(timeout_s, _AFTER_ERROR_S)
+                self._end = weakref.finalize(self, _at_exit, self._engine, self._owed, self._committer, limit)
+            raise
+        if self._end.detach() is None:  # another thread closes, too
+            return
+        owed = self._owed_error() or lacks  # what the second tier lacks is in the log as well
         if owed is not None:
             raise owed
 
@@ -213,7 +223,7 @@ class Checkpointer:
             # What ended the block may be a lost rank, with which no save in flight can be finished; and it is not seen
             # before this returns.
             timeout_s = min(timeout_s, _AFTER_ERROR_S)
-            if not self._engine.idle(0):
+            if not self._engine.is_forked() and not self._engine.idle(0):
                 told = str(error).partition("\n")[0]
                 _log.error("%s: %s; ending within %g s the save in flight", type(error).__name__, told, timeout_s)
         try:
@@ -224,7 +234,7 @@ class Checkpointer:
             _log.error("%s", owed)  # what ended the block is the one to raise
 
     def _check_open(self, what: str) -> None:
-        if not self._end.alive:
+        if self._closing or not self._end.alive:
             raise CheckpointError(f"{what}: this checkpointer is closed; make another")
         if self._engine.is_forked():
             raise CheckpointError(f"{what}: this process was forked from the one that made the checkpointer")
@@ -238,7 +248,7 @@ class Checkpointer:
 def _local(path: str | os.PathLike[str]) -> Path:
     if not os.fspath(path):
         raise CheckpointError("the folder is an empty text; give the folder that checkpoints go to")
-    if "://" in os.fspath(path):
+    if is_store(path):
         raise CheckpointError(f"{path} is no folder; save into a folder, and give {path} as its mirror")
     return Path(path).absolute()
 
@@ -276,11 +286,11 @@ def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:
     return bodies
 
 
-def _at_exit(engine: Engine, owed: list[SaveHandle], timeout_s: float) -> None:
+def _at_exit(engine: Engine, owed: list[SaveHandle], committer: Committer, timeout_s: float) -> None:
     if engine.is_forked():
         return
     engine.close(timeout_s)
-    for handle in owed:
-        error = handle.take_unheard()
+    lacks = committer.end(timeout_s)
+    for error in (*(handle.take_unheard() for handle in owed), lacks):
         if error is not None:
             _log.error("%s", error)

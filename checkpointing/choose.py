@@ -6,10 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from checkpointing import manifest as manifests
 from checkpointing.commit import Committer
 from checkpointing.control import Control, told_as
 from checkpointing.errors import CheckpointError, IntegrityError, VersionError
@@ -45,7 +47,8 @@ class Chooser:
     @told_as(CheckpointError, "rank 0: ")
     def first(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Answer with the checkpoint to try, or that there is none."""
-        candidates = sorted({*self._folder.candidates(), *self._second_candidates()})
+        second = self._second_candidates()
+        candidates = sorted({*self._folder.candidates(), *(self._not_left(second) if self._step is None else second)})
         if self._step is not None and self._step not in candidates:
             there = candidates or "none"
             raise CheckpointError(f"there is no step {self._step} in {self._folder.root}; there are: {there}")
@@ -68,6 +71,27 @@ class Chooser:
         skipped = [(str(self._folder.at(step)), self._set_aside(*one)) for one in self._skipped for step in one[:1]]
         return [{"step": self._trying, "right": True, "skipped": skipped}] * len(bodies)
 
+    def _not_left(self, steps: Sequence[int]) -> list[int]:
+        """Return the steps of the second tier without those that the run went back behind.
+
+        They are newer than all that is here, and no newer than what was set aside here and still stands there.
+        """
+        here = [step for step in self._folder.candidates() if self._folder.has_manifest(step)]
+        aside = [step for step, place in self._folder.aside() if step in steps and here and self._is_there(step, place)]
+        left = range(max(here) + 1, max(aside) + 1) if aside else ()
+        return [step for step in steps if step not in left]
+
+    def _is_there(self, step: int, place: Path) -> bool:
+        """Return whether the second tier has, as a step, what was set aside here."""
+        assert self._second is not None
+        own, there = place / manifests.FILE_NAME, self._second.at(step) / manifests.FILE_NAME
+        try:
+            return self._folder.storage.read(own) == self._second.storage.read(there)
+        except FileNotFoundError:
+            return False
+        except OSError:  # then it cannot be copied either
+            return True
+
     def _second_candidates(self) -> list[int]:
         """Return the steps of the second tier; none when it cannot be reached and the first one has checkpoints."""
         if self._second is None:
@@ -80,6 +104,14 @@ class Chooser:
             _log.warning("restoring without the second tier, %s: %s", self._second.root, error)
             self._second = None
             return []
+
+    def _second_has(self, step: int) -> bool:
+        """Return whether the second tier has a step; not, and it is said, where it cannot be reached any more."""
+        try:
+            return self._second is not None and self._second.has_manifest(step)
+        except OSError as error:
+            _log.warning("%s cannot be looked at: %s", self._second and self._second.at(step), error)
+            return False
 
     def _next(self) -> dict[str, Any]:
         while self._left:
@@ -104,7 +136,7 @@ class Chooser:
 
     def _failed(self, step: int, reason: str, damaged: bool) -> None:
         """Try the copy in the second tier, if there is one, once; else pass the step over."""
-        has_copy = self._second is not None and self._second.has_manifest(step)
+        has_copy = self._second_has(step)
         if damaged and has_copy and self._folder.has_manifest(step) and step not in self._healed:
             self._healed.add(step)
             _log.warning("%s; taking the copy in %s", reason, self._second and self._second.root)
@@ -119,7 +151,7 @@ class Chooser:
 
     def _fetch(self, step: int) -> None:
         """Bring a step from the second tier, verified; not when neither has it. Raises IntegrityError."""
-        if self._second is None or not self._second.has_manifest(step):
+        if self._second is None or not self._second_has(step):
             return
         try:
             copy_step(self._second, self._folder, step, self._control.alive)

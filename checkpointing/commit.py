@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Committer:
         """The step a restore was asked to go back to: newer ones are set aside once the run goes on from there."""
         self.mirror: Mirror | None = None
         """The second tier."""
+        self._went_back: int | None = None
 
     @told_as(SaveError, "rank 0: ")
     def open(self, step: int, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -86,13 +87,25 @@ class Committer:
 
     def tidy(self) -> None:
         """Clear away what a durable save leaves behind; what fails here is told, and fails nothing."""
+        back, self._went_back = self._went_back, None
         if self.mirror is not None:
+            if back is not None:
+                self.mirror.leave_newer(back, self._run_id)
             self.mirror.copy(self._step)
         for chore in (self._release, self._point_latest, self._prune, self._clear_leftovers, self._clear_request):
             try:
                 chore()
             except OSError as error:
                 _log.warning("after the save of step %d: %s: %s", self._step, chore.__name__.strip("_"), error)
+
+    def end(self, timeout_s: float) -> SaveError | None:
+        """Wait for the copies to the second tier; return what that lacks then."""
+        try:
+            if self.mirror is not None:
+                self.mirror.close(timeout_s)
+        except SaveError as error:
+            return error
+        return None
 
     def abandon(self, *, remove: bool) -> None:
         """Give up the save in hand. `remove` its folder only when no rank can be writing in it any more."""
@@ -198,7 +211,7 @@ class Committer:
             for step, found in self._folder.committed().items():
                 if step > self.back_to and found.run_id == self._run_id:
                     self._folder.set_aside(step, "aside")
-            self.back_to = None
+            self._went_back, self.back_to = self.back_to, None
 
     def _publish(self) -> None:
         place = self._folder.at(self._step)
@@ -234,10 +247,9 @@ class Committer:
         for step in plan_pruning(self._keep, intact, self.known_bad, saved=self._step):
             if step in copying:  # it goes after a later save
                 continue
-            # Renamed first: a checkpoint is whole or absent while it is deleted, too.
-            gone = self._folder.at(step).with_name(f"step-{step}.{self._nonce()}")
-            self._storage.rename(self._folder.at(step), gone)
-            self._storage.remove_tree(gone)
+            place = self._folder.at(step)
+            with _warned(place):
+                self._storage.remove_committed(place, place.with_name(f"{place.name}.{self._nonce()}"))
 
     def _clear_leftovers(self) -> None:
         for path in self._folder.leftovers(self._run_id):
@@ -248,10 +260,20 @@ class Committer:
             if lock is None:  # another process of this run is writing in it
                 continue
             try:
-                self._storage.remove_tree(path)
+                with _warned(path):
+                    self._storage.remove_tree(path)
             finally:
                 self._storage.close(lock)
 
     def _clear_request(self) -> None:
         if self._requested:
             self._storage.remove_file(self._folder.root / REQUEST)
+
+
+@contextmanager
+def _warned(path: Path) -> Iterator[None]:
+    """Say what cannot be removed, and go on with what else there is: one folder must not fill the disk with others."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s cannot be removed: %s", path, error)

@@ -38,12 +38,14 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if not self.timeout_s > 0:
-            raise CheckpointError(f"timeout_s is {self.timeout_s}; it must be more than 0")
+        if not 0 < self.timeout_s <= 1e8:
+            raise CheckpointError(f"timeout_s is {self.timeout_s}; it must be more than 0, and at most 1e8")
         if self.busy not in get_args(Busy):
             raise CheckpointError(f"busy is {self.busy!r}; choose one of {', '.join(get_args(Busy))}")
-        if self.staging_bytes < 4 * PIECE_BYTES:
-            raise CheckpointError(f"staging_bytes is {self.staging_bytes}; it must be at least {4 * PIECE_BYTES}")
+        if type(self.staging_bytes) is not int or self.staging_bytes < 4 * PIECE_BYTES:
+            raise CheckpointError(
+                f"staging_bytes is {self.staging_bytes}; it must be at least {4 * PIECE_BYTES}, an int"
+            )
         if not 1 <= self.flush_threads <= self.hurried_threads:
             raise CheckpointError(
                 f"flush_threads is {self.flush_threads} and hurried_threads {self.hurried_threads}; at least 1 thread "

@@ -68,8 +68,9 @@ def _numbers(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, int]:
     max_abs = max_rel = 0.0
     different = 0
     for at in range(0, a.numel(), _PART):
-        x, y = _wide(a[at : at + _PART]), _wide(b[at : at + _PART])
-        same = (x == y) | (x.isnan() & y.isnan())
+        own, other = a[at : at + _PART], b[at : at + _PART]
+        x, y = _wide(own), _wide(other)
+        same = own == other if _are_integers(a, b) else (x == y) | (x.isnan() & y.isnan())
         different += int((~same).sum())
         gap = (x - y).abs().masked_fill(same, 0.0)
         scale = torch.maximum(x.abs(), y.abs())
@@ -91,6 +92,11 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(one, f"{name}.{own}" if name and own else name or own)
     else:
         yield name, value
+
+
+def _are_integers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether both hold integers of one dtype: large ones are no exact fp64."""
+    return a.dtype == b.dtype and not a.is_floating_point() and not a.is_complex()
 
 
 def _larger(a: float, b: float) -> float:

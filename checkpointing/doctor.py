@@ -6,10 +6,12 @@ import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
 from checkpointing.records import Manifest
+from checkpointing.storage.local import LocalStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +25,10 @@ class Finding:
 
 def examine(folder: Folder) -> Iterator[Finding]:
     """Yield findings on the file system and on what is in the folder. Leaves nothing behind."""
-    yield from _file_system(folder)
+    on_disk = isinstance(folder.storage, LocalStorage)
+    yield from _file_system(folder) if on_disk else _object_store(folder)
     found = yield from _checkpoints(folder)
-    if found:
+    if found and on_disk:
         size = sum(file.length for file in found[max(found)].files)
         space = os.statvfs(folder.root)
         free = space.f_bavail * space.f_frsize
@@ -59,6 +62,21 @@ def _file_system(folder: Folder) -> Iterator[Finding]:
     finally:
         storage.discard(first)
         storage.discard(second)
+
+
+def _object_store(folder: Folder) -> Iterator[Finding]:
+    """Try what a copy does: put an object that is not there yet, and read it; and remove it."""
+    storage: Any = folder.storage
+    path = folder.root / f"doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        storage.write_new(path, b"x")
+        try:
+            storage.read(path)
+        finally:
+            storage.remove_file(path)
+        yield Finding("ok", "objects can be written, read and removed")
+    except OSError as error:
+        yield Finding("problem", f"{folder.root}: {error.strerror}")
 
 
 def _checkpoints(folder: Folder) -> Iterator[Finding]:  # returns {step: Manifest}

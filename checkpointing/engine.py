@@ -55,9 +55,9 @@ class Engine:
 
         Raises StateError, the same on every rank, when this rank's state or step cannot be saved.
         """
-        self.fence()  # live memory is read by one save at a time
         job = SaveJob(what, step, SaveHandle(what, self.pool.hurry, self._stalled))
         try:
+            self.fence()  # live memory is read by one save at a time
             self._apply_policy(job)
             check_step(step)
             job.snapshot = self._snapshots.take(state)
@@ -66,6 +66,10 @@ class Engine:
             return job.handle
         except Exception as error:  # noqa: BLE001 - the other ranks are told first
             job.error = error
+        except BaseException as error:  # Ctrl-C, say; or the next call of this rank would be in the place of this one
+            job.error = SaveError(f"interrupted by {type(error).__name__}")
+            self.submit(job)
+            raise
         self.submit(job)
         if isinstance(job.error, StateError):
             job.handle.wait()

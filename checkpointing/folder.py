@@ -28,6 +28,7 @@ _Found = TypeVar("_Found", Manifest, Summary)
 REQUEST = "request"
 _MAX_STEP = 10**18
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
+_ASIDE = re.compile(r"step-(0|[1-9][0-9]{0,18})\.aside-[0-9a-f]{8}", re.ASCII)
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
 
 
@@ -58,6 +59,11 @@ class Folder:
         """Return every step that has a folder of the right name, oldest first, whatever is in it."""
         matches = (_STEP.fullmatch(name) for name in self.storage.names(self.root))
         return sorted(int(match[1]) for match in matches if match)
+
+    def aside(self) -> list[tuple[int, Path]]:
+        """Return what was set aside when a run went back behind it: the step, and its place now."""
+        matches = (_ASIDE.fullmatch(name) for name in self.storage.names(self.root))
+        return [(int(match[1]), self.root / match[0]) for match in matches if match]
 
     def leftovers(self, run_id: str) -> list[Path]:
         """Return what saves of this run have begun and not finished."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -33,38 +33,51 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def flatten(tree: Any, prefix: str = "", classes: Classes | None = None) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return (tensors by name, the tree as JSON with marks). Raises StateError naming what cannot be saved."""
+def flatten(
+    tree: Any, prefix: str = "", classes: Classes | None = None, taken: Container[str] = ()
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return (tensors by name, none of them `taken`; the tree as JSON with marks).
+
+    Raises StateError naming what cannot be saved.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    return tensors, _Encoder(tensors, classes or {}).encode(prefix, tree)
+    return tensors, _Encoder(tensors, classes or {}, taken).encode(prefix, tree)
 
 
 def unflatten(tree: Any, tensor: Callable[[str], torch.Tensor], classes: Classes | None = None) -> Any:
-    """Return the nested state; `tensor` gives a tensor by its name. Raises IntegrityError on unknown marks."""
+    """Return the nested state; `tensor` gives a tensor by its name. IntegrityError if `flatten` never gave it."""
+    try:
+        return _decode(tree, tensor, classes or {})
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise IntegrityError(
+            f"a nested state is not one this library writes: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _decode(tree: Any, tensor: Callable[[str], torch.Tensor], classes: Classes) -> Any:
     if isinstance(tree, list):
-        return [unflatten(item, tensor, classes) for item in tree]
+        return [_decode(item, tensor, classes) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if len(tree) == 1 and (mark := next(iter(tree))).startswith("$"):
         if mark not in _DECODERS:
             raise IntegrityError(f"unknown mark {mark!r} in a nested state; it needs a newer version of longrail")
-        return _DECODERS[mark](tree[mark], tensor, classes or {})
-    return {key: unflatten(item, tensor, classes) for key, item in tree.items()}
+        return _DECODERS[mark](tree[mark], tensor, classes)
+    return {key: _decode(item, tensor, classes) for key, item in tree.items()}
 
 
 class _Encoder:
-    def __init__(self, tensors: dict[str, torch.Tensor], classes: Classes) -> None:
-        self._tensors, self._classes = tensors, classes
+    def __init__(self, tensors: dict[str, torch.Tensor], classes: Classes, taken: Container[str]) -> None:
+        self._tensors, self._classes, self._taken = tensors, classes, taken
 
     def encode(self, path: str, value: Any) -> Any:
         if type(value) in _PLAIN:
             return value
         if isinstance(value, torch.Tensor):
             return {"$tensor": self._add(path, value)}
-        if isinstance(value, np.ndarray):
-            return {"$ndarray": self._add(path, torch.from_numpy(np.ascontiguousarray(value)))}
-        if isinstance(value, np.generic):
-            return {"$scalar": self._add(path, torch.from_numpy(np.asarray(value)))}
+        if type(value) in (np.ndarray, np.memmap) or isinstance(value, np.generic):
+            mark = "$scalar" if isinstance(value, np.generic) else "$ndarray"
+            return {mark: self._add(path, _of_numpy(path, np.asarray(value)))}
         if type(value) in (dict, OrderedDict):
             return self._dict(path, value)
         if type(value) is list:
@@ -110,11 +123,21 @@ class _Encoder:
 
     def _add(self, path: str, tensor: torch.Tensor) -> str:
         name, count = path or "tensor", 1
-        while name in self._tensors:
+        while name in self._tensors or name in self._taken:
             count += 1
             name = f"{path}#{count}"
         self._tensors[name] = tensor
         return name
+
+
+def _of_numpy(path: str, value: np.ndarray) -> torch.Tensor:
+    try:  # writable, as torch wants it; without a copy where that can be
+        return torch.from_numpy(np.require(value, requirements=("C", "W")))
+    except (TypeError, ValueError):
+        raise StateError(
+            f"{path or 'the state'!r} is a numpy array of {value.dtype}, which no tensor has; make it a tensor, or "
+            "a list"
+        ) from None
 
 
 def _known(name: Any, classes: Classes) -> type:
@@ -125,12 +148,12 @@ def _known(name: Any, classes: Classes) -> type:
 
 def _make(pair: Any, tensor: Callable[[str], torch.Tensor], classes: Classes) -> Any:
     made = object.__new__(_known(pair[0], classes))
-    vars(made).update(unflatten(pair[1], tensor, classes))
+    vars(made).update(_decode(pair[1], tensor, classes))
     return made
 
 
 def _pairs(pairs: Any, tensor: Callable[[str], torch.Tensor], classes: Classes) -> list[tuple[Any, Any]]:
-    return [(unflatten(key, tensor, classes), unflatten(item, tensor, classes)) for key, item in pairs]
+    return [(_decode(key, tensor, classes), _decode(item, tensor, classes)) for key, item in pairs]
 
 
 def _dtype(name: Any, *_: Any) -> torch.dtype:
@@ -144,7 +167,7 @@ _DECODERS: dict[str, Callable[[Any, Callable[[str], torch.Tensor], Classes], Any
     "$tensor": lambda name, tensor, _: tensor(name),
     "$ndarray": lambda name, tensor, _: tensor(name).numpy(),
     "$scalar": lambda name, tensor, _: tensor(name).numpy()[()],
-    "$tuple": lambda items, tensor, classes: tuple(unflatten(items, tensor, classes)),
+    "$tuple": lambda items, tensor, classes: tuple(_decode(items, tensor, classes)),
     "$size": lambda items, *_: torch.Size(items),
     "$set": lambda items, *_: set(items),
     "$bytes": lambda text, *_: base64.b64decode(text),

@@ -32,8 +32,7 @@ def prune_run(folder: Folder, keep: int, *, dry_run: bool, read: Callable[[int],
         return [*gone, *left]
     for name in gone:
         aside = f"{name}.tmp-{'0' * 8}-{uuid.uuid4().hex[:8]}"
-        folder.storage.rename(folder.root / name, folder.root / aside)  # whole or absent, also while it is deleted
-        folder.storage.remove_tree(folder.root / aside)
+        folder.storage.remove_committed(folder.root / name, folder.root / aside)
     return [*gone, *(name for name in left if _remove_unlocked(folder, name))]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
@@ -246,4 +246,8 @@ def _may_change(provider: Provider, owned: Owned) -> bool:
 
 
 def _provider(value: Any) -> Provider:
-    return TensorProvider(value) if isinstance(value, torch.Tensor) else value
+    one = TensorProvider(value) if isinstance(value, torch.Tensor) else value
+    if type(one) is not TensorProvider or isinstance(one.tensor, DTensor):
+        return one
+    # Detached: memory put into the tensor from here on (`.data = ...`) is another's, and this one is kept alive.
+    return replace(one, tensor=one.tensor.detach())

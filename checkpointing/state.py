@@ -75,7 +75,7 @@ def flatten(named: Named) -> FlatState:
         if isinstance(value, torch.Tensor):
             _check_tensor(name, value)
             providers[name] = TensorProvider(value)
-        elif isinstance(value, Provider):
+        elif isinstance(value, TensorProvider) or isinstance(value, Provider):  # noqa: SIM101 - the second asks for its dtype
             providers[name] = _check_provider(name, value)
         else:
             values[name] = encode(name, value)

@@ -6,6 +6,7 @@ by piece, and becomes visible only when it is whole: by a rename, or by its mani
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import uuid
@@ -24,6 +25,7 @@ from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
 
 _READ_BYTES = 8 * 2**20
+_log = logging.getLogger("checkpointing")
 
 
 class Mirror:
@@ -33,7 +35,7 @@ class Mirror:
         self.first, self.second = first, Folder(*open_storage(second))
         if isinstance(self.second.storage, LocalStorage) and self.second.root.resolve() == first.root.resolve():
             raise CheckpointError(f"the mirror {second} is the folder of the run itself; give another one")
-        self._jobs: queue.Queue[int | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._errors: list[CheckpointError] = []
         self._pending: list[int] = []
         self._thread = threading.Thread(target=self._serve, name="checkpoint-mirror", daemon=True)
@@ -41,8 +43,28 @@ class Mirror:
 
     def copy(self, step: int) -> None:
         """Copy a committed step, some time soon."""
+
+        def job() -> None:
+            try:
+                copy_step(self.first, self.second, step)
+            finally:
+                self._pending.remove(step)
+
         self._pending.append(step)
-        self._jobs.put(step)
+        behind = len(self._pending)
+        if behind >= 4 and not behind & (behind - 1):  # at 4, 8, 16, ...
+            _log.warning("%s is %d checkpoints behind; they stay in the first tier meanwhile", self.second.root, behind)
+        self._jobs.put((f"step {step}", job))
+
+    def leave_newer(self, step: int, run_id: str) -> None:
+        """Set aside what is newer than a step that its run went back to, or a restart would go on from it."""
+
+        def job() -> None:
+            for other in self.second.candidates():
+                if other > step and self.second.has_manifest(other) and self.second.summary(other).run_id == run_id:
+                    self.second.set_aside(other, "aside")
+
+        self._jobs.put((f"going back to step {step}", job))
 
     def pending(self) -> frozenset[int]:
         """Return the steps that are not copied yet: they must stay."""
@@ -60,18 +82,22 @@ class Mirror:
         """Raise what went wrong since the last call. Raises SaveError."""
         errors, self._errors[:] = list(self._errors), []
         if errors:
-            raise SaveError(f"the second tier lacks a checkpoint: {'; '.join(map(str, errors))}") from errors[0]
+            more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+            raise SaveError(f"the second tier lacks a checkpoint: {'; '.join(map(str, errors[:3]))}{more}") from errors[
+                0
+            ]
 
     def _serve(self) -> None:
-        while (step := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None:
+            what, work = job
             try:
-                copy_step(self.first, self.second, step)
-            except CheckpointError as error:
-                self._errors.append(error)
-            except OSError as error:
-                self._errors.append(SaveError(f"step {step} to {self.second.root}: {error}"))
-            finally:
-                self._pending.remove(step)
+                work()
+            except Exception as error:  # noqa: BLE001 - whatever it is: later steps are copied, and it is told
+                told = (
+                    error if isinstance(error, CheckpointError) else SaveError(f"{what} to {self.second.root}: {error}")
+                )
+                _log.error("the second tier: %s", told)  # the close that raises it may be weeks away
+                self._errors.append(told)
 
 
 def copy_step(source: Folder, dest: Folder, step: int, alive: Callable[[], None] = lambda: None) -> Path:

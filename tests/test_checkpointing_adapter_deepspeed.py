@@ -134,17 +134,50 @@ def rank_seam(info, root):
     again.save({"module": {"w": weight}}, path.replace("global_step5", "global_step6"))
     again.is_decoupled()
     again.cleanup()
-    return loaded, told
+    return loaded, told, refused_and_alone(LongrailCheckpointEngine(), CheckpointCommitInfo, root, info.rank)
+
+
+def refused_and_alone(engine, info_of, root, rank):
+    """A checkpoint of which one file is refused, on rank 0; then a lone model for other tools, which rank 0 writes."""
+    from checkpointing.errors import CheckpointError
+
+    told, place = [], f"{root}-2"
+    for step in (7, 8):
+        engine.create(info_of(f"global_step{step}", place, True))
+        try:
+            engine.save({"module": {"w": torch.ones(70_000)}}, f"{place}/global_step{step}/r{rank}_model_states.pt")
+            odd = {"client": object()} if (rank, step) == (0, 7) else {"client": 1}
+            engine.save(odd, f"{place}/global_step{step}/r{rank}_optim_states.pt")
+            engine.is_decoupled()
+            engine._finish()  # as the next `create` does
+        except CheckpointError as error:
+            told.append(str(error))
+        engine.is_decoupled()  # as the next `step` asks; what was refused is not begun in part
+        engine.commit(engine.get_commit_info())
+    alone = info_of("global_step9", place, False)
+    engine.create(alone)
+    if rank == 0:
+        engine.save({"w": torch.ones(3).bfloat16()}, f"{place}/pytorch_model.bin")
+    engine.commit(alone)
+    engine.is_decoupled()
+    engine.cleanup()
+    return told
 
 
 def test_the_seam_step_waits_for_the_copy_and_latest_for_the_disk(tmp_path):
     results = run_ranks(rank_seam, 2, str(tmp_path / "ds"), timeout_s=150, fresh=True, env=ENV)
-    for rank, (loaded, error) in enumerate(results):
+    for rank, (loaded, error, refused) in enumerate(results):
+        assert len(refused) == 1
+        assert "save of step 7 failed: rank 0: " in refused[0]
+        assert "client' is of type builtins.object" in refused[0]
         assert loaded["optimizer_state_dict"]["betas"] == (0.9, 0.99)
         assert same(loaded["optimizer_state_dict"]["w"], torch.full((300, 100), float(rank)))
         assert "step-5 exists already, and a save never overwrites" in error
     manifests = [json.loads((tmp_path / "ds" / f"step-{step}" / "manifest.json").read_text()) for step in (5, 6)]
     assert manifests[0]["run_id"] == manifests[1]["run_id"]  # retention counts them together
+    second = tmp_path / "ds-2"
+    assert sorted(path.name for path in second.iterdir()) == ["global_step8", "latest", "pytorch_model.bin", "step-8"]
+    assert same(torch.load(second / "pytorch_model.bin"), {"w": torch.ones(3).bfloat16()})
 
 
 class Trap:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torchsnapshot
@@ -109,5 +110,31 @@ def test_what_does_not_fit_is_told(tmp_path):
         with pytest.raises(CheckpointError, match="'progress' was not saved for rank 0; there are: model"):
             checkpoints.restore(AppState({"model": app["model"], "progress": app["progress"]}))
     assert same(dict(app["model"].state_dict()), dict(before))
+    given = torchsnapshot.StateDict
+    for clash in (
+        {"a": given(b={"c": torch.ones(1)}), "a.b": given(c=torch.zeros(1))},
+        {"tree": given(x=torch.ones(1)), "x": given(n=1)},
+    ):
+        with pytest.raises(StateError, match="and another key both have something called"):
+            AppState(clash).state_dict()
     with pytest.raises(StateError, match="'n' is of type int, without state_dict"):
         AppState({"n": 3})
+
+
+def test_arrays_of_numpy_come_back_as_they_were_or_are_refused(tmp_path):
+    arrays = {
+        "scalar": np.array(5.0), "turned": np.arange(6).reshape(2, 3).T, "back": np.arange(3)[::-1],
+        "one": np.uint32(7),
+        "read-only": np.frombuffer(b"1234", dtype=np.int32), "none": np.zeros((0, 2)),
+    }  # fmt: skip
+    state, other = torchsnapshot.StateDict(arrays=arrays), torchsnapshot.StateDict(arrays=None)
+    with Checkpointer(tmp_path, group=SINGLE) as checkpoints:
+        checkpoints.save(1, AppState({"numbers": state})).wait()
+        checkpoints.restore(AppState({"numbers": other}))
+        for bad in (np.array(["x"]), np.str_("x"), np.array([1], dtype=">i4"), np.ma.array([1, 2], mask=[0, 1])):
+            with pytest.raises(StateError, match=r"'numbers\.arrays\.bad' is (a numpy array of|of type numpy)"):
+                AppState({"numbers": torchsnapshot.StateDict(arrays={"bad": bad})}).state_dict()
+    for name, array in arrays.items():
+        back = other["arrays"][name]
+        assert (type(back), back.dtype, back.shape) == (type(array), array.dtype, array.shape)
+        assert np.array_equal(back, array)

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from checkpointing import SINGLE, Checkpointer
 from checkpointing.adapters.transformers import CheckpointCallback
@@ -89,3 +90,41 @@ def test_a_trainer_resumes_bit_by_bit(tmp_path, ranks):
             assert same(a, b)
         assert ours[2] == theirs[2]  # the whole curve, that of the steps before included
         assert order == other
+
+
+class Scored(Trainer):
+    """Its evaluations say what they are told to."""
+
+    scores: ClassVar = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 10: 2.7, 12: 2.9}
+
+    def evaluate(self, *args, **kwargs):
+        metrics = {"eval_score": self.scores[self.state.global_step]}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_what_the_trainer_makes_of_an_evaluation_is_saved(tmp_path, strategy):
+    """The best metric, and how long a callback has been waiting for a better one: known only behind the evaluation."""
+
+    def made(stop):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=stop, eval_strategy="steps", eval_steps=2,
+            save_strategy=strategy, save_steps=2, metric_for_best_model="score", greater_is_better=False, report_to=[],
+            disable_tqdm=True, per_device_train_batch_size=1, logging_strategy="no",
+            restore_callback_states_from_checkpoint=True,
+        )  # fmt: skip
+        callback = CheckpointCallback(tmp_path / "checkpoints")
+        callbacks = [callback, EarlyStoppingCallback(early_stopping_patience=3)]
+        trainer = Scored(tiny_model(), arguments, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks)
+        return trainer, callback.resume_from(trainer)
+
+    trainer, start = made(6)
+    assert start is None
+    trainer.train()
+    trainer, start = made(14)
+    assert start.endswith("checkpoint-6" if strategy == "steps" else "checkpoint-4")
+    trainer.train(resume_from_checkpoint=start)
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (1.0, 4)
+    assert trainer.state.global_step == 10  # three evaluations behind the best one
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

@@ -158,6 +158,13 @@ def test_diff_counts_and_measures(saved, tmp_path):
     assert len(run_json("diff", f"{saved}@10", tmp_path / "b", "--only", "run.p*", ok=(1,))) == 1
 
 
+def test_diff_sees_what_fp64_cannot_tell_apart(tmp_path):
+    for name, number in (("a", 2**53), ("b", 2**53 + 1)):
+        torch.save({"n": torch.tensor([number, 3])}, tmp_path / f"{name}.pt")
+    (found,) = run_json("diff", tmp_path / "a.pt", tmp_path / "b.pt", ok=(1,))
+    assert (found["name"], found["kind"], found["different"]) == ("n", "numbers", 1)
+
+
 def test_diff_reads_any_two_formats(saved, tmp_path):
     run("restore", saved, tmp_path / "a.pt", "--format", "torch")
     assert run("diff", saved, tmp_path / "a.pt")[0] == 0

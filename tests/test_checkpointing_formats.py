@@ -11,10 +11,10 @@ import torch
 
 from checkpointing import SINGLE, Checkpointer
 from checkpointing.convert import save_source
-from checkpointing.errors import CheckpointError, FormatError
+from checkpointing.errors import CheckpointError, FormatError, IntegrityError
 from checkpointing.formats import detect, open_source, write_target
 from checkpointing.formats.base import FILES
-from tests.flat_states import same
+from tests.flat_states import Flat, same
 from tests.spawn import ROOT
 from tests.tiny import tiny_model
 
@@ -80,6 +80,10 @@ def test_a_large_hugging_face_folder_has_shards_and_an_index(tmp_path, monkeypat
     write_target("hf", open_source(tmp_path / "hf"), tmp_path / "back")
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     assert same(read(tmp_path / "back")[1], read(tmp_path / "hf")[1])
+    (tmp_path / "snapshot").mkdir()  # as the Hub's cache has them
+    for file in (tmp_path / "hf").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert same(read(tmp_path / "snapshot")[1], read(tmp_path / "hf")[1])
     one = next((tmp_path / "back").glob("model-00002*"))
     one.unlink()
     with pytest.raises(FormatError, match=f"names {one.name}, which is missing"):
@@ -104,6 +108,14 @@ def test_torch_files_keep_their_structure(tmp_path):
     assert back["n"] == (1, [2.5])
     optimizer.load_state_dict(back["opt"])
     assert same(back["net"], dict(state["net"]))
+
+
+def test_a_tensor_may_be_called_as_we_call_the_tree(tmp_path):
+    state = {"tree": torch.ones(3), "tree.x": 1, "a": {"tree": torch.zeros(2)}}
+    torch.save(state, tmp_path / "a.pt")
+    save_source(open_source(tmp_path / "a.pt"), tmp_path / "run", 1, lambda _: None)
+    write_target("torch", open_source(tmp_path / "run"), tmp_path / "b.pt")
+    assert same(torch.load(tmp_path / "b.pt"), state)
 
 
 def test_dcp_in(tmp_path):
@@ -293,6 +305,51 @@ def test_places_outside_of_the_folder_are_refused(tmp_path):
     (tmp_path / "h" / "x.safetensors").write_bytes(b"")
     with pytest.raises(FormatError, match="not a file in the folder"):
         read(tmp_path / "h")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/{tmp}/evil", "..", "", "a/b", "a\0b"])
+def test_small_files_are_written_into_the_folder_and_nowhere_else(tmp_path, name):
+    state = {"w": torch.ones(3), f"{FILES}{name.format(tmp=tmp_path)}": torch.ones(4, dtype=torch.uint8)}
+    with Checkpointer(tmp_path / "run", group=SINGLE) as ckpt:
+        ckpt.save(1, Flat(state)).wait()
+    with pytest.raises(FormatError, match="does not name a file in the folder"):
+        write_target("hf", open_source(tmp_path / "run"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        ("torch", {"w": torch.ones(3), "tree": {"$tuple": 5}}),
+        ("torch", {"w": torch.ones(3), "tree": {"$tensor": "another"}}),
+        ("dcp", {"w": torch.ones(3), "tree": {"$bytes": 5}}),
+        ("torchsnapshot", {"w": torch.ones(3), "tree": {"$set": [[1]]}}),
+        ("deepspeed", {"model.w": torch.ones(3), "optim.w.exp_avg": torch.ones(3), "deepspeed": {"groups": 5}}),
+        ("deepspeed", {"model.w": torch.ones(3), "optim_groups": [{"params": ["another"]}]}),
+    ],
+)
+def test_odd_contents_are_one_clear_error(tmp_path, kind, state):
+    with Checkpointer(tmp_path / "run", group=SINGLE) as ckpt:
+        ckpt.save(1, Flat(state)).wait()
+    with pytest.raises((FormatError, IntegrityError), match=r"is not one this library writes|cannot be written as"):
+        write_target(kind, open_source(tmp_path / "run"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("entry", [{"shape": [10**15]}, {"shape": ["x"]}, {"byte_range": [0, 10**15]}, {"location": 5}])
+def test_odd_entries_of_another_tool_are_one_clear_error(tmp_path, entry):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "file").write_bytes(b"12345678")
+    whole = {
+        "type": "Tensor",
+        "location": "file",
+        "serializer": "buffer_protocol",
+        "dtype": "torch.uint8",
+        "shape": [8],
+    }
+    (tmp_path / "s" / ".snapshot_metadata").write_text(json.dumps({"manifest": {"0/x": whole | entry}}))
+    with pytest.raises(FormatError):
+        write_target("torch", open_source(tmp_path / "s"), tmp_path / "x.pt")
 
 
 def test_what_no_format_is(tmp_path):

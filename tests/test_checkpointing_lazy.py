@@ -103,6 +103,21 @@ def test_save_returns_before_anything_is_written_and_the_fence_before_anything_i
     assert same(restored(tmp_path), before)
 
 
+def test_memory_put_into_a_tensor_while_it_is_saved_is_not_what_is_saved(tmp_path, gate):
+    """As by `model.to(...)`; what was there is kept until it is copied."""
+    train = Training()
+    train.weight.data = torch.randn(8 * BIG)  # more than the buffers hold
+    train.optimizer.state.clear()
+    with Checkpointer(tmp_path, **SETTINGS) as ckpt:
+        train.step()
+        expected = train.weight.detach().clone()
+        handle = ckpt.save(1, {"run": Flat({"weight": train.weight})})
+        train.weight.data = torch.zeros(3)
+        gate.set()
+        handle.wait()
+    assert same(restored(tmp_path)["weight"], expected)
+
+
 def test_the_fence_waits_while_slabs_are_short(tmp_path, gate):
     with Checkpointer(tmp_path, **SETTINGS) as ckpt:
         run = Training()

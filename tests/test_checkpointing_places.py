@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -180,3 +181,40 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
 def test_a_mirror_that_is_no_place_is_refused_at_once(tmp_path, mirror):
     with pytest.raises(CheckpointError, match="is neither a folder nor s3://bucket/prefix"):
         Checkpointer(tmp_path / "run", group=SINGLE, mirror=mirror)
+
+
+def test_a_close_that_is_interrupted_can_be_made_again(tmp_path, monkeypatch, caplog):
+    sync, goes_on = LocalStorage.sync, threading.Event()
+    monkeypatch.setattr(LocalStorage, "sync", lambda self, fd: (goes_on.wait(30), sync(self, fd)))
+    ckpt = Checkpointer(tmp_path, group=SINGLE)
+    handle = ckpt.save(1, Flat({"a": torch.ones(BIG)}))
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        ckpt.close()
+    with pytest.raises(CheckpointError, match="closed"):
+        ckpt.save(2, Flat({"a": 1}))
+    assert not handle.is_over
+    goes_on.set()
+    with caplog.at_level("INFO", logger="checkpointing"):
+        ckpt.close()
+    assert ckpt.steps() == [1]
+    assert "finished on the way out" in caplog.text
+    ckpt.close()
+
+
+def test_a_folder_inside_of_a_checkpoint_keeps_nothing_else_on_the_disk(tmp_path, caplog):
+    with Checkpointer(tmp_path, group=SINGLE, keep=KeepLast(1)) as ckpt:
+        for step in range(4):
+            place: Path = ckpt.save(step, Flat({"a": torch.ones(BIG)})).wait()
+            assert ckpt._engine.idle(20)
+            (place / "0-results").mkdir()
+            (place / "0-results" / "scores.txt").write_text("kept")
+    assert "cannot be removed" in caplog.text
+    assert [path.parent.name for path in tmp_path.rglob("*.safetensors")] == ["step-3"]
+    assert len([*tmp_path.rglob("scores.txt")]) == 4
+
+
+@pytest.mark.parametrize("settings", [{"timeout_s": float("inf")}, {"timeout_s": 1e10}, {"staging_bytes": 2e9}])
+def test_settings_no_wait_or_buffer_could_have_are_refused(tmp_path, settings):
+    with pytest.raises(CheckpointError, match=f"{next(iter(settings))} is .*; it must be"):
+        Checkpointer(tmp_path, group=SINGLE, **settings)

@@ -58,6 +58,28 @@ class Unready(Flat):
         raise RuntimeError("the state is not ready")
 
 
+class Interrupted(Flat):
+    def state_dict(self):
+        raise KeyboardInterrupt
+
+
+def rank_interrupted(info, path):
+    with Checkpointer(path, timeout_s=20) as ckpt:
+        told = ""
+        try:
+            ckpt.save(1, Interrupted({}) if info.rank else Flat({"a": 1})).wait()
+        except (CheckpointError, KeyboardInterrupt) as error:
+            told = f"{type(error).__name__}: {error}"
+        ckpt.save(2, Flat({"a": 2})).wait()
+        return told, ckpt.steps()
+
+
+def test_a_rank_that_is_interrupted_tells_the_others_and_stays_in_step_with_them(tmp_path):
+    first, second = run_ranks(rank_interrupted, 2, tmp_path)
+    assert first == ("SaveError: save of step 1 failed: rank 1: interrupted by KeyboardInterrupt", [2])
+    assert second == ("KeyboardInterrupt: ", [2])
+
+
 def test_a_rank_that_fails_staging_fails_the_save_on_all(tmp_path):
     start = time.monotonic()
     first, second = run_ranks(save_each, 2, tmp_path, [Flat({"a": 1}), Unready({})], 4)

@@ -18,7 +18,6 @@ import re
 import threading
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -104,7 +103,14 @@ class LongrailCheckpointEngine(CheckpointEngine):
         if self._info is None or self._files is None:
             raise StateError(f"{path} is saved outside of save_checkpoint; DeepSpeed calls create first")
         name = os.path.relpath(path, self._info.save_dir)
-        self._files |= _providers(name, state_dict)
+        if os.path.basename(name) == name:  # of `save_16bit_model`: below no tag, and for other tools
+            _write_model(Path(path), state_dict)
+            return
+        try:
+            self._files |= _providers(name, state_dict)
+        except StateError as error:  # what there is so far is no checkpoint, and the other ranks wait for this one
+            self._begin(error)
+            raise
 
     def is_decoupled(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """DeepSpeed's own word for "does not stop training".
@@ -121,7 +127,7 @@ class LongrailCheckpointEngine(CheckpointEngine):
 
     def commit(self, info: CheckpointCommitInfo | None) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Wait, before an optimizer step, until everything is copied."""
-        self._info = None
+        self._info = self._files = None  # there are files only behind `save_16bit_model`, which has written its own
         for run in self._runs.values():
             run.fence()
         return True
@@ -131,7 +137,10 @@ class LongrailCheckpointEngine(CheckpointEngine):
         mark = _read_mark(Path(path))
         if mark is None:
             return _load_plain(path, map_location)
-        root = Path(path).absolute().parents[len(Path(mark["file"]).parts) - 1]
+        place, file = Path(path).absolute(), Path(mark["file"])
+        if place.parts[-len(file.parts) :] != file.parts:
+            raise IntegrityError(f"{path} says that it is {mark['file']}; was it moved?")
+        root = place.parents[len(file.parts) - 1]
         folder = Folder(root, LocalStorage())
         found = folder.inspect(mark["step"])
         tree = found.values.get(f"{_FILE}{mark['file']}")
@@ -160,13 +169,13 @@ class LongrailCheckpointEngine(CheckpointEngine):
         """Only what a tensor shows is written, so DeepSpeed need not clone it first."""
         return False
 
-    def _begin(self) -> None:
+    def _begin(self, refused: StateError | None = None) -> None:
         assert self._info is not None
         assert self._files is not None
         root, files, self._files = Path(self._info.save_dir).absolute(), self._files, None
         run, match = self._runs[root], _STEP.fullmatch(self._info.tag)
         step = int(match[1]) if match else max(run.steps(), default=-1) + 1
-        handle = run.save(step, _Files(files))
+        handle = run.save(step, _Files(files, refused))  # raises what is refused, on every rank
         tag = self._info.tag if self._latest else None
         # No daemon: the interpreter waits for it at exit, or a durable checkpoint would have no `latest`.
         after = threading.Thread(target=_publish, args=(handle, root, step, tag), name="deepspeed-latest")
@@ -184,10 +193,12 @@ class LongrailCheckpointEngine(CheckpointEngine):
 class _Files:
     """What DeepSpeed saved on this rank, as a state."""
 
-    def __init__(self, files: dict[str, Any]) -> None:
-        self._files = files
+    def __init__(self, files: dict[str, Any], refused: StateError | None) -> None:
+        self._files, self._refused = files, refused
 
     def state_dict(self) -> dict[str, Any]:
+        if self._refused is not None:
+            raise self._refused
         return self._files
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -214,12 +225,15 @@ def _providers(file: str, state: Any) -> dict[str, Any]:
 
 def _publish(handle: SaveHandle, root: Path, step: int, tag: str | None) -> None:
     """Once the save is durable: the files DeepSpeed looks for, and last of all `latest`."""
-    with suppress(CheckpointError):  # raised by the next save, or the end
+    try:
         handle.wait()
-        try:
-            _write_marks(root, step, tag)
-        except OSError as error:
-            _log.error("%s is durable, but its files for DeepSpeed cannot be written: %s", root / f"step-{step}", error)
+    except CheckpointError as error:
+        _log.error("%s", error)  # raised by the next save, or by `destroy`, if there will be one
+        return
+    try:
+        _write_marks(root, step, tag)
+    except (CheckpointError, OSError) as error:
+        _log.error("%s is durable, but its files for DeepSpeed cannot be written: %s", root / f"step-{step}", error)
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
@@ -230,9 +244,12 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
     finally:
         storage.close(fd)
     try:
-        return json.loads(head[:count])[_MARK]
-    except (ValueError, KeyError, TypeError):
+        mark = json.loads(head[:count])[_MARK]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    if not isinstance(mark, dict) or type(mark.get("step")) is not int or not isinstance(mark.get("file"), str):
+        raise IntegrityError(f"{path} does not say which checkpoint it belongs to; it is damaged")
+    return mark
 
 
 def _load_plain(path: str, map_location: Any) -> Any:
@@ -259,6 +276,19 @@ def _write_marks(root: Path, step: int, tag: str | None) -> None:
     if tag is not None:
         _write(storage, root / "latest", tag.encode())
         storage.sync_folder(root)
+
+
+def _write_model(path: Path, state_dict: Any) -> None:
+    """Write a model as DeepSpeed's own engine does, and as tools that read `pytorch_model.bin` expect it; durable."""
+    storage, new = LocalStorage(), path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        torch.save(state_dict, new)
+        storage.sync_tree(new)
+        storage.rename(new, path)
+        storage.sync_folder(path.parent)
+    except BaseException:
+        storage.discard(new)
+        raise
 
 
 def _write(storage: LocalStorage, path: Path, data: bytes) -> None:

@@ -44,8 +44,10 @@ class AppState:
         for key, part in self._parts.items():
             name = self._name(key)
             tensors, tree = flatten(part.state_dict(), name)
-            out |= tensors
-            out[f"{TREES}{name}"] = tree
+            whole = {**tensors, f"{TREES}{name}": tree}
+            if both := out.keys() & whole.keys():
+                raise StateError(f"{key!r} and another key both have something called {min(both)!r}; choose other keys")
+            out |= whole
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -40,7 +40,8 @@ class CheckpointCallback(TrainerCallback):
     """Saves when the Trainer would, while training goes on. Every rank makes one.
 
     The arguments are those of `Checkpointer`. For one process and for DDP. When `train` returns, saves are durable, or
-    what went wrong was raised.
+    what went wrong was raised. Give it the Trainer by `resume_from`: else it saves as soon as it hears of an
+    evaluation, and what the Trainer makes of that (the best metric, `save_strategy="best"`) is not in the save.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class CheckpointCallback(TrainerCallback):
         every rank holds the state once more meanwhile. Raises what `Checkpointer.restore` raises.
         """
         self._trainer = trainer
+        # Behind an evaluation the Trainer notes the best metric, and callbacks what they count, once all have heard.
+        trainer._save_checkpoint = self._instead
         found = _Collected()
         info = self._opened().restore(found)
         if info is None:
@@ -117,7 +120,18 @@ class CheckpointCallback(TrainerCallback):
         if checkpoints is not None:
             checkpoints.close()
 
+    def _instead(self, model: torch.nn.Module, trial: Any) -> None:
+        """What the Trainer calls where it would save."""
+        trainer, self._due = self._trainer, True
+        assert trainer is not None
+        self._save_if_due(
+            trainer.args, trainer.state, model=trainer.model, optimizer=trainer.optimizer,
+            lr_scheduler=trainer.lr_scheduler,
+        )  # fmt: skip
+
     def _take_over(self, control: TrainerControl) -> None:
+        if self._trainer is not None:
+            return
         self._due, control.should_save = self._due or control.should_save, False
 
     def _opened(self) -> Checkpointer:
@@ -224,6 +238,8 @@ def _write_folder(place: Path, state: Mapping[str, Any]) -> None:
     storage = LocalStorage()
     new = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}")
     storage.make_folders(new)
+    # Copies: what was restored is cut from common pieces, which `torch.save` writes whole, or refuses for their dtypes.
+    state = {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in state.items()}
     values = {name: unflatten(value, state.__getitem__) for name, value in state.items() if _is_value(name, value)}
     model = {name.removeprefix("model."): one for name, one in state.items() if name.startswith("model.")}
     whole = {name: one.clone().contiguous() for name, one in model.items()}

@@ -117,7 +117,7 @@ class Target:
 def of_tree(kind: str, path: Path, tree: Any, classes: Classes | None = None) -> Source:
     """Make a source of a nested state that is in memory. Raises FormatError on what cannot be a checkpoint."""
     try:
-        tensors, encoded = flatten(tree, classes=classes)
+        tensors, encoded = flatten(tree, classes=classes, taken=(TREE,))
     except StateError as error:
         raise FormatError(f"{path}: {error}") from error
     return Source(kind, path, {name: Lazy.of(tensor) for name, tensor in tensors.items()}, {TREE: encoded})

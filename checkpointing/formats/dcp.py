@@ -46,7 +46,12 @@ def read(path: Path, step: int | None) -> Source:
         if isinstance(what, records.TensorStorageMetadata):
             tensors[name] = _lazy(path, metadata, name, what)
         else:
-            _add_value(tensors, values, name, load(_slice(path, metadata, name, None), where=f"{path}: {name!r}"))
+            value = load(_slice(path, metadata, name, None), where=f"{path}: {name!r}")
+            try:
+                found, values[name] = flatten(value, name, taken=metadata.state_dict_metadata)
+            except StateError as error:
+                raise FormatError(f"value {name!r}: {error}") from error
+            tensors |= {inner: Lazy.of(tensor) for inner, tensor in found.items()}
     return Source("dcp", path, tensors, values)
 
 
@@ -112,15 +117,6 @@ def _slice(path: Path, metadata: records.Metadata, name: str, offset: torch.Size
     finally:
         storage.close(fd)
     return io.BytesIO(data)
-
-
-def _add_value(tensors: dict[str, Lazy], values: dict[str, Any], name: str, value: Any) -> None:
-    try:
-        found, encoded = flatten(value, name)
-    except StateError as error:
-        raise FormatError(f"value {name!r}: {error}") from error
-    tensors |= {f"{inner}#value" if inner in tensors else inner: Lazy.of(tensor) for inner, tensor in found.items()}
-    values[name] = encoded
 
 
 def _text(*parts: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from checkpointing.errors import FormatError
+from checkpointing.errors import CheckpointError, FormatError
 from checkpointing.formats.base import Source, Target
+from checkpointing.storage import is_store
 from checkpointing.storage.local import LocalStorage
 
 FORMATS: dict[str, str] = {
@@ -54,7 +56,8 @@ def open_source(path: Path | str, *, step: int | None = None) -> Source:
     kind = detect(path)
     if step is not None and kind not in ("longrail", "deepspeed"):
         raise FormatError(f"{path} is a {kind} checkpoint, which has no steps; leave out @{step}")
-    return _module(kind).read(path, step)
+    with _told(f"{path} cannot be read as a {kind} checkpoint"):
+        return _module(kind).read(path, step)
 
 
 def write_target(
@@ -71,18 +74,33 @@ def write_target(
     Raises FormatError when `dest` exists or the format cannot hold the source.
     """
     storage = LocalStorage()
+    if is_store(dest):
+        raise FormatError(f"{dest} is no folder; write to one, and copy that there")
     if dest.exists() or dest.is_symlink():
         raise FormatError(f"{dest} exists already and nothing is overwritten; choose another destination")
     storage.make_folders(dest.absolute().parent)
     tmp = dest.with_name(f"{dest.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        _module(kind).write(source, Target(tmp, world_size, note, wrote))
+        with _told(f"{source.path} cannot be written as {kind}"):
+            _module(kind).write(source, Target(tmp, world_size, note, wrote))
         storage.sync_tree(tmp)
         storage.rename(tmp, dest)
         storage.sync_folder(dest.absolute().parent)
     except BaseException:
         storage.discard(tmp)
         raise
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Say in one line what odd contents have led to: they may be anybody's."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), "")
+        raise FormatError(f"{what}: {type(error).__name__}: {why}") from error
 
 
 def _of_file(path: Path) -> str:

@@ -42,6 +42,7 @@ def write(source: Source, target: Target) -> None:
     names = model_names(source)
     if not names:
         raise FormatError(f"{source.path} has no tensors named model.*; there is no model to write")
+    others = {name: _file_name(source, name) for name in source.tensors if name.startswith(FILES)}
     shards = list(_shards(source, names))
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
@@ -54,11 +55,18 @@ def write(source: Source, target: Target) -> None:
         total = sum(_num_bytes(source, name) for name in names.values())
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         storage.write_new(target.path / _INDEX, index_text.encode())
-    others = [name for name in source.tensors if name.startswith(FILES)]
-    for name in others:
-        storage.write_new(target.path / name.removeprefix(FILES), bytes(source.tensors[name].read().numpy()))
+    for name, file in others.items():
+        storage.write_new(target.path / file, bytes(source.tensors[name].read().numpy()))
     if f"{FILES}config.json" not in others:
         target.note("the checkpoint has no config.json and no tokenizer; copy them from the base model")
+
+
+def _file_name(source: Source, name: str) -> str:
+    """Return the name of a small file. Raises FormatError on one that would be written outside of the folder."""
+    file = name.removeprefix(FILES)
+    if not file or Path(file).name != file or file == ".." or "\0" in file:
+        raise FormatError(f"{source.path}: {name!r} does not name a file in the folder; nothing was written")
+    return file
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -66,7 +74,7 @@ def _weight_files(path: Path) -> list[Path]:
     if not index.exists():
         return sorted(path.glob("*.safetensors"))
     try:
-        names = sorted(set(json.loads(LocalStorage().read(index))["weight_map"].values()))
+        names = sorted(set(json.loads(LocalStorage().read(index.resolve()))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise FormatError(f"{index} is not an index of weights: {error}") from error
     for name in names:
@@ -95,7 +103,7 @@ def _other_files(path: Path) -> dict[str, Lazy]:
     for file in sorted(path.iterdir()):
         small = file.is_file() and file.stat().st_size <= _OTHER_BYTES
         if small and not file.name.startswith(".") and file.suffix not in _WEIGHTS and file.name != _INDEX:
-            data = bytearray(LocalStorage().read(file))
+            data = bytearray(LocalStorage().read(file.resolve()))  # in the Hub's cache all are links
             tensor = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
             found[f"{FILES}{file.name}"] = Lazy.of(tensor)
     return found

@@ -11,7 +11,7 @@ import io
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def read(path: Path, step: int | None) -> Source:
     shards: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     try:
         for key, entry in manifest.items():
-            name = _name(key, {*tensors, *values}, entry)
+            name = _name(key, (tensors, values), entry)
             if name is not None:
                 _add(path, name, entry, tensors, values, shards)
         for name, parts in shards.items():
@@ -88,12 +88,12 @@ def write(source: Source, target: Target) -> None:
     target.wrote(sum(tensor.numel() * tensor.element_size() for tensor in flat.values() if torch.is_tensor(tensor)))
 
 
-def _name(key: str, taken: set[str], entry: Mapping[str, Any]) -> str | None:
+def _name(key: str, taken: Iterable[Container[str]], entry: Mapping[str, Any]) -> str | None:
     rank, *parts = key.split("/")
     if entry["type"] in _CONTAINERS or not parts:
         return None
     name = ".".join(unquote(part) for part in parts)
-    if name not in taken or entry["type"] == "ShardedTensor":
+    if not any(name in names for names in taken) or entry["type"] == "ShardedTensor":
         return name
     return None if entry.get("replicated") else f"rank{int(rank)}.{name}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ from checkpointing.storage.local import LocalStorage
 _STORES = ("s3", "gs", "az")
 
 
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Return whether a text means an object store, also one of which a `Path` has taken a slash: `s3:/bucket/run`."""
+    scheme, separator, _ = os.fspath(path).partition(":/")
+    return "://" in os.fspath(path) or bool(separator and scheme in _STORES)
+
+
 def open_storage(text: str) -> tuple[Path, Any]:
     """Return (root, storage) of a path, or of `s3://bucket/prefix` (needs `pip install longrail[s3]`).
 
     Raises CheckpointError on what is neither.
     """
-    scheme, separator, rest = text.partition(":/")
-    is_store = rest.startswith("/") and scheme in _STORES and rest.strip("/")
-    if not is_store and ("://" in text or (separator and scheme in _STORES)):
+    scheme, _, rest = text.partition(":/")
+    whole = rest.startswith("/") and scheme in _STORES and rest.strip("/")
+    if not whole and is_store(text):
         raise CheckpointError(f"{text!r} is neither a folder nor s3://bucket/prefix (or gs://, az://)")
     if "://" not in text:
         return Path(text).absolute(), LocalStorage()

@@ -120,9 +120,15 @@ class LocalStorage:
         if path.is_symlink():
             os.unlink(path)
             return
-        for entry in list(os.scandir(path)):
+        # Files first: a folder that someone put there must not keep what is ours on a disk that fills up.
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.is_dir(follow_symlinks=False)):
             os.unlink(entry.path)
         os.rmdir(path)
+
+    def remove_committed(self, path: Path, aside: Path) -> None:
+        """Remove a checkpoint that is whole or absent meanwhile, too: it has the name `aside` while it is removed."""
+        self.rename(path, aside)
+        self.remove_tree(aside)
 
     def write_new(self, path: Path, data: bytes) -> None:
         """Write a small file that is not there yet, and return when its bytes are on the device."""

@@ -113,8 +113,54 @@ class ObjectStorage:
 
     def write_new(self, path: Path, data: bytes) -> None:
         """Put a small object that is not there yet."""
+        for again in (True, False):  # a connection that was cut may have done it
+            try:
+                with _as_os_error(path):
+                    self._store.put(self._key(path), data, mode="create")
+                return
+            except FileExistsError:
+                if self.read(path) != data:
+                    raise
+                return
+            except OSError:
+                if not again:
+                    raise
+
+    def remove_file(self, path: Path) -> None:
+        """Remove an object."""
         with _as_os_error(path):
-            self._store.put(self._key(path), data, mode="create")
+            self._store.delete(self._key(path))
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove the objects of a folder, the manifest first: without it the others are no checkpoint."""
+        first, rest = self._by_kind(path)
+        for keys in filter(None, (first, rest)):
+            with _as_os_error(path):
+                self._store.delete(keys)
+
+    def remove_committed(self, path: Path, aside: Path) -> None:
+        """Remove a checkpoint that is whole or absent meanwhile, too."""
+        self.remove_tree(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give the objects of a folder other names, the manifest last; the store copies them, S3 up to 5 GB each."""
+        first, rest = self._by_kind(old)
+        for key in (*rest, *first):
+            with _as_os_error(old):
+                self._store.copy(key, f"{self._key(new)}/{key.rpartition('/')[2]}")
+        self.remove_tree(old)
+
+    def sync_folder(self, path: Path) -> None:
+        """Names are durable when they are there."""
+
+    def lock(self, path: Path) -> None:
+        """There are no locks: nobody can tell."""
+
+    def _by_kind(self, path: Path) -> tuple[list[str], list[str]]:
+        """Return the objects of a folder: the manifest and its like, and the data files."""
+        keys = [f"{self._key(path)}/{name}" for name in self.names(path)]
+        data = [key for key in keys if key.endswith(".safetensors")]
+        return [key for key in keys if key not in data], data
 
     def make_folders(self, path: Path) -> None:
         """Folders are parts of names here."""
@@ -127,13 +173,13 @@ class ObjectStorage:
 @contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
     """Turn obstore's errors into the OSErrors that callers know."""
-    from obstore.exceptions import BaseError
+    from obstore.exceptions import AlreadyExistsError, BaseError
 
     try:
         yield
     except FileNotFoundError as error:  # obstore's NotFoundError is one, without a number
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-    except FileExistsError as error:
+    except (FileExistsError, AlreadyExistsError) as error:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
     except (BaseError, ValueError) as error:
         raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from chunkflow.chat import Chat, checked_messages
-from chunkflow.errors import SourceError
+from chunkflow.errors import NoTokenizerError, SourceError
 from chunkflow.index import Row
 from chunkflow.tokenizing import Pair, Text
 
@@ -50,7 +50,7 @@ def item_of(name: str, values: Mapping[str, Any], field: str, tokenizer: PreTrai
 
 def _require(tokenizer: PreTrainedTokenizerBase | None, name: str, what: str) -> None:
     if tokenizer is None:
-        raise SourceError(f"{name}: {what}, and no tokenizer was given; give one, or lines with input_ids")
+        raise NoTokenizerError(f"{name}: {what}, and no tokenizer was given; give one, or records with input_ids")
 
 
 def _require_text(name: str, field: str, text: Any) -> None:

@@ -68,6 +68,11 @@ class FromDataset(StoredSource):
         field: str = "text",
         progress: Progress | None = None,
     ) -> None:
+        if dataset.format["type"] == "custom":
+            raise SourceError(
+                "the data set has a transform that runs as rows are read (set_transform), and tokens are stored once; "
+                "use map in its place"
+            )
         if len(dataset) == 0:
             raise SourceError("the data set has 0 rows; there is nothing to train on")
         plain = dataset.with_format("arrow")

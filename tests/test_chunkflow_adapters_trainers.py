@@ -244,9 +244,16 @@ def test_lora_equals_whole_sequences():
     assert furthest(weights_of(ours), weights_of(with_lora())) > 1e-3
 
 
-def test_prompts_before_every_sequence_are_refused():
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("PromptTuningConfig", {"num_virtual_tokens": 3}, "is PROMPT_TUNING, which puts tokens or keys"),
+        ("AdaLoraConfig", {"total_step": 100, "target_modules": ["q_proj"]}, "is ADALORA, which adds a loss"),
+        ("LoraConfig", {"alora_invocation_tokens": [3, 4], "target_modules": ["q_proj"]}, "begins at certain tokens"),
+    ],
+)
+def test_methods_that_do_more_than_change_weights_are_refused(kind, settings, message):
     peft = pytest.importorskip("peft", reason="the extra [peft] is not installed")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = peft.get_peft_model(tiny_model(), config)
-    with pytest.raises(UnsupportedModelError, match=r"PEFT adapter 'default' is PROMPT_TUNING"):
+    model = peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
+    with pytest.raises(UnsupportedModelError, match=rf"PEFT adapter 'default' .*{message}"):
         ChunkRunner(model, group=SINGLE)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkflow.attention.base import Scoring, Span, merge
 from chunkflow.attention.dropout import BLOCK, AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
+from chunkflow.attention.flash_cuda import FlashCuda
+from chunkflow.attention.function import choose_backend
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
 from chunkflow.attention.tiles import PREFIX_BLOCK, Tile, prefix_blocks
@@ -112,3 +115,41 @@ def test_dropout_mask_of_a_pair_does_not_depend_on_the_tile():
     assert abs((whole == 0).double().mean() - 0.3) < 0.01
     other = AttentionDropout(0.3, seed=1, sample=2, layer=4).keep(2, 0, size, 0, size, like)
     assert not torch.equal(whole, other)
+
+
+class Calls(TorchDispatchMode):
+    """Every operator that is called, with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tile", [Tile(64, 96, 64, 96, causal=True), Tile(64, 96, 0, 64)], ids=["own", "prefix"])
+def test_the_kernels_for_cuda_are_called_for_dense_rows_and_give_every_shape(tile):
+    """On tensors without memory. An empty tensor of cumulative lengths would be taken for packed rows, and fail."""
+    q = torch.empty(2, 3, 32, 16, dtype=torch.bfloat16, device="meta")
+    k, v = (torch.empty(2, tile.key_stop - tile.key_start, 16, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    with Calls() as calls:
+        out, lse = FlashCuda().forward(q, k, v, tile=tile, how=Scoring(0.25))
+        grads = FlashCuda().backward(out, q, k, v, out, lse, tile=tile, how=Scoring(0.25))
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    arguments = calls.seen[torch.ops.aten._scaled_dot_product_flash_attention_backward.default]
+    assert arguments[6:8] == (None, None)
+    assert arguments[11] == tile.causal
+
+
+def test_heads_that_the_kernel_for_cuda_does_not_take(monkeypatch):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert isinstance(choose_backend(device, dtype, 64, plain=True), FlashCuda)
+    for width in (12, 100, 288):
+        assert isinstance(choose_backend(device, dtype, width, plain=True), Masked)
+    assert isinstance(choose_backend(device, torch.float32, 64, plain=True), Masked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert isinstance(choose_backend(device, dtype, 64, plain=True), Masked)

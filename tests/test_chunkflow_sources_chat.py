@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chunkflow.chat import Chat, encode_chat
+from chunkflow.chat import Chat, checked_messages, encode_chat
 from chunkflow.errors import SourceError
 from chunkflow.sources_jsonl import JsonLines
 from tests.tokenizers_fixture import tiny_tokenizer
@@ -110,6 +110,14 @@ def test_lines_of_conversations_and_completions(tmp_path):
     assert [(s.reason, s.count) for s in source.skipped] == [("no label is a target", 1)]
 
 
+def test_a_message_of_tool_calls_alone_and_an_empty_one_are_messages():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert checked_messages("x", "messages", [call, {"role": "user", "content": ""}]) == [
+        {key: value for key, value in call.items() if value is not None},
+        {"role": "user", "content": ""},
+    ]
+
+
 def test_another_chat_template_is_another_data_set(tmp_path):
     assert lines(tmp_path, [{"messages": TALK}], tokenizer(PLAIN)).manifest != (
         lines(tmp_path, [{"messages": TALK}], tokenizer(MARKED)).manifest
@@ -121,6 +129,14 @@ def test_another_chat_template_is_another_data_set(tmp_path):
     [
         ({"messages": "hi"}, r"x\.jsonl:1: 'messages' is 'hi'; it must be a list of messages"),
         ({"messages": []}, r"x\.jsonl:1: 'messages' is \[\]"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            r"x\.jsonl:1: message 0 of 'messages', of role 'user', has no content \(it is null or missing\)",
+        ),
+        (
+            {"prompt": TALK[:3], "completion": [{"role": "assistant", "content": None, "tool_calls": []}]},
+            r"x\.jsonl:1: message 0 of 'completion', of role 'assistant', has no content",
+        ),
         ({"messages": [{"content": "hi"}]}, r"x\.jsonl:1: 'messages' holds .*a message has a role"),
         ({"prompt": "a", "completion": 3}, r"x\.jsonl:1: 'prompt' is 'a'; it must be a list of messages"),
         ({"prompt": "a"}, r"x\.jsonl:1: 'completion' is missing beside \['prompt'\]; a record has both, or a 'text'"),

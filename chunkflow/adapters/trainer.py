@@ -108,12 +108,14 @@ class ChunkMixin(Trainer):
                 "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
             )
         self._require_cross_entropy()
+        self._require_no_predictions()
         found = self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
         self._same_steps(found.steps)
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """Return the evaluation's steps."""
+        self._require_no_predictions()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             assert isinstance(self.eval_dataset, dict)
@@ -159,6 +161,22 @@ class ChunkMixin(Trainer):
                 "whole sequences or pairs of them, such as DPO, are none): it cannot be trained exactly in chunks; "
                 "use a trainer without it"
             )
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ChunkflowError: there are no predictions."""
+        raise ChunkflowError(
+            "predict gives logits, and chunks keep none; evaluate gives the loss, a plain Trainer of the same model the "
+            "rest"
+        )
+
+    def _require_no_predictions(self) -> None:
+        """Raise ChunkflowError, naming it, where an evaluation is asked for more than the loss."""
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name, None) is not None:
+                raise ChunkflowError(
+                    f"{name} takes predictions, and chunks keep none: an evaluation gives the loss; leave it out, and "
+                    "find other metrics with a plain Trainer of the same model"
+                )
 
     def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
         # Several ranks: the loader takes its place from the default group, and so compares data and settings first.

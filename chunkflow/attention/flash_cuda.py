@@ -1,4 +1,4 @@
-"""Tiles by torch's flash attention for CUDA, fp16 and bf16. Not run on a GPU yet: only its shapes are tested.
+"""Tiles by torch's flash attention for CUDA, fp16 and bf16. Not run on a GPU yet: only its calls are tested.
 
 Hk key/value heads, G query heads per key/value head, n queries, m keys, D head width
 """
@@ -15,6 +15,17 @@ from chunkflow.attention.tiles import Tile
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+_DENSE, _NO_SEED = (None, None), (None, None)
+"""Cumulative lengths: any tensor there, even an empty one, would make it a call over packed rows. Seeds of dropout."""
+_MOST_WIDTH, _WIDTH_UNIT, _OLDEST = 256, 8, (8, 0)
+
+
+def can_run(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Tell whether the kernel takes heads of this width on this device; it pads none, and needs Ampere or newer."""
+    fits = dtype in (torch.float16, torch.bfloat16) and width <= _MOST_WIDTH and width % _WIDTH_UNIT == 0
+    return fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 class FlashCuda:
@@ -34,21 +45,18 @@ class FlashCuda:
         if tile.window is not None:
             return Masked().backward(dout, q, k, v, out, lse, tile=tile, how=how)
         queries, keys = _fold(q, tile), _fold_keys(q, k, v, tile)
-        unused = torch.empty(0, dtype=torch.int64, device=q.device)  # cumulative lengths, and the seed of dropout
         dq, dk, dv = _backward(
             _fold(dout, tile).contiguous(),
             queries,
             *keys,
             _fold(out.to(q.dtype), tile),
             _fold(lse, tile).contiguous(),
-            unused,
-            unused,
+            *_DENSE,
             queries.shape[2],
             keys[0].shape[2],
             0.0,
             tile.causal,
-            unused,
-            unused,
+            *_NO_SEED,
             scale=how.scale,
         )
         return _unfold(dq, q, tile), dk.sum(0), dv.sum(0)

@@ -91,8 +91,8 @@ def test_a_window_without_a_target_is_an_error_and_not_a_division_by_zero():
 
 
 def test_a_stream_of_nothing_is_an_error():
-    with pytest.raises(SourceError, match="gave no sample to train on .*it is empty"):
-        list(StreamLoader(lambda: [], None, chunk_tokens=8, global_batch=3, rank=0, world_size=1))
+    with pytest.raises(SourceError, match=r"gave no sample to train on .*it is empty"):
+        list(StreamLoader(list, None, chunk_tokens=8, global_batch=3, rank=0, world_size=1))
     once = iter(RECORDS)
     loader = StreamLoader(lambda: once, None, chunk_tokens=8, global_batch=3, rank=0, world_size=1)
     next(iter(loader))

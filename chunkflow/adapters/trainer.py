@@ -87,7 +87,8 @@ class ChunkMixin(Trainer):
     cross_entropy_of: tuple[type, ...] = (Trainer,)
     """Whose `compute_loss` is known to be the mean cross entropy of the targets."""
 
-    _accelerated: AcceleratedRunner | None = None
+    _accelerated: tuple[Any, type, AcceleratedRunner] | None = None
+    """The last model that was run, its class, and its runner."""
     _resumes: str | None = None
     """The checkpoint that `train` goes on from."""
     _plan: dict[str, Any] | None = None
@@ -165,8 +166,7 @@ class ChunkMixin(Trainer):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ChunkflowError: there are no predictions."""
         raise ChunkflowError(
-            "predict gives logits, and chunks keep none; evaluate gives the loss, a plain Trainer of the same model the "
-            "rest"
+            "predict gives logits, and chunks keep none; evaluate gives the loss, a plain Trainer of the model the rest"
         )
 
     def _require_no_predictions(self) -> None:
@@ -228,6 +228,8 @@ class ChunkMixin(Trainer):
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, self.num_examples(dataloader))
 
     def _runner(self, model: Any) -> AcceleratedRunner:
-        if self._accelerated is None:
-            self._accelerated = AcceleratedRunner(self.accelerator, model, retain=self.chunks.retain)
-        return self._accelerated
+        """Return the runner of a model: what was evaluated may be wrapped or sharded (in place) to be trained."""
+        if self._accelerated is None or self._accelerated[0] is not model or self._accelerated[1] is not type(model):
+            runner = AcceleratedRunner(self.accelerator, model, retain=self.chunks.retain)
+            self._accelerated = (model, type(model), runner)
+        return self._accelerated[2]

@@ -96,7 +96,7 @@ def survey(
 
 
 def _row(layout: Layout) -> tuple[float, ...]:
-    """Return chunks, their bound, groups, recomputed tokens, slowest rank, mean rank, the slowest's bound, idle ranks."""
+    """Return chunks, their bound, groups, recomputed tokens, slowest rank, mean rank, its bound, idle ranks."""
     loads = layout.loads
     bound = lower_bound_chunks(layout.lengths, chunk_tokens=layout.config.chunk_tokens)
     slowest = float(loads.max())

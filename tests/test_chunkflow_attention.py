@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow.attention.base import Scoring, Span, merge
+from chunkflow.attention.base import Scoring, Span, hidden_pairs, merge
 from chunkflow.attention.dropout import BLOCK, AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
-from chunkflow.attention.flash_cuda import FlashCuda
+from chunkflow.attention.flash_cuda import FlashCuda, window_left
 from chunkflow.attention.function import choose_backend
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
-from chunkflow.attention.tiles import PREFIX_BLOCK, Tile, prefix_blocks
+from chunkflow.attention.tiles import PREFIX_BLOCK, Tile, prefix_blocks, tiles_of
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.state import GroupState
 
@@ -129,19 +131,41 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("tile", [Tile(64, 96, 64, 96, causal=True), Tile(64, 96, 0, 64)], ids=["own", "prefix"])
+TILES = [Tile(64, 96, 64, 96, causal=True), Tile(64, 96, 0, 64), Tile(64, 80, 10, 40, window=48)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=["own", "prefix", "window"])
 def test_the_kernels_for_cuda_are_called_for_dense_rows_and_give_every_shape(tile):
     """On tensors without memory. An empty tensor of cumulative lengths would be taken for packed rows, and fail."""
-    q = torch.empty(2, 3, 32, 16, dtype=torch.bfloat16, device="meta")
-    k, v = (torch.empty(2, tile.key_stop - tile.key_start, 16, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    n, m = tile.query_stop - tile.query_start, tile.key_stop - tile.key_start
+    q = torch.empty(2, 3, n, 16, dtype=torch.bfloat16, device="meta")
+    k, v = (torch.empty(2, m, 16, dtype=torch.bfloat16, device="meta") for _ in "kv")
     with Calls() as calls:
         out, lse = FlashCuda().forward(q, k, v, tile=tile, how=Scoring(0.25))
         grads = FlashCuda().backward(out, q, k, v, out, lse, tile=tile, how=Scoring(0.25))
-    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
-    arguments = calls.seen[torch.ops.aten._scaled_dot_product_flash_attention_backward.default]
-    assert arguments[6:8] == (None, None)
-    assert arguments[11] == tile.causal
+    forward = calls.seen[torch.ops.aten._flash_attention_forward.default]
+    backward = calls.seen[torch.ops.aten._flash_attention_backward.default]
+    assert [t.shape for t in forward[:3]] == [(1, n, 6, 16), (1, m, 2, 16), (1, m, 2, 16)]
+    assert forward[3:9] == (None, None, n, m, 0.0, tile.causal)
+    assert [t.shape for t in backward[:6]] == [(1, n, 6, 16)] * 2 + [(1, m, 2, 16)] * 2 + [(1, n, 6, 16), (1, 6, n)]
+    assert backward[6:12] == (None, None, n, m, 0.0, tile.causal)
+
+
+@given(st.integers(0, 200), st.integers(1, 150), st.integers(1, 100))
+def test_windows_as_the_kernels_for_cuda_count_them(prefix, length, window):
+    """From the bottom right corner of a tile, as flash attention documents it."""
+    for tile in tiles_of(prefix, length, window):
+        n, m = tile.query_stop - tile.query_start, tile.key_stop - tile.key_start
+        rows, columns = torch.arange(n)[:, None] + m - n, torch.arange(m)
+        seen = columns <= rows if tile.causal else torch.ones(n, m, dtype=torch.bool)
+        left = window_left(tile)
+        if left is not None:
+            assert left >= 0  # below, the kernels would take it for no window
+            seen = seen & (columns >= rows - left)
+        hidden = hidden_pairs(tile, torch.device("cpu"))
+        assert torch.equal(seen, torch.ones_like(seen) if hidden is None else ~hidden)
 
 
 def test_heads_that_the_kernel_for_cuda_does_not_take(monkeypatch):

@@ -177,3 +177,25 @@ def test_heads_that_the_kernel_for_cuda_does_not_take(monkeypatch):
     assert isinstance(choose_backend(device, torch.float32, 64, plain=True), Masked)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert isinstance(choose_backend(device, dtype, 64, plain=True), Masked)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 7, 70])
+def test_the_kernels_for_cuda_equal_plain_products(window):
+    torch.manual_seed(0)
+    heads, per_head, n, prefix, width = 2, 3, 150, 100, 32
+    kind = {"dtype": torch.bfloat16, "device": "cuda"}
+    q, dout = (torch.randn(heads, per_head, n, width, **kind) for _ in "qd")
+    k, v = (torch.randn(heads, prefix + n, width, **kind) for _ in "kv")
+    found = []
+    for backend in (FlashCuda(), Masked()):
+        state = GroupState(capacity=prefix)
+        state.write(0, 0, k[:, :prefix], v[:, :prefix])
+        attention = SpanAttention(backend, Span(0, n, prefix, 0), state, 0, Scoring(0.2), window)
+        own = (q, k[:, prefix:], v[:, prefix:])
+        out, lse = attention.forward(*own)
+        grads = attention.backward(dout, *own, out.to(torch.bfloat16), lse)
+        found.append([out, lse, *grads, *state.gradient(0, 0, prefix)])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours.double() - plain.double()).abs().max() <= 3e-2 * max(1.0, plain.double().abs().max())

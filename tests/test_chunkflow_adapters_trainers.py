@@ -222,26 +222,28 @@ def test_accelerate_on_two_ranks():
         assert furthest(theirs, weights) < TOLERANCE
 
 
-def with_lora(seed=1):
+def with_lora(seed=1, **changes):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-    return get_peft_model(tiny_model(), config).train()
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False, **changes}
+    return get_peft_model(tiny_model(), LoraConfig(**settings)).train()
 
 
-def test_lora_equals_whole_sequences():
+@pytest.mark.parametrize("saved", [None, ["lm_head", "embed_tokens"]], ids=["adapters", "and a head of its own"])
+def test_lora_equals_whole_sequences(saved):
     pytest.importorskip("peft", reason="the extra [peft] is not installed")
-    whole, ours = with_lora(), with_lora()
+    whole, ours = (with_lora(modules_to_save=saved) for _ in "ab")
     losses = train_whole(whole, inner=whole.get_base_model())
     runner, optimizer = ChunkRunner(ours, retain=2, group=SINGLE), optimizer_of(ours)
     for batch, expected in zip(batches(retain=2), losses, strict=True):
         assert float(runner.forward_backward(batch)) == pytest.approx(expected, rel=1e-7)
-        assert all((p.grad is not None) == ("lora" in name) for name, p in ours.named_parameters())
+        trained = [name for name, p in ours.named_parameters() if p.grad is not None]
+        assert trained == [name for name, _ in ours.named_parameters() if "lora" in name or "modules_to_save" in name]
         optimizer.step()
         optimizer.zero_grad()
     assert furthest(weights_of(ours), weights_of(whole)) < 1e-7
-    assert furthest(weights_of(ours), weights_of(with_lora())) > 1e-3
+    assert furthest(weights_of(ours), weights_of(with_lora(modules_to_save=saved))) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -257,3 +259,9 @@ def test_methods_that_do_more_than_change_weights_are_refused(kind, settings, me
     model = peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
     with pytest.raises(UnsupportedModelError, match=rf"PEFT adapter 'default' .*{message}"):
         ChunkRunner(model, group=SINGLE)
+
+
+def test_an_adapter_on_the_output_projection_is_refused():
+    pytest.importorskip("peft", reason="the extra [peft] is not installed")
+    with pytest.raises(UnsupportedModelError, match="is a Linear of PEFT, and .* name it in modules_to_save"):
+        ChunkRunner(with_lora(target_modules=["lm_head", "q_proj"]), group=SINGLE)

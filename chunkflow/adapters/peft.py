@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 
 from chunkflow.errors import UnsupportedModelError
 
@@ -22,6 +23,19 @@ def base_of(model: Any) -> Any:
                 "weights, such as LoRA"
             )
     return model.get_base_model()
+
+
+def trained_head(head: Any) -> Any:
+    """Return the trained copy of an output projection that `modules_to_save` names.
+
+    Raises UnsupportedModelError on one with an adapter of its own: the loss takes its weight, and nothing else.
+    """
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.modules_to_save[head.active_adapters[0]] if head.active_adapters else head.original_module
+    raise UnsupportedModelError(
+        f"the output projection is a {type(head).__name__} of PEFT, and the loss of chunks takes a plain weight; leave "
+        "it out of target_modules and trainable_token_indices, or name it in modules_to_save"
+    )
 
 
 def _beyond_weights(model: Any, config: Any) -> str | None:

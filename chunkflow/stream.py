@@ -18,7 +18,7 @@ from chunkflow.overflow import apply_overflow, parse_overflow
 from chunkflow.plan import plan_step
 from chunkflow.prefetch import Prefetcher
 from chunkflow.records import StepBatch
-from chunkflow.records_raw import item_of
+from chunkflow.records_raw import item_of, of_table
 from chunkflow.sources import Sample, shifted
 from chunkflow.sources_memory import MemorySource
 from chunkflow.tokenizing import encode, tokenizer_digest
@@ -114,7 +114,7 @@ class StreamLoader:
 
         def items() -> Iterator[Any]:
             for number, values in enumerate(self._records()):
-                yield item_of(f"record {number}", values, self._field, self._tokenizer)
+                yield item_of(f"record {number}", of_table(values), self._field, self._tokenizer)
 
         for number, row in enumerate(encode(items(), self._tokenizer), start=1):
             reason = row.skip or why_skip(row)

@@ -263,5 +263,5 @@ def test_methods_that_do_more_than_change_weights_are_refused(kind, settings, me
 
 def test_an_adapter_on_the_output_projection_is_refused():
     pytest.importorskip("peft", reason="the extra [peft] is not installed")
-    with pytest.raises(UnsupportedModelError, match="is a Linear of PEFT, and .* name it in modules_to_save"):
+    with pytest.raises(UnsupportedModelError, match=r"is a Linear of PEFT, and .* name it in modules_to_save"):
         ChunkRunner(with_lora(target_modules=["lm_head", "q_proj"]), group=SINGLE)

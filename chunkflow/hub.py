@@ -22,11 +22,11 @@ def unreachable(name: str, kind: Literal["dataset", "model"]) -> str | None:
     Where it does not, what is in the cache can still be loaded (`local_files_only`).
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=_ASK_S)
-    except HfHubHTTPError:
+    except (HfHubHTTPError, HFValidationError):  # whoever loads it says what is wrong with the name
         return None
     except Exception as error:  # noqa: BLE001 (the network raises anything)
         return f"the Hub cannot be reached ({type(error).__name__}: {error}), and it is not in the cache"

@@ -1,6 +1,7 @@
 """transformers' Trainer, TRL's SFTTrainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
 
 import copy
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -105,6 +106,30 @@ def mean_loss(model):
     return total / count
 
 
+def train_one_epoch(folder, **changes):
+    trainer = ChunkTrainer(
+        model=tiny_model(dtype=torch.float32), args=arguments(folder, num_train_epochs=1, **changes),
+        train_dataset=rows(), eval_dataset=rows(), data_collator=collator(),
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]  # before the model is wrapped
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged, weights_of(trainer.model), (before, trainer.evaluate()["eval_loss"])
+
+
+def rank_of_trainer(info, folder):
+    with as_torchrun_has_it(info):
+        return train_one_epoch(folder, per_device_train_batch_size=2, ddp_backend="gloo")
+
+
+def test_trainer_on_two_ranks(tmp_path):
+    losses, weights, evaluations = train_one_epoch(tmp_path)
+    for ours, theirs, found in run_ranks(rank_of_trainer, 2, str(tmp_path)):
+        assert ours == pytest.approx(losses, abs=2e-4)
+        assert furthest(theirs, weights) < TOLERANCE
+        assert found == pytest.approx(evaluations, rel=TOLERANCE)
+
+
 def test_trainer_resumes_where_it_was(tmp_path):
     args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     whole = ChunkTrainer(
@@ -205,12 +230,22 @@ def test_accelerate_in_bf16_stays_near(fresh_accelerate):
     assert accelerated("bf16")[0] == pytest.approx(losses, rel=0.01)
 
 
-def rank_of_accelerate(info):
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    with pytest.MonkeyPatch.context() as patch:  # as torchrun has it
+@contextmanager
+def as_torchrun_has_it(info):
+    """The environment of a rank, and nothing left in Accelerate of what ran in this process before."""
+    states = (AcceleratorState, GradientState, PartialState)
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             patch.setenv(name, str(info.world_size if "WORLD" in name else info.rank))
+        for state in states:
+            state._reset_state()
+        yield
+    for state in states:
+        state._reset_state()
+
+
+def rank_of_accelerate(info):
+    with as_torchrun_has_it(info):
         assert Accelerator(cpu=True).num_processes == info.world_size
         return accelerated("no", info.rank, info.world_size)
 

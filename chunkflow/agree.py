@@ -50,7 +50,7 @@ def require_same_step(
 
 def batch_digest(*parts: str) -> int:
     """Return the digest of a `StepBatch` of what decides it: 53 bits, which a float64 holds."""
-    return xxhash.xxh3_64_intdigest(" ".join(parts)) >> 11
+    return xxhash.xxh3_64_intdigest(" ".join(parts).encode()) >> 11
 
 
 def first_difference(answers: Sequence[Mapping[str, Any]], *, of: str = "loaders") -> str | None:

@@ -122,7 +122,7 @@ def plan_step(
     jobs = layout.jobs()
     ranks = LazyRows(world_size, lambda rank: layout.chunks(jobs[rank].tolist()))
     program = partial(_program, [layout.counts[mine] for mine in jobs], config.retain)
-    digest = xxhash.xxh3_128_hexdigest(f"{step} {denominator} {config} {world_size} {layout.digest}")
+    digest = xxhash.xxh3_128_hexdigest(f"{step} {denominator} {config} {world_size} {layout.digest}".encode())
     return StepPlan(step, tuple(numbers.tolist()), ranks, denominator, config, program, digest)
 
 

@@ -73,7 +73,7 @@ class Layout:
         """Return the xxh3 hex digest of which rank trains which tokens of which sample."""
         digest = xxhash.xxh3_128()
         for array in (self.samples, self.lengths, self.packed, self.ends, self.counts, self.rank):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     def jobs(self) -> list[Ints]:

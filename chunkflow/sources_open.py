@@ -73,20 +73,21 @@ def _of_rows(data: Any, split: str) -> Dataset:
 
 def _split_of(data: DatasetDict, split: str) -> Dataset:
     if split not in data:
-        raise SourceError(f"the data has the splits {', '.join(data)} and not {split!r}; name one of them")
+        raise SourceError(f"the data has the splits {', '.join(map(str, data))} and not {split!r}; name one of them")
     return data[split]
 
 
 def _load(path: Path, name: str, split: str) -> Dataset:
     import datasets
+    from datasets import config as settings
 
-    why, offline = None, datasets.config.HF_HUB_OFFLINE
+    why, offline = None, settings.HF_HUB_OFFLINE
     if not path.is_dir():
         if not is_name(name):
             raise SourceError(f"{name!r} is neither a file nor a folder here, nor a name on the Hub (owner/name)")
         why = unreachable(name, "dataset")
     try:
-        datasets.config.HF_HUB_OFFLINE = offline or why is not None  # else it asks again and again before the cache
+        settings.HF_HUB_OFFLINE = offline or why is not None  # else it asks again and again before the cache
         loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(name, split=split)
     except Exception as error:  # the Hub, the network and data sets' own code raise anything
         raise SourceError(
@@ -94,7 +95,7 @@ def _load(path: Path, name: str, split: str) -> Dataset:
             f"{why or f'{type(error).__name__}: {error}'}"
         ) from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = offline
+        settings.HF_HUB_OFFLINE = offline
     if isinstance(loaded, datasets.DatasetDict):
         return _split_of(loaded, split)
     assert isinstance(loaded, datasets.Dataset)

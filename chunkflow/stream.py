@@ -149,8 +149,8 @@ class StreamLoader:
             chunks = collate(plan.ranks[self.rank], source)
         except ChunkflowError as error:
             raise SourceError(f"step {step} of the stream: {error}") from error
-        digest = batch_digest(plan.digest, digest)
-        return StepBatch(step, chunks, denominator, lambda: plan.program, plan.samples, digest)
+        of_all = batch_digest(plan.digest, digest)
+        return StepBatch(step, chunks, denominator, lambda: plan.program, plan.samples, of_all)
 
     def close(self) -> None:
         """End the thread that reads ahead; the position stays."""

@@ -97,12 +97,12 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch):
 def test_a_name_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
     """Said at once; the libraries alone would try again for a minute."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    cache = {"cache_dir": tmp_path / "cache"}
+    cache, offline = {"cache_dir": tmp_path / "cache"}, datasets.config.HF_HUB_OFFLINE
     with pytest.raises(SourceError, match=r"the Hub cannot be reached \(\w+: .*\), and it is not in the cache"):
         open_source("no/such", None, **cache)
     with pytest.raises(ChunkflowError, match="the Hub cannot be reached"):
         open_model("no/such")
-    assert not datasets.config.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE == offline
 
 
 def test_a_name_that_is_not_in_the_cache(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_a_name_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
         open_source("no/such", None, **cache)
     with pytest.raises(ChunkflowError, match="the Hub cannot be reached"):
         open_model("no/such")
-    assert datasets.config.HF_HUB_OFFLINE == offline
+    assert datasets.config.HF_HUB_OFFLINE is offline
 
 
 def test_a_name_that_is_not_in_the_cache(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from chunkflow.errors import ChunkflowError, PlanError
 
@@ -21,14 +22,15 @@ def require_agreement(group: dist.ProcessGroup, settings: Mapping[str, Any], *, 
 
 
 def require_same_step(
-    group: dist.ProcessGroup, device: torch.device, *, step: int, denominator: float, failed: bool
+    group: dist.ProcessGroup, device: torch.device, *, step: int, denominator: float, digest: int, failed: bool
 ) -> None:
     """Compare what the ranks are about to run. Every rank calls, before anything of a step runs.
 
     `failed`: this rank cannot run its part and is about to say why. Then the others raise ChunkflowError instead of
-    waiting for it; so do all ranks when steps or denominators differ, since gradients of two steps would be added up.
+    waiting for it; so do all ranks when steps, denominators or digests (of `StepBatch`) differ, since gradients of two
+    steps would be added up, or a sample trained twice or never.
     """
-    mine = torch.tensor([float(failed), step, denominator], dtype=torch.float64, device=device)
+    mine = torch.tensor([float(failed), step, denominator, digest], dtype=torch.float64, device=device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, mine, group=group)
     found = [row.tolist() for row in rows]
@@ -37,11 +39,18 @@ def require_same_step(
         raise ChunkflowError(f"rank {broken[0]} cannot run its part of step {step}; its own error says why")
     if not broken and any(row != found[0] for row in found):
         other = next(rank for rank, row in enumerate(found) if row != found[0])
-        (_, step_0, sum_0), (_, step_r, sum_r) = found[0], found[other]
+        (_, step_0, sum_0, _), (_, step_r, sum_r, _) = found[0], found[other]
+        what = f"different steps: step {step_0:.0f} and {step_r:.0f}, loss weights {sum_0} and {sum_r} in sum"
+        if (step_0, sum_0) == (step_r, sum_r):
+            what = f"step {step_0:.0f} by different plans (of other data, chunk_tokens, retain, ranks or pair_cost)"
         raise ChunkflowError(
-            f"ranks 0 and {other} are about to train different steps: step {step_0:.0f} and {step_r:.0f}, loss weights "
-            f"{sum_0} and {sum_r} in sum; give every rank the same data, settings and saved state"
+            f"ranks 0 and {other} are about to train {what}; give every rank the same data, settings and saved state"
         )
+
+
+def batch_digest(*parts: str) -> int:
+    """Return the digest of a `StepBatch` of what decides it: 53 bits, which a float64 holds."""
+    return xxhash.xxh3_64_intdigest(" ".join(parts).encode()) >> 11
 
 
 def first_difference(answers: Sequence[Mapping[str, Any]], *, of: str = "loaders") -> str | None:

@@ -27,8 +27,8 @@ class AuditReport:
 
     samples: int
     tokens: int
-    targets: float
-    """Sum of the loss weights of the whole data set."""
+    targets: int
+    """Of them: tokens with a target whose loss weight is above 0, as they were given to the ranks."""
     steps: int
     world_size: int
     resumed_at: int
@@ -49,7 +49,7 @@ class AuditReport:
         verdict = "every target scored exactly once" if self.exact else "NOT every target was scored exactly once"
         return "\n".join(
             [
-                f"{self.steps} steps, {self.samples} samples, {self.tokens} tokens, {self.targets:g} targets; "
+                f"{self.steps} steps, {self.samples} samples, {self.tokens} tokens, {self.targets} targets; "
                 f"{self.world_size} ranks, from step {self.resumed_at} on {self.resumed_world_size}",
                 *self.problems,
                 verdict,
@@ -86,7 +86,7 @@ def audit(
     return AuditReport(
         samples=len(source),
         tokens=int(np.asarray(source.lengths).sum()),
-        targets=float(np.asarray(source.weights).sum()),
+        targets=tally.targets,
         steps=steps,
         world_size=world_size,
         resumed_at=stop,
@@ -113,6 +113,7 @@ class _Tally:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._seen = np.zeros(len(source), dtype=bool)
+        self.targets = 0
         self.problems: list[str] = []
 
     def count(self, step: int, batches: list[StepBatch]) -> None:
@@ -145,6 +146,7 @@ class _Tally:
                 here = slice(segment.offset, segment.offset + segment.length)
                 there = slice(segment.start, segment.start + segment.length)
                 times[segment.sample][there] += 1
+                self.targets += int(np.count_nonzero(tensors["loss_weights"][here]))
                 sample = samples[segment.sample]
                 for name in ("input_ids", "shift_labels", "loss_weights"):
                     if not np.array_equal(tensors[name][here], getattr(sample, name)[there]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chunkflow.errors import SourceError
+from chunkflow.errors import NoTokenizerError, SourceError
 from chunkflow.index import Row
 from chunkflow.sources import NO_TARGET
 
@@ -101,7 +101,7 @@ def _apply(
 def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if not isinstance(template, str):
-        raise SourceError(
+        raise NoTokenizerError(
             f"{name}: messages, and {type(tokenizer).__name__} has {'several' if template else 'no'} chat "
             "template" + ("s; set tokenizer.chat_template to one of them" if template else "; set one")
         )
@@ -112,11 +112,21 @@ def checked_messages(name: str, field: str, messages: Any) -> list[Mapping[str, 
     """Return a list of messages, each with a role; raises SourceError on anything else."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise SourceError(f"{name}: {field!r} is {_shown(messages)}; it must be a list of messages")
-    for message in messages:
+    for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise SourceError(f"{name}: {field!r} holds {_shown(message)}; a message has a role, and content")
+        if not _says_something(message):
+            raise SourceError(
+                f"{name}: message {number} of {field!r}, of role {message['role']!r}, has no content (it is null or "
+                "missing) and no tool calls; write what was said, if only an empty string, or leave the record out"
+            )
     # Arrow fills in the keys that a message does not have.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    others = [value for key, value in message.items() if key not in ("role", "name", "content", "tool_call_id")]
+    return message.get("content") is not None or any(others)
 
 
 def _shown(value: Any) -> str:

@@ -6,22 +6,17 @@ DATA is a `.jsonl` or `.parquet` file, a folder or a name on the Hub. Exit codes
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from chunkflow.errors import ChunkflowError, SourceError
-
-if TYPE_CHECKING:
-    from chunkflow.index import StoredSource
-    from chunkflow.layout import Ints
+from chunkflow.cli_data import open_data, progress_bar, read_lengths
+from chunkflow.errors import ChunkflowError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
 
@@ -52,60 +47,6 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal's error output, if it is one."""
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _open(data: str | None, tokenizer: str | None, cache: Path, split: str, field: str) -> StoredSource:
-    from chunkflow.sources_open import open_source
-
-    if data is None:
-        raise SourceError("no data was named; give DATA, or --lengths where only lengths are needed")
-    loaded: Any = None
-    if tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise SourceError(f"no tokenizer could be loaded from {tokenizer!r}: {error}") from error
-    with _progress("tokens") as progress:
-        source = open_source(data, loaded, cache_dir=cache, split=split, field=field, progress=progress)
-    for one in source.skipped:
-        typer.echo(f"{data}: {one}", err=True)
-    return source
-
-
-def _read_lengths(
-    lengths: Path | None, data: str | None, tokenizer: str | None, cache: Path, split: str, field: str
-) -> Ints:
-    """Return int64 [N], N > 0, checked."""
-    import numpy as np
-
-    from chunkflow.plan_input import check_lengths
-
-    if lengths is None:
-        found = np.asarray(_open(data, tokenizer, cache, split, field).lengths)
-    else:
-        if data is not None:
-            raise SourceError(f"both {data} and --lengths were given; give one")
-        try:
-            found = np.load(lengths)
-        except Exception as error:  # a damaged file makes numpy raise anything
-            raise SourceError(f"{lengths} cannot be read as lengths: {error}") from error
-    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
-        raise SourceError(f"{lengths}: lengths are a flat array of at least one whole number")
-    if found.dtype == np.uint64 and int(found.max()) > 2**63 - 1:
-        raise SourceError(f"{lengths} holds {found.max()}; at most 2147483647 can be counted")
-    checked = found.astype(np.int64)
-    check_lengths(checked)
-    return checked
-
-
 @app.command()
 def lengths(
     data: Data = None,
@@ -120,9 +61,12 @@ def lengths(
 ) -> None:
     """Show how long the sequences are, and where the tokens are."""
     with _errors():
+        from chunkflow.config import PlannerConfig
         from chunkflow.histogram import draw, histogram
 
-        found = histogram(_read_lengths(lengths, data, tokenizer, cache, split, field))
+        if chunk_tokens is not None:
+            PlannerConfig(chunk_tokens=chunk_tokens)  # raises on what no chunk has
+        found = histogram(read_lengths(lengths, data, tokenizer, cache, split, field))
         draw(found, png, chunk_tokens=chunk_tokens)
         typer.echo(json.dumps(found.to_json()) if as_json else "\n".join([*found.lines(), f"picture: {png}"]))
 
@@ -155,13 +99,19 @@ def plan(
         if world_size < 1:
             raise PlanError(f"world_size is {world_size}; it must be at least 1")
         config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain, max_tokens=max_tokens)
-        given = _read_lengths(lengths, data, tokenizer, cache, split, field)
+        given = read_lengths(lengths, data, tokenizer, cache, split, field)
         kept = overflowed(given, policy, chunk_tokens=chunk_tokens, max_tokens=max_tokens)
         limit = max_tokens or chunk_tokens
         if policy is Overflow.RAISE and (kept > limit).any():
             raise PlanError(f"{(kept > limit).sum()} sequences have more than {limit} tokens, and overflow is raise")
-        with _progress("planning") as progress:
+        with progress_bar("planning") as progress:
             found = survey(kept, config=config, progress=progress, batch=global_batch, world_size=world_size, seed=seed)
+        if found.idle_ranks:
+            typer.echo(
+                f"{found.idle_ranks} of {world_size} ranks have nothing to train in some batches, which have fewer "
+                "groups and standalone chunks than ranks; raise --global-batch, or lower --chunk-tokens",
+                err=True,
+            )
         if as_json:
             typer.echo(json.dumps(found.to_json()))
             return
@@ -197,7 +147,7 @@ def audit(
         from chunkflow.audit import audit as prove
         from chunkflow.loader import ChunkLoader
 
-        source, told = _open(data, tokenizer, cache, split, field), set[str]()
+        source, told = open_data(data, tokenizer, cache, split, field), set[str]()
 
         def tell(text: str) -> None:  # every loader has the same to tell
             if text not in told:
@@ -213,7 +163,7 @@ def audit(
 
         if min(world_size, resume_world_size) < 1:
             raise ChunkflowError(f"world sizes are {world_size} and {resume_world_size}; both must be at least 1")
-        with _progress("steps") as progress:
+        with progress_bar("steps") as progress:
             found = prove(
                 make, world_size=world_size, resumed_world_size=resume_world_size, resume_at=resume_at,
                 progress=progress,
@@ -257,7 +207,7 @@ def families(
 
         wanted = names or family_names()
         found = []
-        with _progress("families") as progress:
+        with progress_bar("families") as progress:
             for verdict in try_families(wanted):
                 found.append(verdict)
                 progress(len(found), len(wanted))
@@ -286,7 +236,7 @@ def tune(
 
         if not 0 < cap_mib < float("inf"):
             raise ChunkflowError(f"cap_mib is {cap_mib}; it must be a number above 0")
-        with _progress("measuring") as progress:
+        with progress_bar("measuring") as progress:
             found = search(
                 model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (256, 512, 1024),
                 retain=retain or (1, 2, 4), dtype=dtype, progress=progress,

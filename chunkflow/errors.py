@@ -3,6 +3,7 @@
 ChunkflowError
 ├── PlanError                a plan breaks one of its own rules, or was asked for the impossible
 ├── SourceError              the data cannot be used: names the file, the line or the sample
+│   └── NoTokenizerError     it needs a tokenizer, or a chat template, that was not given
 ├── StateError               a loader's saved state belongs to other data or another configuration
 └── UnsupportedModelError    the model cannot be trained in chunks exactly: names the layer and the reason
 """
@@ -18,6 +19,10 @@ class PlanError(ChunkflowError):
 
 class SourceError(ChunkflowError):
     """The data cannot be used; the message names the file, the line or the sample."""
+
+
+class NoTokenizerError(SourceError):
+    """The data needs a tokenizer, or a chat template, that was not given."""
 
 
 class StateError(ChunkflowError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from chunkflow.assign import place
@@ -66,6 +67,14 @@ class Layout:
         """Tokens that run forward twice."""
         first = np.maximum(self.counts[: self.num_groups] - self.config.retain, 0)
         return int(first.sum()) * self.config.chunk_tokens
+
+    @property
+    def digest(self) -> str:
+        """Return the xxh3 hex digest of which rank trains which tokens of which sample."""
+        digest = xxhash.xxh3_128()
+        for array in (self.samples, self.lengths, self.packed, self.ends, self.counts, self.rank):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def jobs(self) -> list[Ints]:
         """Return the jobs of every rank in the order they run."""

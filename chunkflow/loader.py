@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from chunkflow import loader_state
-from chunkflow.agree import require_agreement
+from chunkflow.agree import batch_digest, require_agreement
 from chunkflow.collate import collate
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError, PlanError, SourceError
@@ -23,7 +22,7 @@ from chunkflow.prefetch import Prefetcher
 from chunkflow.records import StepBatch
 from chunkflow.sampler import global_batch, steps_per_epoch
 from chunkflow.sources import Source
-from chunkflow.weighting import denominator_of, weighted
+from chunkflow.weighting import check_denominator, denominator_of, weighted
 from chunkflow.world import resolve_group, resolve_place
 
 T = TypeVar("T")
@@ -87,7 +86,7 @@ class ChunkLoader:
             raise PlanError(f"prefetch is {prefetch}; it must be at least 1, the step that is made while one trains")
         self.global_batch, self.seed, self.epochs, self.prefetch = global_batch, seed, epochs, prefetch
         self.steps_per_epoch = steps_per_epoch(len(self.source), global_batch)
-        self.balance = Balance(pair_cost)
+        self.balance = Balance(((0, pair_cost),))
         self._step = 0
         self._started = False
         self._ahead: Prefetcher[Any] | None = None
@@ -113,11 +112,7 @@ class ChunkLoader:
         epoch, place = divmod(step, self.steps_per_epoch)
         samples = global_batch(self.seed, epoch, place, num_samples=len(self.source), global_batch=self.global_batch)
         denominator = denominator_of(self.source.weights[samples], self.weighting, self.global_batch)
-        if not 0 < denominator < math.inf:
-            raise SourceError(
-                f"the loss weights of step {step} are {denominator} in sum (samples {samples[:8].tolist()} ...); "
-                "a step needs at least one target with a weight above 0: leave such samples out, or raise global_batch"
-            )
+        check_denominator(denominator, step, samples)
         return plan_step(
             step,
             samples,
@@ -137,7 +132,7 @@ class ChunkLoader:
         Every rank calls at the same step with the same number (`chunkflow.balance.OnlineBalance` does). Steps and their
         chunks stay what they are; only which rank trains which chunk changes.
         """
-        self.balance = self.balance.then(self._step + self.prefetch + 2, pair_cost)
+        self.balance = self.balance.then(self._step + self.prefetch + 2, pair_cost, now=self._step)
 
     def _start(self) -> None:
         """Before the first step: do the ranks agree, and what becomes of long sequences."""
@@ -178,7 +173,8 @@ class ChunkLoader:
     def _load(self, step: int) -> StepBatch:
         plan = self.plan(step)
         chunks = collate(plan.ranks[self.rank], self.source)
-        return StepBatch(step, chunks, plan.denominator, lambda: plan.program, plan.samples)
+        digest = batch_digest(plan.digest, self.source.manifest)
+        return StepBatch(step, chunks, plan.denominator, lambda: plan.program, plan.samples, digest)
 
     def _load_packed(self, step: int) -> tuple[int, list[dict[str, Any]]]:
         plan = self.plan(step)
@@ -218,7 +214,7 @@ class ChunkLoader:
         global batch: its steps would not be these.
         """
         step = loader_state.resume_step(state, self._identity(), self.steps_per_epoch, self.num_steps)
-        balance = Balance.from_json(state.get("balance", [self.config.pair_cost, 0, None]))
+        balance = Balance.from_json(state.get("balance", [[0, self.config.pair_cost]]))
         self.close()
         self._step, self.balance = step, balance
 

@@ -14,32 +14,43 @@ from chunkflow.sources import Source
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """The pair cost of each step: it may be measured anew while training, and every rank must change at one step."""
+    """The pair cost of each step: it may be measured anew while training, and every rank must change at one step.
 
-    pair_cost: float
-    since: int = 0
-    """First step that is planned with it."""
-    before: float | None = None
-    """Pair cost of the steps before; None when there are none."""
+    Once a step has a pair cost it keeps it: one rank may have planned it, and another not yet.
+    """
+
+    changes: tuple[tuple[int, float], ...]
+    """(step, pair cost), ascending: what steps from that one on are planned with. The first holds for all before."""
+
+    @property
+    def pair_cost(self) -> float:
+        """The last pair cost, of steps that may be still to come."""
+        return self.changes[-1][1]
 
     def at(self, step: int) -> float:
         """Return the pair cost that a step is planned with."""
-        return self.pair_cost if self.before is None or step >= self.since else self.before
+        return next((cost for since, cost in reversed(self.changes) if since <= step), self.changes[0][1])
 
-    def then(self, step: int, pair_cost: float) -> Balance:
-        """Return the balance with another pair cost from a step on. A change still to come is overtaken by it."""
-        return Balance(pair_cost, step, self.at(step - 1))
+    def then(self, step: int, pair_cost: float, *, now: int) -> Balance:
+        """Return the balance with another pair cost from `step` on; a change that was to come later is overtaken.
+
+        What only steps before `now` were planned with is forgotten.
+        """
+        last = max((n for n, (since, _) in enumerate(self.changes) if since <= now), default=0)
+        return Balance((*((since, cost) for since, cost in self.changes[last:] if since < step), (step, pair_cost)))
 
     def to_json(self) -> list[Any]:
         """Return JSON values."""
-        return [self.pair_cost, self.since, self.before]
+        return [list(change) for change in self.changes]
 
     @classmethod
     def from_json(cls, values: Any) -> Balance:
         """Read it back. Raises StateError when it is none."""
         try:
-            pair_cost, since, before = values
-            return cls(float(pair_cost), index(since), None if before is None else float(before))
+            changes = tuple((index(since), float(cost)) for since, cost in values)
+            if not changes:
+                raise ValueError("no pair cost")
+            return cls(changes)
         except (TypeError, ValueError) as error:
             raise StateError(
                 f"balance is {values!r} in the loader's saved state; it is not one of a ChunkLoader"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from chunkflow.adapters import plain_head
 from chunkflow.attention.base import ChunkView
 from chunkflow.engine import Engine, forward_as
 from chunkflow.errors import UnsupportedModelError
@@ -128,7 +129,7 @@ def parts_of(model: nn.Module, engine: Engine) -> CausalParts:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{kind} is not a transformers model; pass a causal LM, plain or wrapped in DDP")
-    head, base = model.get_output_embeddings(), model.base_model
+    head, base = plain_head(model.get_output_embeddings()), model.base_model
     if base is model:  # where the class has the name of another model's base
         base = getattr(model, "model", model)
     if not isinstance(head, nn.Linear) or base is model:

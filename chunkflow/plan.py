@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from operator import index
 from typing import Any
+
+import xxhash
 
 from chunkflow import plan_report, validate
 from chunkflow.config import PlannerConfig
@@ -46,6 +48,8 @@ class StepPlan:
     """What the plan was made with."""
     program: LazyText = LazyText()  # noqa: RUF009 - a descriptor, not a default
     """The common op program of all ranks (see `chunkflow.program`), a string."""
+    digest: str = field(default="", compare=False, repr=False)
+    """Of what the plan was made from and where everything goes; empty for a plan that was read back."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "program": self.program, "ranks": tuple(self.ranks)}  # made: functions would not travel
@@ -118,7 +122,8 @@ def plan_step(
     jobs = layout.jobs()
     ranks = LazyRows(world_size, lambda rank: layout.chunks(jobs[rank].tolist()))
     program = partial(_program, [layout.counts[mine] for mine in jobs], config.retain)
-    return StepPlan(step, tuple(numbers.tolist()), ranks, denominator, config, program)
+    digest = xxhash.xxh3_128_hexdigest(f"{step} {denominator} {config} {world_size} {layout.digest}".encode())
+    return StepPlan(step, tuple(numbers.tolist()), ranks, denominator, config, program, digest)
 
 
 def _program(jobs: Sequence[Ints], retain: int) -> str:

@@ -92,6 +92,8 @@ class StepBatch:
     """The op program (see `chunkflow.program`), a string, identical on every rank; made when it is first asked for."""
     samples: tuple[int, ...] = ()
     """The global batch: every sample of the step, over all ranks, in drawing order."""
+    digest: int = 0
+    """Of the data and of the plan of all ranks, below 2**53: ranks whose digests differ would not train one step."""
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "program": self.program}  # made, where it was not: the function would not travel

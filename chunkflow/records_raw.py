@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from chunkflow.chat import Chat, checked_messages
-from chunkflow.errors import SourceError
+from chunkflow.errors import NoTokenizerError, SourceError
 from chunkflow.index import Row
 from chunkflow.tokenizing import Pair, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_OF_OBJECTS = ("messages", "tools", "prompt", "completion")
 Item: TypeAlias = Row | Text | Pair | Chat
 
 
@@ -30,7 +31,7 @@ def item_of(name: str, values: Mapping[str, Any], field: str, tokenizer: PreTrai
         return _tokens(name, values)
     if values.get("messages") is not None:
         _require(tokenizer, name, "messages")
-        return Chat(name, checked_messages(name, "messages", values["messages"]), values.get("tools") or None)
+        return Chat(name, checked_messages(name, "messages", values["messages"]), _tools(name, values.get("tools")))
     if values.get("prompt") is not None and values.get("completion") is not None:
         _require(tokenizer, name, "a prompt")
         return _pair(name, values["prompt"], values["completion"])
@@ -48,9 +49,32 @@ def item_of(name: str, values: Mapping[str, Any], field: str, tokenizer: PreTrai
     return Text(name, values[field])
 
 
+def of_table(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row without what Arrow filled in: in a column of objects each has the keys of all, or null.
+
+    What is null itself stays, so that `item_of` can say so.
+    """
+    return {name: _without_nulls(value) if name in _OF_OBJECTS else value for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _tools(name: str, tools: Any) -> list[Any] | None:
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise SourceError(
+            f"{name}: 'tools' is a {type(tools).__name__}; it must be a list of objects, the tools' schemas (not JSON "
+            "in a string, but what it holds)"
+        )
+    return tools or None
+
+
 def _require(tokenizer: PreTrainedTokenizerBase | None, name: str, what: str) -> None:
     if tokenizer is None:
-        raise SourceError(f"{name}: {what}, and no tokenizer was given; give one, or lines with input_ids")
+        raise NoTokenizerError(f"{name}: {what}, and no tokenizer was given; give one, or records with input_ids")
 
 
 def _require_text(name: str, field: str, text: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
@@ -75,6 +76,11 @@ class ChunkRunner:
         """Called with every op of training, its chunk and the seconds it took."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is, and what its ranks exchange."""
+        return self._parts.device
+
+    @property
     def num_positions(self) -> int | None:
         """Tokens that the longest sequence may have, where the model has learned its positions; None for no limit."""
         return self._parts.num_positions
@@ -118,7 +124,7 @@ class ChunkRunner:
         except ChunkflowError as error:
             refusal = error
         if self._group is not None:
-            place = {"step": batch.step, "denominator": batch.denominator}
+            place = {"step": batch.step, "denominator": batch.denominator, "digest": batch.digest}
             require_same_step(self._group, self._parts.device, **place, failed=refusal is not None)
         if refusal is not None:
             raise refusal

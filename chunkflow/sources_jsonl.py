@@ -1,9 +1,9 @@
-"""A file of JSON lines as a data set: each line one sample."""
+"""Files of JSON lines as a data set: each line one sample."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 
 class JsonLines(StoredSource):
-    """One JSON object a line; a `Source`.
+    """One JSON object a line, of a file or of all `*.jsonl` of a folder in sorted order; a `Source`.
 
     A line holds tokens, a conversation, a prompt and its completion, or a text in `field` (`chunkflow.records_raw` has
     the formats). `tokenizer` may be None when every line holds tokens. `progress` is called with the bytes read
@@ -43,21 +43,21 @@ class JsonLines(StoredSource):
         progress: Progress | None = None,
     ) -> None:
         path = Path(path)
-        try:
-            digest = digest_file(path)
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error}") from error
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise SourceError(f"{path} is a folder without *.jsonl files")
+        digests = [_digest(file) for file in files]
         description = {
             "kind": "JsonLines",
             "format": FORMAT_VERSION,
-            "file": digest,
+            **({"files": digests} if path.is_dir() else {"file": digests[0]}),
             "field": field,
             "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
         }
 
         def rows() -> Iterator[Row]:
-            items = (_item(name, line, field, tokenizer) for name, line in _lines(path, digest, progress))
-            return encode(items, tokenizer)
+            lines = _lines(dict(zip(files, digests, strict=True)), progress)
+            return encode((_item(name, line, field, tokenizer) for name, line in lines), tokenizer)
 
         super().__init__(open_or_build(Path(cache_dir), description, rows))
 
@@ -75,8 +75,25 @@ def _item(name: str, line: bytes, field: str, tokenizer: PreTrainedTokenizerBase
     return item_of(name, values, field, tokenizer)
 
 
-def _lines(path: Path, digest: str, progress: Progress | None) -> Iterator[tuple[str, bytes]]:
-    """Yield each line with its name; raises SourceError when the file is no longer the one of the digest."""
+def _digest(file: Path) -> str:
+    try:
+        return digest_file(file)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error}") from error
+
+
+def _lines(digests: Mapping[Path, str], progress: Progress | None) -> Iterator[tuple[str, bytes]]:
+    """Yield each line of the files with its name; raises SourceError when one is no longer that of its digest."""
+    total, done = sum(path.stat().st_size for path in digests), 0
+    for path, digest in digests.items():
+        for name, line in _lines_of(path, digest):
+            yield name, line
+            done += len(line)
+            if progress:
+                progress(done, total)
+
+
+def _lines_of(path: Path, digest: str) -> Iterator[tuple[str, bytes]]:
     total, num_bytes, seen = path.stat().st_size, 0, xxhash.xxh3_128()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -85,7 +102,5 @@ def _lines(path: Path, digest: str, progress: Progress | None) -> Iterator[tuple
             if num_bytes > total:  # it grows as we read, perhaps for ever
                 break
             yield f"{path}:{number}", line
-            if progress:
-                progress(num_bytes, total)
     if seen.hexdigest() != digest:
         raise SourceError(f"{path} changed while it was being read; let it come to rest and start again")

@@ -13,7 +13,7 @@ import xxhash
 from chunkflow.cache import open_or_build
 from chunkflow.errors import SourceError
 from chunkflow.index import FORMAT_VERSION, Row, StoredSource, digest_file
-from chunkflow.records_raw import item_of
+from chunkflow.records_raw import item_of, of_table
 from chunkflow.tokenizing import encode, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _ROWS = 1000
+_READ = 2
+"""Counts the ways in which rows were read, since a store of another way holds other tokens."""
 
 
 class ParquetFiles(StoredSource):
@@ -68,6 +70,11 @@ class FromDataset(StoredSource):
         field: str = "text",
         progress: Progress | None = None,
     ) -> None:
+        if dataset.format["type"] == "custom":
+            raise SourceError(
+                "the data set has a transform that runs as rows are read (set_transform), and tokens are stored once; "
+                "use map in its place"
+            )
         if len(dataset) == 0:
             raise SourceError("the data set has 0 rows; there is nothing to train on")
         plain = dataset.with_format("arrow")
@@ -85,7 +92,7 @@ class FromDataset(StoredSource):
 
 def _description(kind: str, field: str, tokenizer: PreTrainedTokenizerBase | None, **identity: Any) -> dict[str, Any]:
     digest = None if tokenizer is None else tokenizer_digest(tokenizer)
-    return {"kind": kind, "format": FORMAT_VERSION, **identity, "field": field, "tokenizer": digest}
+    return {"kind": kind, "format": FORMAT_VERSION, "read": _READ, **identity, "field": field, "tokenizer": digest}
 
 
 def _rows(
@@ -100,7 +107,7 @@ def _rows(
         for name, table in tables:
             for values in table.to_pylist():
                 number = numbers[name] = numbers.get(name, -1) + 1
-                yield item_of(f"{name} {number}", values, field, tokenizer)
+                yield item_of(f"{name} {number}", of_table(values), field, tokenizer)
             done += table.num_rows
             if progress:
                 progress(done, total)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from chunkflow.agree import batch_digest, require_agreement
 from chunkflow.collate import collate
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError, PlanError, SourceError, StateError
@@ -17,12 +18,12 @@ from chunkflow.overflow import apply_overflow, parse_overflow
 from chunkflow.plan import plan_step
 from chunkflow.prefetch import Prefetcher
 from chunkflow.records import StepBatch
-from chunkflow.records_raw import item_of
+from chunkflow.records_raw import item_of, of_table
 from chunkflow.sources import Sample, shifted
 from chunkflow.sources_memory import MemorySource
 from chunkflow.tokenizing import encode, tokenizer_digest
-from chunkflow.weighting import check_weighting, denominator_of, weighted
-from chunkflow.world import resolve_place
+from chunkflow.weighting import check_denominator, check_weighting, denominator_of, weighted
+from chunkflow.world import resolve_group, resolve_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,8 @@ class StreamLoader:
 
     `records` is called for each iteration and returns the stream from its beginning: `lambda: dataset`, for an
     `IterableDataset`. Every rank reads the whole stream, and has to get the same. A step takes the next `global_batch`
-    samples; records without a target are left out and counted in `skipped`. The other arguments are `ChunkLoader`'s.
+    samples; records without a target are left out and counted in `skipped`. The other arguments are `ChunkLoader`'s,
+    and are compared over the ranks as there. What a stream gives is compared by `ChunkRunner`, step by step.
 
     A state is the number of records taken and a digest of their tokens. Resuming reads past them again, so any stream
     that repeats itself resumes exactly, at any world size; one that does not is refused with StateError.
@@ -64,6 +66,7 @@ class StreamLoader:
         self.config = PlannerConfig(
             chunk_tokens=chunk_tokens, retain=retain, pair_cost=pair_cost, max_tokens=max_tokens
         )
+        self._group = None if rank is not None else resolve_group(None)
         self.rank, self.world_size = resolve_place(rank, world_size)
         self.global_batch, self.weighting, self.overflow = global_batch, weighting, parse_overflow(overflow)
         self.skipped: dict[str, int] = {}
@@ -71,6 +74,7 @@ class StreamLoader:
         self._records, self._tokenizer, self._field, self._prefetch = records, tokenizer, field, prefetch
         self._digest_of_tokenizer = None if tokenizer is None else tokenizer_digest(tokenizer)
         self._step, self._taken, self._digest = 0, 0, ""
+        self._agreed = self._group is None
         self._ahead: Prefetcher[Any] | None = None
 
     @property
@@ -81,6 +85,9 @@ class StreamLoader:
     def __iter__(self) -> Iterator[StepBatch]:
         self.close()
         self.skipped = {}
+        if not self._agreed and self._group is not None:
+            require_agreement(self._group, {**self.state_dict(), "prefetch": self._prefetch})
+            self._agreed = True
         with Prefetcher(self._steps(self._step, self._taken, self._digest), depth=self._prefetch) as ahead:
             self._ahead = ahead
             for batch, taken, digest in ahead:
@@ -93,15 +100,21 @@ class StreamLoader:
         while window := list(islice(samples, self.global_batch)):
             taken = window[-1][0]
             digest = _chained(digest, (sample for _, sample in window))
-            yield self._batch(step, [sample for _, sample in window]), taken, digest
+            yield self._batch(step, [sample for _, sample in window], digest), taken, digest
             step += 1
+        if step == 0:
+            left_out = "; ".join(f"{count}: {reason}" for reason, count in self.skipped.items())
+            raise SourceError(
+                f"the stream gave no sample to train on (left out: {left_out or 'nothing, it is empty'}); `records` "
+                "must return the stream from its beginning each time it is called"
+            )
 
     def _samples(self) -> Iterator[tuple[int, Sample]]:
         """Yield each sample with the number of records up to and with it."""
 
         def items() -> Iterator[Any]:
             for number, values in enumerate(self._records()):
-                yield item_of(f"record {number}", values, self._field, self._tokenizer)
+                yield item_of(f"record {number}", of_table(values), self._field, self._tokenizer)
 
         for number, row in enumerate(encode(items(), self._tokenizer), start=1):
             reason = row.skip or why_skip(row)
@@ -123,19 +136,21 @@ class StreamLoader:
                 f"{number} of them); give the same data in the same order, or start without the state"
             )
 
-    def _batch(self, step: int, samples: list[Sample]) -> StepBatch:
+    def _batch(self, step: int, samples: list[Sample], digest: str) -> StepBatch:
         limits = {"chunk_tokens": self.config.chunk_tokens, "max_tokens": self.config.max_tokens}
         try:
             source = weighted(apply_overflow(MemorySource(samples), self.overflow, **limits), self.weighting)
             denominator = denominator_of(source.weights, self.weighting, self.global_batch)
             numbers = np.arange(len(source))
+            check_denominator(denominator, step, numbers)
             plan = plan_step(
                 step, numbers, source.lengths, config=self.config, world_size=self.world_size, denominator=denominator
             )
             chunks = collate(plan.ranks[self.rank], source)
         except ChunkflowError as error:
             raise SourceError(f"step {step} of the stream: {error}") from error
-        return StepBatch(step, chunks, denominator, lambda: plan.program, plan.samples)
+        of_all = batch_digest(plan.digest, digest)
+        return StepBatch(step, chunks, denominator, lambda: plan.program, plan.samples, of_all)
 
     def close(self) -> None:
         """End the thread that reads ahead; the position stays."""

@@ -43,6 +43,8 @@ class Survey:
     """Predicted time of the slowest rank over max(mean, largest group, discrete bound), of the worst batch."""
     plan_seconds: float
     """Time to draw and plan all batches, in this process."""
+    idle_ranks: int
+    """Ranks without a chunk, in the batch that leaves the most."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -89,11 +91,12 @@ def survey(
         straggler_ratio=float(table[:, 4].sum() / table[:, 5].sum()),
         makespan_over_bound=float((table[:, 4] / table[:, 6]).max()),
         plan_seconds=seconds,
+        idle_ranks=int(table[:, 7].max()),
     )
 
 
 def _row(layout: Layout) -> tuple[float, ...]:
-    """Return chunks, bound on them, groups, recomputed tokens, slowest rank, mean rank, bound on the slowest."""
+    """Return chunks, their bound, groups, recomputed tokens, slowest rank, mean rank, its bound, idle ranks."""
     loads = layout.loads
     bound = lower_bound_chunks(layout.lengths, chunk_tokens=layout.config.chunk_tokens)
     slowest = float(loads.max())
@@ -105,6 +108,7 @@ def _row(layout: Layout) -> tuple[float, ...]:
         slowest,
         float(loads.mean()),
         layout.bound,
+        layout.world_size - len(np.unique(layout.rank)),
     )
 
 

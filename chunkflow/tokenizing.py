@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -84,11 +84,12 @@ def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTo
     if tokenizer is None:
         yield from (item for item in batch if isinstance(item, Row))
         return
-    texts = iter(_ids([item.text for item in batch if isinstance(item, Text)], tokenizer))
+    texts = iter(_ids([item for item in batch if isinstance(item, Text)], tokenizer))
     pairs = [item for item in batch if isinstance(item, Pair)]
-    prompts = iter(_ids([pair.prompt for pair in pairs], tokenizer))
+    prompts = iter(_ids([Text(pair.name, pair.prompt) for pair in pairs], tokenizer))
     # What the model is asked for begins behind the prompt's last token, so the two are never tokenized as one.
-    completions = iter(_ids([pair.completion for pair in pairs], tokenizer, add_special_tokens=False))
+    answers = [Text(pair.name, pair.completion) for pair in pairs]
+    completions = iter(_ids(answers, tokenizer, add_special_tokens=False))
     for item in batch:
         if isinstance(item, Row):
             yield item
@@ -100,19 +101,27 @@ def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTo
             yield encode_chat(item, tokenizer)
 
 
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> list[list[int]]:
+def _ids(texts: list[Text], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> list[list[int]]:
+    """Return the tokens of each text; raises SourceError, naming the first text on which the tokenizer fails."""
     if not texts:
         return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        truncation=False,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning about model_max_length: samples are split, not cut
-    )
-    return encoded["input_ids"]
+    options: dict[str, Any] = {
+        "add_special_tokens": add_special_tokens,
+        "truncation": False,
+        "padding": False,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,  # no warning about model_max_length: samples are split, not cut
+    }
+    try:
+        return tokenizer([text.text for text in texts], **options)["input_ids"]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a tokenizer raises (in Rust, not even an Exception), its sample is named
+        for text in texts if len(texts) > 1 else ():
+            _ids([text], tokenizer, add_special_tokens=add_special_tokens)
+        names = texts[0].name if len(texts) == 1 else f"{texts[0].name} to {texts[-1].name}"
+        raise SourceError(f"{names}: the tokenizer failed: {type(error).__name__}: {error}") from error
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

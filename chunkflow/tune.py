@@ -8,9 +8,6 @@ proposal is measured on a short sequence before its peak is predicted: from ther
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +16,8 @@ import numpy as np
 
 from chunkflow.errors import ChunkflowError
 from chunkflow.fit import CostFit, CostModel
+from chunkflow.tune_process import measured
 
-DEADLINE_S = 3600
 TOLERANCE = 0.1
 """How far the measured peak may be from the predicted one, of the predicted."""
 ADAMW_BYTES = 8
@@ -108,7 +105,7 @@ def tune(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuning:
     """Measure, fit, propose, check; processes are started one after another: for the grid, for each proposal on a short
-    sequence, for the check.
+    sequence, for the check. `progress` is called with the tokens trained so far, and in all as far as is known.
 
     Raises ChunkflowError when a measurement fails, or when nothing fits under the cap.
     """
@@ -117,10 +114,8 @@ def tune(
     if longest < 2 or min(chunk_tokens) < 1 or min(retain) < 1:
         raise ChunkflowError("longest must be at least 2, every chunk_tokens and retain at least 1")
     grid = cases(chunk_tokens, retain)
-    report = progress or (lambda done, total: None)
-    report(0, 2)
-    answer = _measured(model, dtype, grid)
-    report(1, 2)
+    run = _Runs(model, dtype, progress, to_come=sum(tokens for *_, tokens in grid) + longest)
+    answer = run(grid)
     rows = tuple(Measured(**row) for row in answer["rows"])
     cost = CostFit().solve(np.array(answer["sums"]))
     memory, residual = fit_memory(rows)
@@ -130,7 +125,7 @@ def tune(
         size, kept = propose(
             cost, memory, fixed, cap_bytes=cap_bytes, longest=longest, sizes=chunk_tokens, refused=over
         )
-        short = Measured(**_measured(model, dtype, [(size, kept, min(longest, size * (kept + 2)))])["rows"][0])
+        short = Measured(**run([(size, kept, min(longest, size * (kept + 2)))])["rows"][0])
         rows = (*rows, short)
         predicted = fixed + anchored_peak(memory, short, longest)
         if predicted <= cap_bytes:
@@ -142,8 +137,7 @@ def tune(
             f"of (chunk_tokens, retain) {sorted(over)} none stays under {cap_bytes / 2**20:.0f} MiB when measured; "
             "raise the cap, or lower longest or chunk_tokens"
         )
-    check = _measured(model, dtype, [(size, kept, longest)])
-    report(2, 2)
+    check = run([(size, kept, longest)])
     found = Measured(**check["rows"][0])
     return Tuning(
         rows=rows,
@@ -160,6 +154,27 @@ def tune(
         measured_peak_bytes=found.peak_bytes + check["base_bytes"] + ADAMW_BYTES * check["trained_parameters"],
         measured_seconds=found.seconds,
     )
+
+
+class _Runs:
+    """Measures grids one after another, and says how many tokens of all are trained."""
+
+    def __init__(self, model: str, dtype: str, progress: Callable[[int, int], None] | None, *, to_come: int) -> None:
+        self._model, self._dtype, self._progress = model, dtype, progress
+        self._done, self._to_come = 0, to_come
+
+    def __call__(self, grid: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        tokens = sum(tokens for *_, tokens in grid)
+        self._to_come = max(self._to_come, self._done + tokens)
+        self._tell(0)
+        found = measured(self._model, self._dtype, grid, self._tell)
+        self._done += tokens
+        self._tell(0)
+        return found
+
+    def _tell(self, trained: int) -> None:
+        if self._progress is not None:
+            self._progress(self._done + trained, self._to_come)
 
 
 def cases(chunk_tokens: Sequence[int], retain: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -242,16 +257,3 @@ def propose(
         )
     _, _, size, kept = min(fitting)
     return size, kept
-
-
-def _measured(model: str, dtype: str, grid: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    request = json.dumps({"model": model, "dtype": dtype, "cases": grid})
-    command = [sys.executable, "-m", "chunkflow.tune_case", request]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise ChunkflowError(f"measuring {list(grid)} took more than {DEADLINE_S} s; choose smaller sizes") from None
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise ChunkflowError(f"measuring {list(grid)} failed: {last[0]}")
-    return json.loads(done.stdout.splitlines()[-1])

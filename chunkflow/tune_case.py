@@ -1,4 +1,6 @@
-"""Measurements for `chunkflow.tune`, in a process of their own: JSON in the first argument, JSON out.
+"""Measurements for `chunkflow.tune`, in a process of their own: JSON in the first argument, JSON in the last line out.
+
+Every line before it says how many tokens are trained.
 
 Peaks are of the resident set, or of the accelerator's allocator, above a warmed base: weights and gradients are there.
 """
@@ -22,10 +24,11 @@ from chunkflow.memory import fix_mmap_threshold, peak_resident_bytes, reset_peak
 from chunkflow.model_open import open_model
 from chunkflow.parts import parts_of
 from chunkflow.plan import plan_step
-from chunkflow.records import StepBatch
+from chunkflow.records import Chunk, StepBatch
 from chunkflow.runner import ChunkRunner
 from chunkflow.sources import shifted
 from chunkflow.sources_memory import MemorySource
+from chunkflow.tune_process import TRAINED
 from chunkflow.world import SINGLE
 
 MMAP_THRESHOLD_BYTES = 64 * 1024
@@ -38,7 +41,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     model = open_model(request["model"], dtype=getattr(torch, request["dtype"]))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
-    fit, cases = CostFit(), [tuple(case) for case in request["cases"]]
+    fit, cases = _Followed(), [tuple(case) for case in request["cases"]]
     smallest = min(chunk_tokens for chunk_tokens, *_ in cases)
     for tokens in (smallest, 2 * smallest, 2 * smallest):
         _train(model, smallest, 1, tokens, None)
@@ -52,6 +55,19 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         rows.append({**row, "peak_bytes": _peak(device) - base})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"base_bytes": base, "trained_parameters": trained, "rows": rows, "sums": fit.sums.tolist()}
+
+
+class _Followed(CostFit):
+    """Says how many tokens are trained, with each backward."""
+
+    trained = 0
+
+    def add(self, op: str, chunk: Chunk, seconds: float) -> None:
+        """See `CostFit.add`."""
+        super().add(op, chunk, seconds)
+        if op == "B":
+            self.trained += chunk.num_tokens
+            print(f"{TRAINED}{self.trained}", flush=True)
 
 
 def _train(model: PreTrainedModel, chunk_tokens: int, retain: int, tokens: int, fit: CostFit | None) -> None:

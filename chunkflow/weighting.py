@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from chunkflow.errors import PlanError
+from chunkflow.errors import PlanError, SourceError
 from chunkflow.sources import Sample, Selection, Source, manifest_of
 
 WEIGHTINGS = ("token", "sequence", "longalign")
@@ -45,6 +45,15 @@ def denominator_of(weights: np.ndarray, weighting: str, global_batch: int) -> fl
         return float(global_batch) if weights.any() else 0.0
     # fsum: exact, so every rank gets the same bits whatever its machine's vector width.
     return math.fsum(weights.tolist())
+
+
+def check_denominator(denominator: float, step: int, samples: np.ndarray) -> None:
+    """Raise SourceError when there is nothing to divide the losses of a step by; `samples` are its own, int64 [N]."""
+    if not 0 < denominator < math.inf:
+        raise SourceError(
+            f"the loss weights of step {step} are {denominator} in sum (samples {samples[:8].tolist()} ...); "
+            "a step needs at least one target with a weight above 0: leave such samples out, or raise global_batch"
+        )
 
 
 class PerSequence:

@@ -70,7 +70,15 @@ def _note(sizes: dict[str, int], large: list[str], data: DataConfig) -> str:
 
 
 def jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    """Yield the texts of a JSONL file, for a vocabulary. Skips what is no text: the source complains, with the line."""
+    """Yield the texts of a JSONL file, or of those of a folder, for a vocabulary.
+
+    Skips what is no text: the source complains, with the line.
+    """
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        yield from _texts_of(file, field)
+
+
+def _texts_of(path: Path, field: str) -> Iterator[str]:
     try:
         lines = path.open("rb")
     except OSError:

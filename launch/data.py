@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chunkflow.errors import SourceError
+from chunkflow.errors import NoTokenizerError, SourceError
 from chunkflow.sources import Source
 from chunkflow.sources_jsonl import JsonLines
 from chunkflow.sources_open import open_source
@@ -49,6 +49,8 @@ def load_data(config: FinetuneConfig) -> Data:
             tokenizer, source = _open_folder(config, choice)
         else:
             tokenizer, source = _open_lines(config) if data.kind == "jsonl" else _open_any(config)
+    except NoTokenizerError as error:
+        raise DataError(f"data.path {data.path}: {error}: {_who_has_one(config)}") from error
     except SourceError as error:
         raise DataError(f"data.path {data.path}: {error}") from error
     except OSError as error:
@@ -78,15 +80,14 @@ def _open_any(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase | None, S
     if path is None and Path(data.path).suffix in (".jsonl", ".json"):
         return _open_lines(config)
     tokenizer = None if path is None else pretrained_tokenizer(path)
-    try:
-        source = open_source(data.path, tokenizer, cache_dir=Path(data.cache), split=data.split, field=data.field)
-    except SourceError as error:
-        if tokenizer is not None or "no tokenizer was given" not in str(error):
-            raise
-        raise DataError(
-            f"data.path {data.path}: {error}: model.path names it; a vocabulary is trained on text and jsonl only"
-        ) from error
-    return tokenizer, source
+    return tokenizer, open_source(data.path, tokenizer, cache_dir=Path(data.cache), split=data.split, field=data.field)
+
+
+def _who_has_one(config: FinetuneConfig) -> str:
+    """Return where a tokenizer, or a chat template, comes from in a job."""
+    if config.model.path is None:
+        return "model.path names it; a new model's vocabulary is trained on text and jsonl, and knows no chats"
+    return f"model.path {config.model.path} has none; give a model that was made for chats, such as smollm2"
 
 
 def _open_functions(config: FinetuneConfig) -> Data:

@@ -1,6 +1,7 @@
 """transformers' Trainer, TRL's SFTTrainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
 
 import copy
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -105,6 +106,30 @@ def mean_loss(model):
     return total / count
 
 
+def train_one_epoch(folder, **changes):
+    trainer = ChunkTrainer(
+        model=tiny_model(dtype=torch.float32), args=arguments(folder, num_train_epochs=1, **changes),
+        train_dataset=rows(), eval_dataset=rows(), data_collator=collator(),
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]  # before the model is wrapped
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged, weights_of(trainer.model), (before, trainer.evaluate()["eval_loss"])
+
+
+def rank_of_trainer(info, folder):
+    with as_torchrun_has_it(info):
+        return train_one_epoch(folder, per_device_train_batch_size=2, ddp_backend="gloo")
+
+
+def test_trainer_on_two_ranks(tmp_path):
+    losses, weights, evaluations = train_one_epoch(tmp_path)
+    for ours, theirs, found in run_ranks(rank_of_trainer, 2, str(tmp_path)):
+        assert ours == pytest.approx(losses, abs=2e-4)
+        assert furthest(theirs, weights) < TOLERANCE
+        assert found == pytest.approx(evaluations, rel=TOLERANCE)
+
+
 def test_trainer_resumes_where_it_was(tmp_path):
     args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     whole = ChunkTrainer(
@@ -205,12 +230,22 @@ def test_accelerate_in_bf16_stays_near(fresh_accelerate):
     assert accelerated("bf16")[0] == pytest.approx(losses, rel=0.01)
 
 
-def rank_of_accelerate(info):
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    with pytest.MonkeyPatch.context() as patch:  # as torchrun has it
+@contextmanager
+def as_torchrun_has_it(info):
+    """The environment of a rank, and nothing left in Accelerate of what ran in this process before."""
+    states = (AcceleratorState, GradientState, PartialState)
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             patch.setenv(name, str(info.world_size if "WORLD" in name else info.rank))
+        for state in states:
+            state._reset_state()
+        yield
+    for state in states:
+        state._reset_state()
+
+
+def rank_of_accelerate(info):
+    with as_torchrun_has_it(info):
         assert Accelerator(cpu=True).num_processes == info.world_size
         return accelerated("no", info.rank, info.world_size)
 
@@ -222,31 +257,46 @@ def test_accelerate_on_two_ranks():
         assert furthest(theirs, weights) < TOLERANCE
 
 
-def with_lora(seed=1):
+def with_lora(seed=1, **changes):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-    return get_peft_model(tiny_model(), config).train()
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False, **changes}
+    return get_peft_model(tiny_model(), LoraConfig(**settings)).train()
 
 
-def test_lora_equals_whole_sequences():
+@pytest.mark.parametrize("saved", [None, ["lm_head", "embed_tokens"]], ids=["adapters", "and a head of its own"])
+def test_lora_equals_whole_sequences(saved):
     pytest.importorskip("peft", reason="the extra [peft] is not installed")
-    whole, ours = with_lora(), with_lora()
+    whole, ours = (with_lora(modules_to_save=saved) for _ in "ab")
     losses = train_whole(whole, inner=whole.get_base_model())
     runner, optimizer = ChunkRunner(ours, retain=2, group=SINGLE), optimizer_of(ours)
     for batch, expected in zip(batches(retain=2), losses, strict=True):
         assert float(runner.forward_backward(batch)) == pytest.approx(expected, rel=1e-7)
-        assert all((p.grad is not None) == ("lora" in name) for name, p in ours.named_parameters())
+        trained = [name for name, p in ours.named_parameters() if p.grad is not None]
+        assert trained == [name for name, _ in ours.named_parameters() if "lora" in name or "modules_to_save" in name]
         optimizer.step()
         optimizer.zero_grad()
     assert furthest(weights_of(ours), weights_of(whole)) < 1e-7
-    assert furthest(weights_of(ours), weights_of(with_lora())) > 1e-3
+    assert furthest(weights_of(ours), weights_of(with_lora(modules_to_save=saved))) > 1e-3
 
 
-def test_prompts_before_every_sequence_are_refused():
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("PromptTuningConfig", {"num_virtual_tokens": 3}, "is PROMPT_TUNING, which puts tokens or keys"),
+        ("AdaLoraConfig", {"total_step": 100, "target_modules": ["q_proj"]}, "is ADALORA, which adds a loss"),
+        ("LoraConfig", {"alora_invocation_tokens": [3, 4], "target_modules": ["q_proj"]}, "begins at certain tokens"),
+    ],
+)
+def test_methods_that_do_more_than_change_weights_are_refused(kind, settings, message):
     peft = pytest.importorskip("peft", reason="the extra [peft] is not installed")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = peft.get_peft_model(tiny_model(), config)
-    with pytest.raises(UnsupportedModelError, match=r"PEFT adapter 'default' is PROMPT_TUNING"):
+    model = peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
+    with pytest.raises(UnsupportedModelError, match=rf"PEFT adapter 'default' .*{message}"):
         ChunkRunner(model, group=SINGLE)
+
+
+def test_an_adapter_on_the_output_projection_is_refused():
+    pytest.importorskip("peft", reason="the extra [peft] is not installed")
+    with pytest.raises(UnsupportedModelError, match=r"is a Linear of PEFT, and .* name it in modules_to_save"):
+        ChunkRunner(with_lora(target_modules=["lm_head", "q_proj"]), group=SINGLE)

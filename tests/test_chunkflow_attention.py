@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow.attention.base import Scoring, Span, merge
+from chunkflow.attention.base import Scoring, Span, hidden_pairs, merge
 from chunkflow.attention.dropout import BLOCK, AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
+from chunkflow.attention.flash_cuda import FlashCuda, window_left
+from chunkflow.attention.function import choose_backend
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
-from chunkflow.attention.tiles import PREFIX_BLOCK, Tile, prefix_blocks
+from chunkflow.attention.tiles import PREFIX_BLOCK, Tile, prefix_blocks, tiles_of
 from chunkflow.errors import UnsupportedModelError
 from chunkflow.state import GroupState
 
@@ -112,3 +117,85 @@ def test_dropout_mask_of_a_pair_does_not_depend_on_the_tile():
     assert abs((whole == 0).double().mean() - 0.3) < 0.01
     other = AttentionDropout(0.3, seed=1, sample=2, layer=4).keep(2, 0, size, 0, size, like)
     assert not torch.equal(whole, other)
+
+
+class Calls(TorchDispatchMode):
+    """Every operator that is called, with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+TILES = [Tile(64, 96, 64, 96, causal=True), Tile(64, 96, 0, 64), Tile(64, 80, 10, 40, window=48)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=["own", "prefix", "window"])
+def test_the_kernels_for_cuda_are_called_for_dense_rows_and_give_every_shape(tile):
+    """On tensors without memory. An empty tensor of cumulative lengths would be taken for packed rows, and fail."""
+    n, m = tile.query_stop - tile.query_start, tile.key_stop - tile.key_start
+    q = torch.empty(2, 3, n, 16, dtype=torch.bfloat16, device="meta")
+    k, v = (torch.empty(2, m, 16, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    with Calls() as calls:
+        out, lse = FlashCuda().forward(q, k, v, tile=tile, how=Scoring(0.25))
+        grads = FlashCuda().backward(out, q, k, v, out, lse, tile=tile, how=Scoring(0.25))
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    forward = calls.seen[torch.ops.aten._flash_attention_forward.default]
+    backward = calls.seen[torch.ops.aten._flash_attention_backward.default]
+    assert [t.shape for t in forward[:3]] == [(1, n, 6, 16), (1, m, 2, 16), (1, m, 2, 16)]
+    assert forward[3:9] == (None, None, n, m, 0.0, tile.causal)
+    assert [t.shape for t in backward[:6]] == [(1, n, 6, 16)] * 2 + [(1, m, 2, 16)] * 2 + [(1, n, 6, 16), (1, 6, n)]
+    assert backward[6:12] == (None, None, n, m, 0.0, tile.causal)
+
+
+@given(st.integers(0, 200), st.integers(1, 150), st.integers(1, 100))
+def test_windows_as_the_kernels_for_cuda_count_them(prefix, length, window):
+    """From the bottom right corner of a tile, as flash attention documents it."""
+    for tile in tiles_of(prefix, length, window):
+        n, m = tile.query_stop - tile.query_start, tile.key_stop - tile.key_start
+        rows, columns = torch.arange(n)[:, None] + m - n, torch.arange(m)
+        seen = columns <= rows if tile.causal else torch.ones(n, m, dtype=torch.bool)
+        left = window_left(tile)
+        if left is not None:
+            assert left >= 0  # below, the kernels would take it for no window
+            seen = seen & (columns >= rows - left)
+        hidden = hidden_pairs(tile, torch.device("cpu"))
+        assert torch.equal(seen, torch.ones_like(seen) if hidden is None else ~hidden)
+
+
+def test_heads_that_the_kernel_for_cuda_does_not_take(monkeypatch):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert isinstance(choose_backend(device, dtype, 64, plain=True), FlashCuda)
+    for width in (12, 100, 288):
+        assert isinstance(choose_backend(device, dtype, width, plain=True), Masked)
+    assert isinstance(choose_backend(device, torch.float32, 64, plain=True), Masked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert isinstance(choose_backend(device, dtype, 64, plain=True), Masked)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 7, 70])
+def test_the_kernels_for_cuda_equal_plain_products(window):
+    torch.manual_seed(0)
+    heads, per_head, n, prefix, width = 2, 3, 150, 100, 32
+    kind = {"dtype": torch.bfloat16, "device": "cuda"}
+    q, dout = (torch.randn(heads, per_head, n, width, **kind) for _ in "qd")
+    k, v = (torch.randn(heads, prefix + n, width, **kind) for _ in "kv")
+    found = []
+    for backend in (FlashCuda(), Masked()):
+        state = GroupState(capacity=prefix)
+        state.write(0, 0, k[:, :prefix], v[:, :prefix])
+        attention = SpanAttention(backend, Span(0, n, prefix, 0), state, 0, Scoring(0.2), window)
+        own = (q, k[:, prefix:], v[:, prefix:])
+        out, lse = attention.forward(*own)
+        grads = attention.backward(dout, *own, out.to(torch.bfloat16), lse)
+        found.append([out, lse, *grads, *state.gradient(0, 0, prefix)])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours.double() - plain.double()).abs().max() <= 3e-2 * max(1.0, plain.double().abs().max())

@@ -100,6 +100,13 @@ def disagree(info):
     model.lm_head.weight.requires_grad_(True)
 
     runner, (step_0, step_1, _) = ChunkRunner(model), batches(info.rank, info.world_size, retain=1)
+    source, same = MemorySource([sequence(n, 20) for n in range(8)]), {"global_batch": 4, "prefetch": 1}
+    place = {"rank": info.rank, "world_size": info.world_size}  # said by hand: such loaders compare nothing
+    for other in ({"chunk_tokens": 8 + info.rank}, {"chunk_tokens": 8, "pair_cost": 1e-3 * (1 + info.rank)}):
+        with ChunkLoader(source, **same, **place, **other, report=lambda _: None) as loader:
+            batch = next(iter(loader))
+            fails(lambda batch=batch: runner.forward_backward(batch))
+
     fails(lambda: runner.forward_backward(step_0 if first else step_1))
     fails(lambda: runner.evaluate(step_0 if first else step_1))
     if not first:
@@ -110,13 +117,15 @@ def disagree(info):
 
 def test_ranks_that_disagree_are_told_before_the_first_step():
     ours, theirs = run_ranks(disagree, 2)
-    assert ours[:5] == theirs[:5]
+    assert ours[:7] == theirs[:7]
     for text, message in zip(
         ours,
         [
             "the runners of ranks 0 and 1 differ: retain is 1 and 2; give every rank the same",
             "retain is 0; it must be at least 1",
             "the runners of ranks 0 and 1 differ: trained parameters is '21 (",
+            "ranks 0 and 1 are about to train step 0 by different plans (of other data, chunk_tokens, ",
+            "ranks 0 and 1 are about to train step 0 by different plans",
             "ranks 0 and 1 are about to train different steps: step 0 and 1, loss weights ",
             "ranks 0 and 1 are about to train different steps: step 0 and 1",
             "rank 1 cannot run its part of step 0; its own error says why",
@@ -124,7 +133,7 @@ def test_ranks_that_disagree_are_told_before_the_first_step():
         strict=True,
     ):
         assert text.startswith(message), text
-    assert "id 1000 is outside the model's vocabulary" in theirs[5]
+    assert "id 1000 is outside the model's vocabulary" in theirs[7]
 
 
 class Chunked(ChunkMixin, Trainer):
@@ -153,6 +162,17 @@ def test_losses_that_are_no_cross_entropy_are_refused_by_name(tmp_path, kind, ch
     with pytest.raises(ChunkflowError, match=message):
         trainer.train()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_predictions_that_chunks_do_not_keep_are_refused_by_name(tmp_path):
+    settings = {"train_dataset": rows(), "eval_dataset": rows(), "data_collator": collator()}
+    model = tiny_model(dtype=torch.float32)
+    trainer = Chunked(model=model, args=arguments(tmp_path), compute_metrics=lambda _: {"x": 1}, **settings)
+    for ask in (trainer.train, trainer.evaluate):
+        with pytest.raises(ChunkflowError, match="compute_metrics takes predictions, and chunks keep none"):
+            ask()
+    with pytest.raises(ChunkflowError, match="predict gives logits, and chunks keep none"):
+        Chunked(model=model, args=arguments(tmp_path), **settings).predict(rows())
 
 
 def test_dpo_is_refused_by_name(tmp_path):

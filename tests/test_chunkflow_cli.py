@@ -21,7 +21,7 @@ from tests.long_tail import long_tail
 
 PLAN_KEYS = [
     "batches", "chunks", "lower_bound_chunks", "max_over_bound", "share_within_1", "fill", "split_sequences",
-    "recomputed_tokens", "straggler_ratio", "makespan_over_bound", "plan_seconds",
+    "recomputed_tokens", "straggler_ratio", "makespan_over_bound", "plan_seconds", "idle_ranks",
 ]  # fmt: skip
 
 
@@ -65,6 +65,15 @@ def test_plan_adds_up_what_the_plans_of_the_steps_are(lengths):
     assert found["straggler_ratio"] == pytest.approx(slowest / mean)
     assert found["makespan_over_bound"] == pytest.approx(max(max(s.costs) / s.cost_bound for s in stats))
     assert found["plan_seconds"] > 0
+    assert found["idle_ranks"] == 0
+
+
+def test_plan_says_when_ranks_have_nothing_to_train(lengths):
+    options = ["--lengths", lengths, "--chunk-tokens", 2**19, "--global-batch", 64, "--world-size", 4]
+    for more in ([], ["--json"]):
+        assert "3 of 4 ranks have nothing to train in some batches" in run("plan", *options, *more).stderr
+    assert json.loads(run("plan", *options, "--json").stdout)["idle_ranks"] == 3
+    assert "nothing to train" not in run("plan", *options[:-1], 1).stderr
 
 
 def test_plan_for_people_and_under_policies(lengths, data, tmp_path):
@@ -95,6 +104,9 @@ def test_audit(data, tmp_path):
     found = json.loads(run("audit", data, *options, "--resume-at", 1, "--resume-world-size", 1, "--json").stdout)
     assert found["exact"]
     assert (found["steps"], found["resumed_at"], found["world_size"]) == (6, 1, 2)
+    weighted = run("audit", data, *options, "--weighting", "sequence").stdout
+    assert f" {found['targets']} targets; " in weighted  # as many as without; their weights are others
+    assert isinstance(found["targets"], int)
 
 
 def config_of(tmp_path, **changes):
@@ -136,6 +148,11 @@ def test_bad_lengths(tmp_path, array, message):
     [
         (["plan"], "no data was named"),
         (["plan", "no/such/data"], "neither a file nor a folder"),
+        (
+            ["plan", "CHATS"],
+            "chats.jsonl:1: messages, and no tokenizer was given; give one, or records with input_ids "
+            "(--tokenizer names a folder",
+        ),
         (["plan", "x", "--lengths", "LENGTHS"], "both x and --lengths were given"),
         (["plan", "--lengths", "absent.npy"], "absent.npy cannot be read as lengths"),
         (["plan", "--lengths", "LENGTHS", "--chunk-tokens", "0"], "chunk_tokens is 0"),
@@ -152,7 +169,9 @@ def test_bad_lengths(tmp_path, array, message):
 def test_bad_input_is_one_line_and_exit_code_2(lengths, data, tmp_path, monkeypatch, args, message):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    args = [{"LENGTHS": lengths, "DATA": data}.get(arg, arg) for arg in args]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    args = [{"LENGTHS": lengths, "DATA": data, "CHATS": chats}.get(arg, arg) for arg in args]
     done = run(*args, code=2)
     assert message in done.stderr
     assert "Traceback" not in done.output
@@ -189,6 +208,7 @@ def test_odd_values_are_one_line_and_no_json(tmp_path):
         (["plan", *good, "--retain", 2**70], "both must be at most 2147483647"),
         (["plan", *good, "--overflow", "drop", "--chunk-tokens", 1], "leaves no sequence to plan"),
         (["lengths", *good, "--png", tmp_path / "x.foo"], "no picture can be written to"),
+        (["lengths", *good, "--chunk-tokens", 0], "chunk_tokens is 0; it must be at least 1"),
         (["tune", "absent", "--cap-mib", "nan", "--longest", 9], "cap_mib is nan"),
     ]:
         done = run(*args, code=2)

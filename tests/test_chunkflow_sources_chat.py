@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from chunkflow.chat import Chat, encode_chat
+from chunkflow.chat import Chat, checked_messages, encode_chat
 from chunkflow.errors import SourceError
 from chunkflow.sources_jsonl import JsonLines
+from chunkflow.sources_tables import FromDataset
 from tests.tokenizers_fixture import tiny_tokenizer
 
 PLAIN = (
@@ -110,6 +112,40 @@ def test_lines_of_conversations_and_completions(tmp_path):
     assert [(s.reason, s.count) for s in source.skipped] == [("no label is a target", 1)]
 
 
+def test_a_message_of_tool_calls_alone_and_an_empty_one_are_messages():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert checked_messages("x", "messages", [call, {"role": "user", "content": ""}]) == [
+        {key: value for key, value in call.items() if value is not None},
+        {"role": "user", "content": ""},
+    ]
+
+
+def test_a_table_of_tool_calls_reads_as_its_lines_do(tmp_path):
+    """Arrow gives every call the arguments of all of them, null where a call has none."""
+    tok = tokenizer(
+        "{{ tools | tojson }}{% for m in messages %}<{{ m['role'] }}>"
+        "{{ m['content'] if m['content'] else m['tool_calls'] | tojson }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "go"},
+                {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {argument: 1}}]},
+            ],
+            "tools": [{"name": "f", "parameters": {argument: "int"}}],
+        }
+        for argument in ("x", "y")
+    ]
+    table = FromDataset(Dataset.from_list(records), tok, cache_dir=tmp_path)
+    plain = lines(tmp_path, records, tok)
+    for n in range(2):
+        assert tok.decode(table.read(n).input_ids) == tok.decode(plain.read(n).input_ids)
+    assert "null" not in tok.decode(table.read(0).input_ids)
+    with pytest.raises(SourceError, match=r"x\.jsonl:1: 'tools' is a str; it must be a list of objects"):
+        lines(tmp_path, [{**records[0], "tools": "[]"}], tok)
+
+
 def test_another_chat_template_is_another_data_set(tmp_path):
     assert lines(tmp_path, [{"messages": TALK}], tokenizer(PLAIN)).manifest != (
         lines(tmp_path, [{"messages": TALK}], tokenizer(MARKED)).manifest
@@ -121,6 +157,14 @@ def test_another_chat_template_is_another_data_set(tmp_path):
     [
         ({"messages": "hi"}, r"x\.jsonl:1: 'messages' is 'hi'; it must be a list of messages"),
         ({"messages": []}, r"x\.jsonl:1: 'messages' is \[\]"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            r"x\.jsonl:1: message 0 of 'messages', of role 'user', has no content \(it is null or missing\)",
+        ),
+        (
+            {"prompt": TALK[:3], "completion": [{"role": "assistant", "content": None, "tool_calls": []}]},
+            r"x\.jsonl:1: message 0 of 'completion', of role 'assistant', has no content",
+        ),
         ({"messages": [{"content": "hi"}]}, r"x\.jsonl:1: 'messages' holds .*a message has a role"),
         ({"prompt": "a", "completion": 3}, r"x\.jsonl:1: 'prompt' is 'a'; it must be a list of messages"),
         ({"prompt": "a"}, r"x\.jsonl:1: 'completion' is missing beside \['prompt'\]; a record has both, or a 'text'"),

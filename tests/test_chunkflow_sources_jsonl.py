@@ -1,10 +1,13 @@
 """JSON lines as a source: texts and tokens, and every bad line named."""
 
+import json
+
 import pytest
 
 from chunkflow.errors import SourceError
 from chunkflow.index import check_length
 from chunkflow.sources_jsonl import JsonLines
+from chunkflow.sources_open import open_source
 from tests.source_files import json_lines
 from tests.tokenizers_fixture import tiny_tokenizer
 
@@ -79,6 +82,53 @@ def test_a_sample_too_long_for_int32():
     check_length("a", 2**31 - 1)
     with pytest.raises(SourceError, match="big has 2147483648 tokens"):
         check_length("big", 2**31)
+
+
+def test_a_folder_of_files_is_their_lines_in_order(tmp_path):
+    for name, ids in (("b", [4, 5]), ("a", [1, 2, 3])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"input_ids": ids}) + "\n")
+    seen = []
+    options = {"cache_dir": tmp_path / "cache", "progress": lambda done, total: seen.append((done, total))}
+    source = open_source(tmp_path, None, **options)
+    assert [source.read(n).input_ids.tolist() for n in range(len(source))] == [[1, 2, 3], [4, 5]]
+    total = sum(file.stat().st_size for file in tmp_path.glob("*.jsonl"))
+    assert seen[-1] == (total, total)
+    (tmp_path / "b.jsonl").write_text("no\n")
+    with pytest.raises(SourceError, match=r"b\.jsonl:1: not JSON"):
+        open_source(tmp_path, None, **options)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty is a folder without \*\.jsonl files"):
+        JsonLines(tmp_path / "empty", None, cache_dir=tmp_path)
+
+
+class Stumbling:
+    """A tokenizer that fails on one text; the rest is the real one's."""
+
+    def __init__(self, error):
+        self._real, self._error = tiny_tokenizer(), error
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def __call__(self, texts, **options):
+        if "trap" in texts:
+            raise self._error
+        return self._real(texts, **options)
+
+
+class Panic(BaseException):
+    """As Rust code raises one in Python."""
+
+
+@pytest.mark.parametrize("error", [ValueError("no such piece"), Panic("no such piece")], ids=["error", "panic"])
+def test_a_text_on_which_the_tokenizer_fails_is_named(tmp_path, error):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("fox", "dog", "trap", "fox")))
+    with pytest.raises(SourceError, match=r"x\.jsonl:3: the tokenizer failed: \w+: no such piece"):
+        JsonLines(path, Stumbling(error), cache_dir=tmp_path / "cache")
+    path.write_text(json.dumps({"prompt": "fox", "completion": "trap"}) + "\n")
+    with pytest.raises(SourceError, match=r"x\.jsonl:1: the tokenizer failed"):
+        JsonLines(path, Stumbling(error), cache_dir=tmp_path / "cache")
 
 
 def test_another_field(tmp_path):

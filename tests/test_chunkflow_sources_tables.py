@@ -2,13 +2,15 @@
 
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from chunkflow.cache import open_or_build
-from chunkflow.errors import SourceError
+from chunkflow.errors import ChunkflowError, SourceError
+from chunkflow.model_open import open_model
 from chunkflow.sources_open import open_source
 from chunkflow.sources_tables import FromDataset, ParquetFiles
 from tests.tokenizers_fixture import tiny_tokenizer
@@ -79,6 +81,32 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch):
         open_source(IterableDataset.from_generator(lambda: iter([])), None, **cache)
     with pytest.raises(SourceError, match="the data set has 0 rows"):
         open_source(Dataset.from_dict({"input_ids": []}), None, **cache)
+    with pytest.raises(SourceError, match=r"list is no data set; give a path, .*from_list"):
+        open_source([{"input_ids": [1, 2]}], None, **cache)
+    rows = Dataset.from_dict({"input_ids": [[1, 2]]})
+    assert len(open_source(DatasetDict({"train": rows}), None, **cache)) == 1
+    with pytest.raises(SourceError, match="the data has the splits test and not 'train'"):
+        open_source(DatasetDict({"test": rows}), None, **cache)
+    with pytest.raises(SourceError, match=r"has a transform that runs as rows are read .* use map"):
+        open_source(rows.with_transform(lambda batch: batch), None, **cache)
+    for name in ("no/such/data", "./no-such", "absent.jsonl"):
+        with pytest.raises(SourceError, match="is neither a file nor a folder here, nor a name on the Hub"):
+            open_source(name, None, **cache)
+
+
+def test_a_name_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
+    """Said at once; the libraries alone would try again for a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    cache, offline = {"cache_dir": tmp_path / "cache"}, datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(SourceError, match=r"the Hub cannot be reached \(\w+: .*\), and it is not in the cache"):
+        open_source("no/such", None, **cache)
+    with pytest.raises(ChunkflowError, match="the Hub cannot be reached"):
+        open_model("no/such")
+    assert datasets.config.HF_HUB_OFFLINE is offline
+
+
+def test_a_name_that_is_not_in_the_cache(tmp_path, monkeypatch):
+    cache = {"cache_dir": tmp_path / "cache"}
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"'no/such' is neither a file nor a folder here, nor a data set"):
         open_source("no/such", None, **cache)

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from chunkflow.errors import PlanError, SourceError, StateError
+from chunkflow.errors import ChunkflowError, PlanError, SourceError, StateError
+from chunkflow.runner import ChunkRunner
 from chunkflow.stream import StreamLoader
+from tests.spawn import run_ranks
+from tests.tiny import tiny_model
 from tests.tokenizers_fixture import tiny_tokenizer
 
 rng = np.random.default_rng(0)
@@ -79,6 +82,46 @@ def test_policies_and_weightings_hold_for_windows():
         next(iter(stream(overflow="raise")))
     with pytest.raises(PlanError, match="global_batch is 0"):
         stream(global_batch=0)
+
+
+def test_a_window_without_a_target_is_an_error_and_not_a_division_by_zero():
+    records = [{"input_ids": list(range(20)), "labels": [-100] * 19 + [5]}]
+    with pytest.raises(SourceError, match=r"step 0 of the stream: the loss weights of step 0 are 0\.0 in sum"):
+        next(iter(stream(records, overflow="truncate")))
+
+
+def test_a_stream_of_nothing_is_an_error():
+    with pytest.raises(SourceError, match=r"gave no sample to train on .*it is empty"):
+        list(StreamLoader(list, None, chunk_tokens=8, global_batch=3, rank=0, world_size=1))
+    once = iter(RECORDS)
+    loader = StreamLoader(lambda: once, None, chunk_tokens=8, global_batch=3, rank=0, world_size=1)
+    next(iter(loader))
+    loader.close()
+    with pytest.raises((SourceError, StateError)):  # the rest of the iterator is no stream from its beginning
+        list(loader)
+    with pytest.raises(SourceError, match="left out: 1: fewer than 2 tokens"):
+        list(stream(RECORDS[2:3]))
+
+
+def other_streams(info):
+    """Each rank reads a part of its own of samples of one length, as after `split_dataset_by_node`."""
+    records = [{"input_ids": [10 * info.rank + n] * 12} for n in range(4)]
+    loader = StreamLoader(lambda: records, None, chunk_tokens=8, global_batch=2)
+    try:
+        ChunkRunner(tiny_model()).forward_backward(next(iter(loader)))
+    except ChunkflowError as error:
+        first = str(error)
+    loader.close()
+    try:
+        next(iter(StreamLoader(lambda: records, None, chunk_tokens=8 + info.rank, global_batch=2)))
+    except PlanError as error:
+        return first, str(error)
+
+
+def test_ranks_that_are_given_other_streams_or_settings_are_told():
+    for told, named in run_ranks(other_streams, 2):
+        assert told.startswith("ranks 0 and 1 are about to train step 0 by different plans (of other data")
+        assert named.startswith("the loaders of ranks 0 and 1 differ: planner is [8,")
 
 
 def test_texts_and_what_is_none():

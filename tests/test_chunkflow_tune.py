@@ -58,7 +58,14 @@ def test_a_small_model_is_tuned_for_real(tmp_path):
         "num_attention_heads": 2, "num_key_value_heads": 1,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = tune(str(tmp_path / "config.json"), cap_bytes=2 << 30, longest=2048, chunk_tokens=[128, 256], retain=[1, 2])
+    told = []
+    found = tune(
+        str(tmp_path / "config.json"), cap_bytes=2 << 30, longest=2048, chunk_tokens=[128, 256], retain=[1, 2],
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] == sum(row.tokens for row in found.rows) + 2048
+    assert len({done for done, _ in told}) > 4  # told inside a measurement, too
     assert found.measured_peak_bytes <= found.cap_bytes
     assert abs(found.measured_peak_bytes / found.predicted_peak_bytes - 1) < 0.1
     assert found.cost.forward.count > 6

@@ -37,7 +37,7 @@ def test_groups_one_word_for_one_process():
 
 
 def test_a_records():
-    assert fields(StepBatch) == ["step", "chunks", "denominator", "program", "samples"]
+    assert fields(StepBatch) == ["step", "chunks", "denominator", "program", "samples", "digest"]
     assert fields(chunkflow.Chunk)[:4] == ["segments", "group", "index", "count"]
     assert fields(chunkflow.Segment) == ["sample", "start", "length", "offset"]
 

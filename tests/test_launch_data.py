@@ -248,6 +248,10 @@ def test_auto_opens_json_lines_and_tokens_without_a_model_and_says_what_needs_on
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table({"input_ids": [[1, 2, 3], [4, 5]]}), table)
     assert load_data(config(tmp_path, table, kind="auto")).train.lengths.tolist() == [3, 2]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    for kind in ("auto", "jsonl"):
+        with pytest.raises(DataError, match=r"data.jsonl:1: messages, and no tokenizer .* model.path names it; a new"):
+            load_data(config(tmp_path, path, kind=kind))
     pq.write_table(pa.table({"text": TEXTS}), table)
     with pytest.raises(DataError, match=r"table.parquet.*no tokenizer was given.*model.path names it"):
         load_data(config(tmp_path, table, kind="auto"))

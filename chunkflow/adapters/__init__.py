@@ -46,6 +46,13 @@ def unwrap(model: nn.Module, group: dist.ProcessGroup | str | None) -> Wrapped:
 
 def without_peft(model: nn.Module) -> Any:
     """Return the transformers model inside a PEFT model; any other as it is."""
-    if any(base.__module__.startswith("peft.") for base in type(model).__mro__):
-        return import_module("chunkflow.adapters.peft").base_of(model)
-    return model
+    return import_module("chunkflow.adapters.peft").base_of(model) if _is_of_peft(model) else model
+
+
+def plain_head(head: Any) -> Any:
+    """Return the output projection that PEFT trains in place of this one; any other as it is."""
+    return import_module("chunkflow.adapters.peft").trained_head(head) if _is_of_peft(head) else head
+
+
+def _is_of_peft(module: Any) -> bool:
+    return any(base.__module__.startswith("peft.") for base in type(module).__mro__)

@@ -87,7 +87,8 @@ class ChunkMixin(Trainer):
     cross_entropy_of: tuple[type, ...] = (Trainer,)
     """Whose `compute_loss` is known to be the mean cross entropy of the targets."""
 
-    _accelerated: AcceleratedRunner | None = None
+    _accelerated: tuple[Any, type, AcceleratedRunner] | None = None
+    """The last model that was run, its class, and its runner."""
     _resumes: str | None = None
     """The checkpoint that `train` goes on from."""
     _plan: dict[str, Any] | None = None
@@ -108,12 +109,14 @@ class ChunkMixin(Trainer):
                 "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
             )
         self._require_cross_entropy()
+        self._require_no_predictions()
         found = self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
         self._same_steps(found.steps)
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         """Return the evaluation's steps."""
+        self._require_no_predictions()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             assert isinstance(self.eval_dataset, dict)
@@ -159,6 +162,21 @@ class ChunkMixin(Trainer):
                 "whole sequences or pairs of them, such as DPO, are none): it cannot be trained exactly in chunks; "
                 "use a trainer without it"
             )
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ChunkflowError: there are no predictions."""
+        raise ChunkflowError(
+            "predict gives logits, and chunks keep none; evaluate gives the loss, a plain Trainer of the model the rest"
+        )
+
+    def _require_no_predictions(self) -> None:
+        """Raise ChunkflowError, naming it, where an evaluation is asked for more than the loss."""
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name, None) is not None:
+                raise ChunkflowError(
+                    f"{name} takes predictions, and chunks keep none: an evaluation gives the loss; leave it out, and "
+                    "find other metrics with a plain Trainer of the same model"
+                )
 
     def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
         # Several ranks: the loader takes its place from the default group, and so compares data and settings first.
@@ -210,6 +228,8 @@ class ChunkMixin(Trainer):
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, self.num_examples(dataloader))
 
     def _runner(self, model: Any) -> AcceleratedRunner:
-        if self._accelerated is None:
-            self._accelerated = AcceleratedRunner(self.accelerator, model, retain=self.chunks.retain)
-        return self._accelerated
+        """Return the runner of a model: what was evaluated may be wrapped or sharded (in place) to be trained."""
+        if self._accelerated is None or self._accelerated[0] is not model or self._accelerated[1] is not type(model):
+            runner = AcceleratedRunner(self.accelerator, model, retain=self.chunks.retain)
+            self._accelerated = (model, type(model), runner)
+        return self._accelerated[2]

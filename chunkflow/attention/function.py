@@ -18,19 +18,19 @@ from torch import Tensor
 from chunkflow.attention.base import Backend, ChunkView, Scoring
 from chunkflow.attention.dropout import AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
-from chunkflow.attention.flash_cuda import FlashCuda
+from chunkflow.attention.flash_cuda import FlashCuda, can_run
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, *, plain: bool) -> Backend:
-    """Return the fast kernel of a device.
+def choose_backend(device: torch.device, dtype: torch.dtype, width: int, *, plain: bool) -> Backend:
+    """Return the fast kernel of a device for heads of this width.
 
     `plain`: no dropout, no cap on scores, and values as wide as keys, which is all that fast kernels can do.
     """
     if plain and device.type == "cpu":
         return FlashCpu()
-    if plain and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+    if plain and can_run(device, dtype, width):
         return FlashCuda()
     return Masked()
 
@@ -50,7 +50,8 @@ class LayerCall:
 
     def spans(self, q: Tensor) -> Iterator[tuple[slice, SpanAttention]]:
         """Yield each span of the chunk: where its rows are, and its attention."""
-        backend = choose_backend(q.device, q.dtype, plain=not (self.dropout or self.softcap or self.widths_differ))
+        plain = not (self.dropout or self.softcap or self.widths_differ)
+        backend = choose_backend(q.device, q.dtype, q.shape[-1], plain=plain)
         for number, span in enumerate(self.view.spans):
             state = self.view.state if number == 0 else None
             drop = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from chunkflow.chat import Chat, encode_chat
+from chunkflow.chat import Chat, encode_chats
 from chunkflow.errors import SourceError
 from chunkflow.index import Row
 from chunkflow.sources import NO_TARGET
@@ -89,6 +89,7 @@ def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTo
     prompts = iter(_ids([pair.prompt for pair in pairs], tokenizer))
     # What the model is asked for begins behind the prompt's last token, so the two are never tokenized as one.
     completions = iter(_ids([pair.completion for pair in pairs], tokenizer, add_special_tokens=False))
+    chats = iter(encode_chats([item for item in batch if isinstance(item, Chat)], tokenizer))
     for item in batch:
         if isinstance(item, Row):
             yield item
@@ -97,7 +98,7 @@ def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTo
         elif isinstance(item, Pair):
             yield _completed(item.name, next(prompts), next(completions), tokenizer)
         else:
-            yield encode_chat(item, tokenizer)
+            yield next(chats)
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> list[list[int]]:

@@ -71,7 +71,7 @@ def _cut(layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     whole: Any = pretrained_model(SMOLLM2)
     whole.model.layers = whole.model.layers[:layers]
     whole.config.num_hidden_layers = layers
-    return whole, pretrained_tokenizer(SMOLLM2)
+    return whole, pretrained_tokenizer(SMOLLM2, cache=CACHE)
 
 
 def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -93,7 +93,7 @@ def mix(model: Path, *, count: int, quick: bool) -> Tokens:
         choice = choose_files(replace(DataConfig(kind="functions"), max_file_bytes=None, long_files=()))
         written = write_functions(choice, max_bytes=limit, held_out=0, seed=0, cache=CACHE)
         lines = drawn(written.train.read_text(encoding="utf-8").splitlines(), count + _SPARE, seed=0)
-        tokenizer = pretrained_tokenizer(str(model))
+        tokenizer = pretrained_tokenizer(str(model), cache=CACHE)
         if tokenizer.chat_template is None:
             lines = [_without_template(line) for line in lines]
         drawn_path = path.with_suffix(".texts")

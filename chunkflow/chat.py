@@ -41,9 +41,25 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Row:
 
     Raises SourceError, naming the sample, when the template fails or no exact mask exists.
     """
-    template = _template(chat.name, tokenizer)
-    if not _MARKED.search(template) or chat.prompt_messages:
-        return _by_differences(chat, tokenizer)
+    return encode_chats([chat], tokenizer)[0]
+
+
+def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Return `encode_chat` of each; the tokenizer is called once, and works on all cores."""
+    rows: dict[int, Row] = {}
+    rendered: dict[int, _Rendered] = {}
+    for number, chat in enumerate(chats):
+        template = _template(chat.name, tokenizer)
+        if not _MARKED.search(template) or chat.prompt_messages:
+            rendered[number] = _render(chat, tokenizer)
+        else:
+            rows[number] = _marked(chat, tokenizer)
+    found = zip(rendered, _tokenized(list(rendered.values()), tokenizer), strict=True)
+    rows |= {number: _labelled(rendered[number], ids, offsets) for number, (ids, offsets) in found}
+    return [rows[number] for number in range(len(chats))]
+
+
+def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Row:
     encoded: Any = _apply(
         chat, tokenizer, chat.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -52,34 +68,60 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Row:
     return Row(chat.name, ids, np.where(said, ids, NO_TARGET))
 
 
-def _by_differences(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Row:
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation as text, and from which to which character the assistant speaks."""
+
+    name: str
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> _Rendered:
     whole: str = _apply(chat, tokenizer, chat.messages, tokenize=False)
     spans = [
         _span(chat, tokenizer, turn, whole)
         for turn, message in enumerate(chat.messages)
         if message["role"] == "assistant" and turn >= chat.prompt_messages
     ]
-    options: dict[str, Any] = {"return_offsets_mapping": True, "truncation": False, "verbose": False}
+    return _Rendered(chat.name, whole, spans)
+
+
+def _tokenized(some: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[Any]]]:
+    """Return ids and character offsets of each text."""
+    if not some:
+        return []
+    options: dict[str, Any] = {
+        "add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False,
+        "truncation": False, "padding": False, "verbose": False,
+    }  # fmt: skip
     try:
-        encoded = tokenizer(whole, add_special_tokens=False, **options)
+        encoded = tokenizer([one.text for one in some], **options)
     except Exception as error:  # whatever a tokenizer raises, it is named with its sample
-        raise SourceError(f"{chat.name}: the tokenizer failed: {type(error).__name__}: {error}") from error
-    ids = np.array(encoded["input_ids"], dtype=np.int64)
-    begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        if len(some) > 1:
+            return [found for one in some for found in _tokenized([one], tokenizer)]
+        raise SourceError(f"{some[0].name}: the tokenizer failed: {type(error).__name__}: {error}") from error
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _labelled(rendered: _Rendered, input_ids: list[int], offsets: list[Any]) -> Row:
+    ids = np.array(input_ids, dtype=np.int64)
+    begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     said = np.zeros(len(ids), dtype=bool)
-    for first, last in spans:
+    for first, last in rendered.spans:
         inside = (begin >= first) & (end <= last) & (end > begin)
         touches = (begin < last) & (end > first)
         if (touches & ~inside).any():
-            return Row(chat.name, ids, skip=_TORN)
+            return Row(rendered.name, ids, skip=_TORN)
         said |= inside
-    return Row(chat.name, ids, np.where(said, ids, NO_TARGET))
+    return Row(rendered.name, ids, np.where(said, ids, NO_TARGET))
 
 
 def _span(chat: Chat, tokenizer: PreTrainedTokenizerBase, turn: int, whole: str) -> tuple[int, int]:
     """Return from which to which character the assistant speaks in one turn."""
     asked: str = _apply(chat, tokenizer, chat.messages[:turn], tokenize=False, add_generation_prompt=True)
-    answered: str = _apply(chat, tokenizer, chat.messages[: turn + 1], tokenize=False)
+    last = turn + 1 == len(chat.messages)
+    answered: str = whole if last else _apply(chat, tokenizer, chat.messages[: turn + 1], tokenize=False)
     if not (answered.startswith(asked) and whole.startswith(answered)):
         raise SourceError(
             f"{chat.name}: this chat template renders message {turn} differently when others follow, so the "

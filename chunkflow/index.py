@@ -1,4 +1,6 @@
-"""The token store: samples in one arrow file (memory-mapped by `datasets`), their lengths and weights beside it.
+"""The token store: samples in one memory-mapped arrow file, their lengths and weights beside it.
+
+`datasets.Dataset.from_file` opens that file, too; it is not used here, as every rank would wait for its import.
 
     tokens.arrow   input_ids: large_list<int32>, labels: large_list<int32> or null (then the labels are the tokens)
     lengths.npy    int64 [samples]
@@ -12,15 +14,14 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
-from datasets import Dataset, Features, LargeList, Value
-from datasets.arrow_writer import ArrowWriter
 
 from chunkflow.errors import SourceError
 from chunkflow.records import MAX_SAMPLE_TOKENS
@@ -29,7 +30,7 @@ from chunkflow.sources import NO_TARGET, Sample, Selection, Skipped, manifest_of
 FORMAT_VERSION = 1
 _TOKENS, _LENGTHS, _WEIGHTS, _INDEX = "tokens.arrow", "lengths.npy", "weights.npy", "index.json"
 _FILES = {_TOKENS, _LENGTHS, _WEIGHTS}
-_FEATURES = Features({"input_ids": LargeList(Value("int32")), "labels": LargeList(Value("int32"))})
+_SCHEMA = pa.schema({name: pa.large_list(pa.int32()) for name in ("input_ids", "labels")})
 _BATCH_TOKENS, _BATCH_ROWS = 1 << 20, 1000
 
 
@@ -60,7 +61,8 @@ class StoredSource:
         self.skipped = tuple(Skipped(s["reason"], s["count"], tuple(s["examples"])) for s in index["skipped"])
         self.lengths: np.ndarray = np.load(folder / _LENGTHS, mmap_mode="r")
         self.weights: np.ndarray = np.load(folder / _WEIGHTS, mmap_mode="r")
-        self._rows = Dataset.from_file(str(folder / _TOKENS)).with_format("arrow")
+        table = pa.ipc.open_stream(pa.memory_map(str(folder / _TOKENS))).read_all()
+        self._input_ids, self._labels = table.column("input_ids"), table.column("labels")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -69,9 +71,8 @@ class StoredSource:
         """Return one sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}; this source has 0 to {len(self) - 1}")
-        row: Any = self._rows[index]
-        labels = row["labels"][0]
-        return shifted(row["input_ids"][0].values.to_numpy(), labels.values.to_numpy() if labels.is_valid else None)
+        input_ids, labels = self._input_ids[index], self._labels[index]
+        return shifted(input_ids.values.to_numpy(), labels.values.to_numpy() if labels.is_valid else None)
 
     def select(self, indices: Iterable[int]) -> Selection:
         """Return these samples, in this order."""
@@ -131,14 +132,12 @@ def why_skip(row: Row) -> str | None:
 def write_store(folder: Path, rows: Iterable[Row], *, description: Mapping[str, Any], manifest: str) -> None:
     """Write a store into an empty folder; raises SourceError when no sample is left."""
     tally = _Tally()
-    with ArrowWriter(path=str(folder / _TOKENS), features=_FEATURES) as writer:
+    with pa.OSFile(str(folder / _TOKENS), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for batch in _batches(row for row in rows if tally.add(row)):
-            writer.write_batch(
-                {"input_ids": [_int32(r.input_ids) for r in batch], "labels": [_int32(r.labels) for r in batch]}
-            )
-        if not tally.lengths:
-            raise SourceError("; ".join(["there is no sample to train on", *map(str, tally.skipped())]))
-        writer.finalize()
+            columns = [_lists([row.input_ids for row in batch]), _lists([row.labels for row in batch])]
+            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    if not tally.lengths:
+        raise SourceError("; ".join(["there is no sample to train on", *map(str, tally.skipped())]))
     np.save(folder / _LENGTHS, np.frombuffer(tally.lengths, dtype=np.int64))
     np.save(folder / _WEIGHTS, np.frombuffer(tally.weights, dtype=np.float64))
     index = {
@@ -153,8 +152,19 @@ def write_store(folder: Path, rows: Iterable[Row], *, description: Mapping[str, 
     (folder / _INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _int32(ids: np.ndarray | None) -> np.ndarray | None:
-    return None if ids is None else ids.astype(np.int32)
+def _lists(rows: Sequence[np.ndarray | None]) -> pa.Array:
+    """Return arrow's column of lists, null where there is none."""
+    some = [row for row in rows if row is not None]
+    values = np.concatenate(some, dtype=np.int32, casting="unsafe") if some else np.empty(0, dtype=np.int32)
+    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int64)
+    none = np.packbits([row is None for row in rows], bitorder="little")
+    mask = pa.Array.from_buffers(pa.bool_(), len(rows), [None, pa.py_buffer(none)])
+    return pa.LargeListArray.from_arrays(_array(ends, pa.int64()), _array(values, pa.int32()), mask=mask)
+
+
+def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Return arrow's view of numbers; `pa.array` would import pandas, to see that they are none of its own."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

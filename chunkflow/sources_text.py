@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import xxhash
 from chunkflow.cache import open_or_build
 from chunkflow.errors import SourceError
 from chunkflow.index import FORMAT_VERSION, StoredSource
+from chunkflow.matching import matching
 from chunkflow.tokenizing import Text, encode, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -70,13 +70,10 @@ def _find(root: Path, pattern: str, exclude: list[str], cache: Path) -> list[str
         raise SourceError(f"{root} is not a folder; TextFolder needs the folder that holds the text files")
     cache = cache.resolve()
     try:
-        matches = list(root.glob(pattern))
+        found = matching(root, pattern, exclude)
     except (ValueError, NotImplementedError) as error:  # pathlib's for an absolute or empty pattern
         raise SourceError(f"the pattern {pattern!r} is not a glob relative to {root}: {error}") from error
-    # What is excluded first: the others are looked at on disk, and a folder may hold many times as much.
-    found = {p.relative_to(root).as_posix(): p for p in matches}
-    taken = {name: p for name, p in found.items() if not any(fnmatchcase(name, glob) for glob in exclude)}
-    names = sorted(name for name, p in taken.items() if p.is_file() and cache not in p.resolve().parents)
+    names = [name for name, p in found.items() if p.is_file() and cache not in p.resolve().parents]
     if not names:
         raise SourceError(f"no file of {root} matches {pattern!r} and is not excluded by {exclude}")
     return names

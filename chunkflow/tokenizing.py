@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from chunkflow.chat import Chat, encode_chat
+from chunkflow.chat import Chat, encode_chats
 from chunkflow.errors import SourceError
 from chunkflow.index import Row
 from chunkflow.sources import NO_TARGET
@@ -90,6 +90,7 @@ def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTo
     # What the model is asked for begins behind the prompt's last token, so the two are never tokenized as one.
     answers = [Text(pair.name, pair.completion) for pair in pairs]
     completions = iter(_ids(answers, tokenizer, add_special_tokens=False))
+    chats = iter(encode_chats([item for item in batch if isinstance(item, Chat)], tokenizer))
     for item in batch:
         if isinstance(item, Row):
             yield item
@@ -98,7 +99,7 @@ def _encode_batch(batch: list[Row | Text | Pair | Chat], tokenizer: PreTrainedTo
         elif isinstance(item, Pair):
             yield _completed(item.name, next(prompts), next(completions), tokenizer)
         else:
-            yield encode_chat(item, tokenizer)
+            yield next(chats)
 
 
 def _ids(texts: list[Text], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> list[list[int]]:

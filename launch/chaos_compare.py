@@ -12,7 +12,7 @@ from launch.errors import ConfigError
 from launch.files import RunFolder
 from launch.metrics import read_metrics
 
-OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes", "straggler", "ranks")
+OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes", "straggler", "ranks", "beside_save")
 _OF_THE_BATCH = ("tokens", "supervised_tokens", "longest", "lr")
 _MAY_DIFFER = ("run.folder", "run.log_every", "run.timeout_s", "checkpoint.", "pipeline.timeout_s", "moe.timeout_s")
 

@@ -158,9 +158,7 @@ RULES: tuple[tuple[frozenset[str], frozenset[str], Cell], ...] = (
     (frozenset({"fsdp2"}), ANY, _tested("test_launch_fsdp2.py::test_shards_train_as_one_process_and_resume_another")),
     (ZERO, frozenset({"bf16", "lora"}), _tested("test_launch_zero.py::test_four_ranks_adapters_and_bf16")),
     (ZERO, ANY, _tested("test_launch_zero.py::test_another_world_and_another_engine_go_on")),
-    (frozenset({"bf16"}), frozenset({"lora"}), _tested("test_launch_compose.py::test_adapters_in_bf16_stay_near")),
-    (frozenset({"bf16"}), ANY, _tested(
-        "test_launch_pretrained.py::test_a_killed_job_in_bf16_ends_as_if_it_never_was")),
+    (frozenset({"bf16"}), ANY, _tested("test_launch_compose.py::test_bf16_stays_near_one_process_in_fp32")),
     (frozenset({"ddp"}), PIPES, _tested("test_launch_compose.py::test_several_pipelines_share_the_data")),
     (ANY, ANY, _tested("test_launch_compose.py::test_together_they_train_as_one_process")),
 )  # fmt: skip

@@ -7,9 +7,9 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from chunkflow.matching import matching
 from launch.config import DataConfig
 from launch.errors import DataError
 
@@ -40,11 +40,10 @@ def choose_files(data: DataConfig) -> FolderChoice:
     if not root.is_dir():
         raise DataError(f"data.path {data.path} is no folder; give one with text files, or {STDLIB!r}")
     try:
-        found = {path.relative_to(root).as_posix(): path for path in root.glob(data.pattern)}
+        found = matching(root, data.pattern, data.exclude)
     except (ValueError, NotImplementedError) as error:  # pathlib's for an absolute or empty pattern
         raise DataError(f"data.pattern is {data.pattern!r}, no glob relative to {root}: {error}") from error
-    taken = [name for name in sorted(found) if not any(fnmatchcase(name, ex) for ex in data.exclude)]
-    sizes = {name: found[name].stat().st_size for name in taken if found[name].is_file()}
+    sizes = {name: path.stat().st_size for name, path in found.items() if path.is_file()}
     lost = [name for name in data.long_files if name not in sizes]
     if lost:
         raise DataError(

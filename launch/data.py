@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from chunkflow.errors import NoTokenizerError, SourceError
 from chunkflow.sources import Source
 from chunkflow.sources_jsonl import JsonLines
-from chunkflow.sources_open import open_source
 from chunkflow.sources_text import TextFolder
 from launch.config import DataConfig, FinetuneConfig
 from launch.corpus import FolderChoice, choose_files, jsonl_texts
@@ -76,10 +75,12 @@ def _open_lines(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase | None,
 
 
 def _open_any(config: FinetuneConfig) -> tuple[PreTrainedTokenizerBase | None, Source]:
+    from chunkflow.sources_open import open_source  # Parquet's reader; other kinds of data do without
+
     data, path = config.data, config.model.path
     if path is None and Path(data.path).suffix in (".jsonl", ".json"):
         return _open_lines(config)
-    tokenizer = None if path is None else pretrained_tokenizer(path)
+    tokenizer = None if path is None else pretrained_tokenizer(path, cache=Path(data.cache))
     return tokenizer, open_source(data.path, tokenizer, cache_dir=Path(data.cache), split=data.split, field=data.field)
 
 
@@ -97,7 +98,7 @@ def _open_functions(config: FinetuneConfig) -> Data:
             "data.kind functions asks for functions in chats, and a new model's tokenizer has no chat template; set "
             "model.path to a model that has one, such as smollm2"
         )
-    tokenizer = pretrained_tokenizer(config.model.path)
+    tokenizer = pretrained_tokenizer(config.model.path, cache=cache)
     choice = choose_files(replace(data, max_file_bytes=None, long_files=()))
     _require_files(data, choice)
     limit, count, seed = data.max_file_bytes, data.held_out, config.run.seed
@@ -118,9 +119,10 @@ def _require_files(data: DataConfig, choice: FolderChoice) -> None:
 
 def load_tokenizer(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase | None:
     """Return the model's tokenizer, or one trained on the texts for a model that is new."""
+    cache = Path(config.data.cache)
     if config.model.path is not None:
-        return pretrained_tokenizer(config.model.path)
-    return trained_tokenizer(texts, vocab_size=config.model.vocab_size, cache=Path(config.data.cache))
+        return pretrained_tokenizer(config.model.path, cache=cache)
+    return trained_tokenizer(texts, vocab_size=config.model.vocab_size, cache=cache)
 
 
 def split_held_out(source: Source, *, count: int, seed: int, keep: int) -> tuple[Source, Source | None]:

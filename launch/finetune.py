@@ -114,8 +114,9 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
         while job.state.step < job.total_steps and not stopped:
             with job.times.part("data"):
                 batch = next(steps)
+            beside_save = saver.under_way
             metrics = job.train_step(batch)
-            metrics = replace(metrics, seconds=time.perf_counter() - begun)
+            metrics = replace(metrics, seconds=time.perf_counter() - begun, beside_save=beside_save)
             last = job.state.step == job.total_steps
             if last or job.state.step % run.eval_every == 0:
                 job.times.write(trace, pair_cost=job.config.chunks.pair_cost)

@@ -40,6 +40,8 @@ class StepMetrics:
     """Tokens of the step's longest sequence."""
     peak_bytes: int | None = None
     """Largest memory of a rank during the step: its resident set, or what torch allocated on its accelerator."""
+    beside_save: bool = False
+    """Whether a checkpoint was being written when the step began."""
     eval_loss: float | None = None
     """Mean over the held-out targets after the step, when evaluated."""
     ranks: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class StepMetrics:
         """Return what was measured, by name; a line without a loss has an evaluation only."""
         values = {**asdict(self), "tokens_per_s": self.tokens_per_s}
         values.update(values.pop("more"))
+        values["beside_save"] = float(self.beside_save)
         del values["notes"], values["ranks"]
         names = list(values) if self.loss is not None else ["step", "eval_loss"]
         return {name: values[name] for name in names if values[name] is not None}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from launch.split import Layer
+if TYPE_CHECKING:
+    from launch.split import Layer
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ _WORDS = {
     "chunk_tokens": "chunk_tokens", "retain": "retain",
 }  # fmt: skip
 _SAMPLES = 200_000
+_LENGTHS_HELP = "a .json or .npy list of lengths, what chunkflow lengths --json prints, or " + ", ".join(DISTRIBUTIONS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,10 +173,22 @@ def _lengths(config: FinetuneConfig, given: str | None) -> NDArray[np.int64]:
         return np.asarray(load_data(config).train.lengths, dtype=np.int64)
     if given in DISTRIBUTIONS:
         return DISTRIBUTIONS[given](_SAMPLES, seed=0)
-    read = np.load(given) if given.endswith(".npy") else np.array(json.loads(Path(given).read_text(encoding="utf-8")))
-    lengths = read.astype(np.int64)
+    read = np.load(given) if given.endswith(".npy") else json.loads(Path(given).read_text(encoding="utf-8"))
+    lengths = (_of_bars(given, read) if isinstance(read, dict) else np.array(read)).astype(np.int64)
     if lengths.ndim != 1 or not len(lengths) or lengths.min() < 1:
         raise ConfigError(f"--lengths {given} holds no list of lengths, each at least 1")
+    return lengths
+
+
+def _of_bars(given: str, histogram: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return lengths of which `chunkflow lengths --json` would print these bars: the mean of each, and the longest."""
+    try:
+        bars = [(bar["sequences"], bar["tokens"]) for bar in histogram["bars"] if bar["sequences"]]
+        means = [round(tokens / sequences) for sequences, tokens in bars]
+        lengths = np.repeat(np.array(means, dtype=np.int64), [sequences for sequences, _ in bars])
+        lengths[-1:] = histogram["longest"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"--lengths {given} is no histogram of chunkflow lengths --json: {error}") from error
     return lengths
 
 
@@ -191,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--latency", default="10us", help="of one message; 10us")
     parser.add_argument("--overhead", default="100us", help="of a layer's forward, whatever the chunk's size; 100us")
     parser.add_argument("--flops", default="200TF", help="of one device, sustained, in the recipe's precision; 200TF")
-    parser.add_argument("--lengths", help="a .json or .npy list of lengths, or " + ", ".join(DISTRIBUTIONS))
+    parser.add_argument("--lengths", help=_LENGTHS_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -22,7 +22,7 @@ from launch.compose import EngineName, cell
 from launch.errors import ConfigError
 from launch.pipeline_plan import units_of
 from launch.plan_costs import ADAM, FP32, CostModel
-from launch.plan_records import Estimate, Layout
+from launch.plan_records import Estimate, Layout, Step
 from pipeline.comms import complete
 from pipeline.schedules import SCHEDULES
 from pipeline.schedules.build import balanced_stages
@@ -119,9 +119,11 @@ class Planner:
 
     def chunks(self, layout: Layout) -> list[Chunks]:
         """Return how each step's samples are cut and assigned."""
-        return [self._cut(n, layout.chunk_tokens, layout.retain, layout.data) for n in range(self.steps)]
+        return [self.cut(n, layout) for n in range(self.steps)]
 
-    def _cut(self, step: int, chunk_tokens: int, retain: int, data: int) -> Chunks:
+    def cut(self, step: int, layout: Layout) -> Chunks:
+        """Return how one step's samples are cut and assigned; steps behind the first epoch's are its own again."""
+        chunk_tokens, retain, data = layout.chunk_tokens, layout.retain, layout.data
         key = (step, chunk_tokens, retain, data)
         if key not in self.cuts:
             size = min(self.batch, len(self.lengths))
@@ -170,38 +172,34 @@ class Planner:
         return self.known[layout]
 
     def _estimate(self, layout: Layout) -> Estimate:
-        held, times, bubbles, peaks, exact = self.held_bytes(layout), [], [], [], True
-        for chunks in self.chunks(layout):
-            rank = int(chunks.loads.argmax())
-            row = chunks.chunks(chunks.jobs()[rank].tolist())
-            costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens, engine=layout.engine)
-            stages = self.bounds(layout)
-            if 4 * len(stages) * len(row) > MAX_ACTIONS:
-                exact = False
-                open_share = (layout.pp + layout.retain) / layout.pp  # chunks a device keeps, times its share of layers
-                kept = max(map(sum, costs.activation_bytes)) * open_share
-                kept += sum(map(sum, costs.state_bytes)) / layout.pp
-                seconds, bubble = self._coarser(layout)
-                times.append(seconds)
-                bubbles.append(bubble)
-                peaks.append([size + kept for size in held])
-                continue
-            result = simulate(complete(_schedule(layout, units_of(row, layout.retain), stages)), costs)
-            times.append(result.makespan_s)
-            bubbles.append(result.bubble.total)
-            peaks.append([a + b for a, b in zip(held, result.peak_bytes, strict=True)])
+        steps = [self.step(layout, chunks) for chunks in self.chunks(layout)]
         balance = [float(chunks.loads.mean() / chunks.loads.max()) for chunks in self.chunks(layout)]
         reduce_s = self.reduce_s(layout, layout.ep)
         return Estimate(
             layout=layout,
-            step_s=float(np.mean(times)) + reduce_s,
-            bubble=float(np.mean(bubbles)) if layout.pp > 1 else 0.0,
+            step_s=float(np.mean([step.seconds for step in steps])) + reduce_s,
+            bubble=float(np.mean([step.bubble for step in steps])) if layout.pp > 1 else 0.0,
             balance=float(np.mean(balance)),
             reduce_s=reduce_s,
-            held_bytes=max(held),
-            memory_bytes=max(map(max, peaks)),
-            simulated=exact,
+            held_bytes=max(self.held_bytes(layout)),
+            memory_bytes=max(step.memory_bytes for step in steps),
+            simulated=all(step.simulated for step in steps),
         )
+
+    def step(self, layout: Layout, chunks: Chunks) -> Step:
+        """Predict one step, by the simulator, from the data-parallel rank that has most work."""
+        held, stages = self.held_bytes(layout), self.bounds(layout)
+        row = chunks.chunks(chunks.jobs()[int(chunks.loads.argmax())].tolist())
+        costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens, engine=layout.engine)
+        if 4 * len(stages) * len(row) > MAX_ACTIONS:
+            open_share = (layout.pp + layout.retain) / layout.pp  # chunks a device keeps, times its share of layers
+            kept = max(map(sum, costs.activation_bytes)) * open_share
+            kept += sum(map(sum, costs.state_bytes)) / layout.pp
+            seconds, bubble = self._coarser(layout)
+            return Step(seconds=seconds, bubble=bubble, memory_bytes=max(held) + kept, simulated=False)
+        result = simulate(complete(_schedule(layout, units_of(row, layout.retain), stages)), costs)
+        memory = max(a + b for a, b in zip(held, result.peak_bytes, strict=True))
+        return Step(seconds=result.makespan_s, bubble=result.bubble.total, memory_bytes=memory, simulated=True)
 
     def _coarser(self, layout: Layout) -> tuple[float, float]:
         """Return seconds and bubble of a layout with too many chunks to simulate: those of chunks twice as long."""

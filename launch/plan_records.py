@@ -32,6 +32,17 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step is predicted to be, without its reduction."""
+
+    seconds: float
+    bubble: float
+    memory_bytes: float
+    """On the fullest device, at the worst moment."""
+    simulated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a layout is predicted to do in one optimizer step."""
 

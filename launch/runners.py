@@ -18,7 +18,6 @@ from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, pipeline_runner
 from launch.precision import autocast
-from launch.roundpipe_runner import roundpipe_runner
 from launch.shards import gather_shards, shard
 from launch.zero import ZeroRunner
 
@@ -112,6 +111,8 @@ def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) ->
     if config.engine.startswith("zero"):
         return ZeroRunner(model, config, place.data_group, place.times.operation)
     if config.pipeline.schedule == "roundpipe":
+        from launch.roundpipe_runner import roundpipe_runner  # with its planner; no other job waits for these
+
         return roundpipe_runner(
             model,
             config,

@@ -26,6 +26,11 @@ class Saver:
             self.path, self._saved = info.path, info.step
         return info
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a save of this rank is being written. What went wrong with it is not raised here."""
+        return self._pending is not None and not self._pending.progress.done
+
     def save(self) -> None:
         """Begin to save the state as it is now, unless this step is saved. Returns in milliseconds."""
         if self._saved == self.state.step:

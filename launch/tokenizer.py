@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer for a new model, trained on the corpus in seconds, and cached."""
+"""Tokenizers that take seconds, and are kept: trained on the corpus for a new model, or read from a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 _VERSION = 1
@@ -30,20 +30,30 @@ def trained_tokenizer(
         count += 1
     if not count:
         return None
-    folder = cache / "tokenizers" / digest.hexdigest()
-    if folder.exists() and not _loads(folder):
-        shutil.rmtree(folder)
-    if not folder.exists():
-        _publish(_train(iter(texts()), vocab_size), folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return kept_tokenizer(cache, digest.hexdigest(), lambda: _train(iter(texts()), vocab_size))
 
 
-def _loads(folder: Path) -> bool:
+def kept_tokenizer(cache: Path, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of this name in `cache`, made and put there when there is none that loads.
+
+    It is always the one of the cache that is returned, also to the process that made it.
+    """
+    folder = cache / "tokenizers" / name
+    was_there = folder.exists()
+    found = _load(folder) if was_there else None
+    if found is None:
+        if was_there:  # or another process may just have put it there
+            shutil.rmtree(folder, ignore_errors=True)
+        _publish(make(), folder)
+        found = AutoTokenizer.from_pretrained(folder)
+    return found
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
-        PreTrainedTokenizerFast.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception:  # noqa: BLE001 (tokenizers raises nothing more special for a damaged file)
-        return False
-    return True
+        return None
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -60,7 +70,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
 
 
-def _publish(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _publish(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Put a tokenizer in its place at once; another process may have been faster, with the same one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(prefix="tmp-", dir=folder.parent)

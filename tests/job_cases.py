@@ -17,7 +17,8 @@ from launch.lora import with_adapters
 from launch.pipeline_job import find_place
 from launch.recipe import read_config
 from tests.flat_states import Flat
-from tests.tiny import sequence, tiny_model
+from tests.moe_models import FAMILIES, tiny_moe
+from tests.tiny import VOCABULARY, sequence, tiny_model
 
 LENGTHS = [10, 9, 75, 30, 12, 7, 66, 25, 14, 90, 8, 31]
 """Of samples; chunks have 16 tokens, so that some samples are groups of up to six."""
@@ -28,13 +29,16 @@ FLAGS = {
 }  # fmt: skip
 
 
-def job_of(info, flags, *, dtype=torch.float64, lengths=LENGTHS, layers=2):
+def job_of(info, flags, *, dtype=torch.float64, lengths=LENGTHS, layers=2, family="llama"):
     """A job on this rank; `flags` are by dotted key."""
     config = read_config([f"--{key}={value}" for key, value in {**FLAGS, **flags}.items()], prog="x", description="")
     torch.manual_seed(1)
-    model = with_adapters(
-        tiny_model("llama", dtype=dtype, tie_word_embeddings=True, num_hidden_layers=layers).train(), config.lora
-    )
+    sizes = {"dtype": dtype, "tie_word_embeddings": True, "num_hidden_layers": layers}
+    if family in FAMILIES:
+        model = tiny_moe(family, vocab_size=VOCABULARY, max_position_embeddings=4096, **sizes)
+    else:
+        model = tiny_model(family, **sizes)
+    model = with_adapters(model.train(), config.lora)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)  # zero, they would hide the gradient of the other half

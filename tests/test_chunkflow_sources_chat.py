@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from chunkflow.chat import Chat, checked_messages, encode_chat
+from chunkflow.chat import Chat, checked_messages, encode_chat, encode_chats
 from chunkflow.errors import SourceError
 from chunkflow.sources_jsonl import JsonLines
 from chunkflow.sources_tables import FromDataset
@@ -61,6 +61,25 @@ def test_only_the_assistant_is_a_target(template):
     row = encode_chat(Chat("x", TALK), tok)
     assert said(row, tok) == ["the quick brown fox<end>", "lazy<end>"]
     assert row.input_ids.tolist() == tok.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_many_at_once_are_each_as_alone(template):
+    tok = tokenizer(template)
+    chats = [Chat(f"{n}", TALK[: 2 + n % 3], prompt_messages=n % 2) for n in range(7)]
+    for chat, row in zip(chats, encode_chats(chats, tok), strict=True):
+        alone = encode_chat(chat, tok)
+        assert (row.name, row.skip) == (alone.name, alone.skip)
+        assert np.array_equal(row.input_ids, alone.input_ids)
+        assert np.array_equal(row.labels, alone.labels)
+    assert encode_chats([], tok) == []
+
+
+def test_the_one_that_a_tokenizer_fails_on_is_named():
+    tok = tokenizer(PLAIN)
+    bad = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ud800"}]  # no Unicode
+    with pytest.raises(SourceError, match=r"^bad: the tokenizer failed: "):
+        encode_chats([Chat("good", TALK), Chat("bad", bad), Chat("fine", TALK)], tok)
 
 
 def test_both_ways_agree():

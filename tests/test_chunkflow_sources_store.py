@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from datasets import Dataset
 
 from chunkflow.cache import open_or_build
 from chunkflow.errors import SourceError
@@ -55,6 +56,20 @@ def test_progress_counts_bytes_and_only_while_building(tmp_path):
     assert [pair[1] for pair in seen] == [total] * 3
     assert seen[-1][0] == total
     text_folder(tmp_path, progress=lambda *_: pytest.fail("a cached store was built again"))
+
+
+def test_what_is_stored_is_read_back_and_opens_as_a_data_set(tmp_path):
+    """Lists of one batch and of several, labels here and there."""
+    rows = [{"input_ids": list(range(1, 3 + n % 5))} | ({"labels": [-100, *range(2, 3 + n % 5)]} if n % 3 else {})
+            for n in range(2500)]  # fmt: skip
+    source = JsonLines(write_lines(tmp_path / "x.jsonl", rows), None, cache_dir=tmp_path / "cache")
+    opened = Dataset.from_file(str(source.folder / "tokens.arrow"))
+    assert opened[:] == {"input_ids": [row["input_ids"] for row in rows], "labels": [row.get("labels") for row in rows]}
+    for number in (0, 1, 999, 1000, 1001, 2499):
+        labels = rows[number].get("labels", rows[number]["input_ids"])
+        sample = source.read(number)
+        assert sample.input_ids.tolist() == rows[number]["input_ids"]
+        assert sample.shift_labels.tolist() == [*labels[1:], -100]
 
 
 def stored(source: StoredSource):

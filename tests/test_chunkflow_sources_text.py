@@ -1,11 +1,13 @@
 """Folders of text as a source: whole samples, shifted once, identified by content."""
 
 import os
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
 
 from chunkflow.errors import SourceError
+from chunkflow.matching import matching
 from chunkflow.sources import Source
 from chunkflow.sources_text import TextFolder
 from tests.source_files import TEXTS, text_folder, write_folder
@@ -47,6 +49,27 @@ def test_pattern_and_exclude(tmp_path):
     assert len(text_folder(tmp_path, exclude=("*.py", "b.*"))) == 1
     with pytest.raises(SourceError, match=r"no file of .*data matches '\*\.md'"):
         text_folder(tmp_path, pattern="*.md")
+
+
+PLACES = ["a.py", "b/a.py", "b/c/a.txt", "b/tests/d/a.py", "tests/a.py", ".hid/a.py", "site/deep/er/a.py", "b/x.py/y"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.py", "**/*", "*.py", "b/**/*.py", "**/b/*.py", "**/tests/*/*", "**/../a.py"])
+@pytest.mark.parametrize("exclude", [[], ["site/*", "*/tests/*"], ["b*"], ["*.txt", "[x*", "b/?/a.txt"]])
+def test_what_matches_is_what_pathlib_finds_less_what_is_excluded(tmp_path, pattern, exclude):
+    write_folder(tmp_path, dict.fromkeys(PLACES, "x"))
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern)}
+    wanted = sorted(name for name in found if not any(fnmatchcase(name, glob) for glob in exclude))
+    assert list(matching(tmp_path, pattern, exclude)) == wanted
+
+
+def test_a_folder_that_is_excluded_whole_is_not_looked_into(tmp_path, monkeypatch):
+    write_folder(tmp_path, dict.fromkeys(PLACES, "x"))
+    looked, scandir = set(), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.add(os.path.relpath(path, tmp_path)) or scandir(path))
+    assert len(matching(tmp_path, "**/*.py", ["site/*", "*/tests/*"])) == 5
+    assert looked == {".", "b", "b/c", "b/x.py", "tests", ".hid"}
 
 
 def test_a_cache_inside_the_folder_is_not_data(tmp_path):

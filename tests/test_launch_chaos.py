@@ -143,6 +143,25 @@ def test_one_round_of_each_kind(place, undisturbed, capsys, kinds):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(390)
+@pytest.mark.parametrize("changes", [
+    {"engine": "fsdp2"}, {"engine": "zero2"}, {"engine": "zero3"}, {"pipeline__ranks": 2},
+    {"moe__num_experts": 2, "moe__ep": 2},
+    {"pipeline__ranks": 2, "pipeline__schedule": "roundpipe", "chunks__chunk_tokens": 128, "data__long_files": [],
+     "data__max_file_bytes": 120},
+], ids=["fsdp2", "zero2", "zero3", "pipeline", "experts", "roundpipe"])  # fmt: skip
+def test_whatever_keeps_the_model_survives(place, capsys, changes):
+    """Killed and with a damaged checkpoint, to the bit, beside an undisturbed run of its own."""
+    if changes.get("engine", "").startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed")
+    job = settings(place / "corpus", place / "unused", run__epochs=2, checkpoint__every=1, **changes)
+    assert chaos.main(["--kind", "kill,corrupt", "--deadline-s", "20", "--json", *job]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert [found["recovered"] for found in counts["kinds"].values()] == [1, 1]
+    assert counts["identical"] == counts["runs"] >= 1
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_that_loses_a_host_goes_on_without_it(place, undisturbed, capsys):
     counts = counts_of(capsys, place, undisturbed, "--kind", "shrink")

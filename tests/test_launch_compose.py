@@ -74,6 +74,7 @@ CASES = {
     "ddp lora": (LORA, {}),
     "pipeline lora": ({**LORA, **PIPE}, {"layers": 4}),
     "1f1b lora": ({**LORA, **PIPE, "pipeline.schedule": "1f1b"}, WHOLE),
+    "pipeline, each stage its experts": (PIPE, {"layers": 4, "family": "mixtral"}),
     "roundpipe": ({**PIPE, "pipeline.schedule": "roundpipe"}, WHOLE),
     "roundpipe lora": ({**LORA, **PIPE, "pipeline.schedule": "roundpipe"}, WHOLE),
     **{
@@ -97,20 +98,46 @@ def test_together_they_train_as_one_process(tmp_path, case):
         assert_near(saved(tmp_path / "legs", step), saved(tmp_path / "one", step), 1e-7)
 
 
+FOUR = {
+    "state_aware_1f1b": ({**PIPE, "pipeline.schedule": "state_aware_1f1b"}, {"layers": 4}),
+    "1f1b": ({**PIPE, "pipeline.schedule": "1f1b"}, WHOLE),
+    "roundpipe": ({**PIPE, "pipeline.schedule": "roundpipe"}, WHOLE),
+    "lora": ({**PIPE, **LORA}, {"layers": 4}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["state_aware_1f1b", "1f1b", "roundpipe"])
-def test_several_pipelines_share_the_data(tmp_path, schedule):
-    options = {"layers": 4} if schedule == "state_aware_1f1b" else WHOLE
-    flags = {**PIPE, "pipeline.schedule": schedule}
-    (expected,) = run_ranks(rank_trains, 1, str(tmp_path / "one"), 3, {}, options)
+@pytest.mark.parametrize("case", FOUR)
+def test_several_pipelines_share_the_data(tmp_path, case):
+    flags, options = FOUR[case]
+    on_four_ranks(tmp_path, flags, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, LORA, {**LORA, "engine": "fsdp2"}], ids=["ddp", "lora", "fsdp2 lora"])
+def test_four_ranks_share_the_data(tmp_path, flags):
+    """Three samples a step: at least one rank has no chunk of its own."""
+    on_four_ranks(tmp_path, flags, {})
+
+
+def on_four_ranks(tmp_path, flags, options):
+    plain = {key: value for key, value in flags.items() if key.startswith("lora")}
+    (expected,) = run_ranks(rank_trains, 1, str(tmp_path / "one"), 3, plain, options)
     found = run_ranks(rank_trains, 4, str(tmp_path / "four"), 3, flags, options)
-    assert_told(found[3], expected, 1e-9)
+    for told in found:
+        assert_told(told, expected, 1e-9)
     assert_near(saved(tmp_path / "four", 3), saved(tmp_path / "one", 3), 1e-7)
 
 
-def test_adapters_in_bf16_stay_near(tmp_path):
-    options, flags = {"dtype": torch.float32}, {**LORA, "model.precision": "bf16"}
-    (expected,) = run_ranks(rank_trains, 1, str(tmp_path / "one"), 3, LORA, options)
+@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+def test_bf16_stays_near_one_process_in_fp32(tmp_path, more):
+    options, flags = {"dtype": torch.float32}, {**more, "model.precision": "bf16"}
+    (expected,) = run_ranks(rank_trains, 1, str(tmp_path / "one"), 3, more, options)
     found = run_ranks(rank_trains, 2, str(tmp_path / "two"), 3, flags, options)
+    assert found[0] == found[1]
     assert_told([loss for loss, *_ in found[0]], [loss for loss, *_ in expected], 0.02)
     assert_told(found[0][0], expected[0], 0.05)
+    ours, theirs = saved(tmp_path / "two", 3), saved(tmp_path / "one", 3)
+    assert {tensor.dtype for tensor in ours.values() if tensor.is_floating_point()} == {torch.float32}
+    assert ours.keys() == theirs.keys()
+    assert found[0] != expected

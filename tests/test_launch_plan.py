@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
+from chunkflow.histogram import histogram
 from chunkflow.lengths import llama3_sft
 from chunkflow.records import Chunk, Segment
+from launch.config import FinetuneConfig
 from launch.experts import with_experts
 from launch.layer_costs import measure_costs
 from launch.metrics import read_metrics
 from launch.model import build_model
-from launch.plan import main, quantity
+from launch.plan import _lengths, main, quantity
 from launch.plan_costs import CostModel, Machine
 from launch.plan_layouts import Planner
 from launch.plan_sizes import sizes_of
@@ -154,6 +156,27 @@ def test_what_cannot_be_planned_is_told(capsys, argv, code, text):
     found, out, err = command(capsys, *argv, *lengths)
     assert (found, out) == (code, "")
     assert text in err
+
+
+def test_lengths_may_be_a_histogram(tmp_path, capsys):
+    """What `chunkflow lengths --json` prints: as many samples and tokens in each bar, and the longest."""
+    lengths = np.minimum(llama3_sft(3000, seed=2), 6000)
+    file, plain = tmp_path / "bars.json", tmp_path / "lengths.npy"
+    file.write_text(json.dumps(histogram(lengths).to_json()))
+    np.save(plain, lengths)
+    read_back = _lengths(FinetuneConfig(), str(file))
+    assert (len(read_back), read_back.max()) == (3000, lengths.max())
+    again = histogram(read_back)
+    assert [bar.sequences for bar in again.bars] == [bar.sequences for bar in histogram(lengths).bars]
+    assert again.tokens == pytest.approx(lengths.sum(), rel=0.01)
+    asked = ["--devices", 4, "--device-memory", "8GB", "--json", "--lengths"]
+    plans = [json.loads(command(capsys, *asked, path)[1])["chosen"] for path in (file, plain)]
+    assert plans[0]["layout"] == plans[1]["layout"]
+    assert plans[0]["step_s"] == pytest.approx(plans[1]["step_s"], rel=0.2)
+    file.write_text('{"bars": [{"low": 1}]}')
+    code, _, err = command(capsys, *asked, file)
+    assert code == 2
+    assert "is no histogram of chunkflow lengths --json: 'sequences'" in err
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chunkflow.tokenizing import tokenizer_digest
 from launch import pretrained
 from launch.config import FinetuneConfig, ModelConfig
 from launch.errors import ConfigError, ModelError
@@ -47,7 +50,7 @@ def test_a_gguf_file_is_the_model_it_was_written_from(tmp_path):
 
 
 def test_what_came_from_a_gguf_file_is_saved_as_any_other_model(file, tmp_path):
-    model, tokenizer = pretrained_model(str(file)), pretrained_tokenizer(str(file))
+    model, tokenizer = pretrained_model(str(file)), pretrained_tokenizer(str(file), cache=tmp_path / "cache")
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -57,6 +60,21 @@ def test_what_came_from_a_gguf_file_is_saved_as_any_other_model(file, tmp_path):
     for one in (tokenizer, loaded):
         assert (one.chat_template, one.eos_token, one.eos_token_id) == (TEMPLATE, "<|im_end|>", 2)
         assert one.decode(one("def f(): pass\n")["input_ids"]) == "def f(): pass\n"
+
+
+def test_a_gguf_tokenizer_is_read_once_and_is_the_one_that_is_in_the_file(file, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    first = pretrained_tokenizer(str(file), cache=cache)
+    assert tokenizer_digest(first) == tokenizer_digest(read)  # token stores of before are still those of this tokenizer
+    made = list((cache / "tokenizers").iterdir())
+    monkeypatch.setattr(pretrained, "_tokenizer", None)  # is not called again
+    again = pretrained_tokenizer(str(file), cache=cache)
+    assert (tokenizer_digest(again), again.chat_template) == (tokenizer_digest(first), TEMPLATE)
+    os.utime(file, ns=(0, 1))  # perhaps another file
+    with pytest.raises(TypeError):
+        pretrained_tokenizer(str(file), cache=cache)
+    assert list((cache / "tokenizers").iterdir()) == made
 
 
 def test_weights_are_trained_in_fp32_whatever_the_folder_holds(tmp_path):
@@ -77,7 +95,7 @@ def test_weights_are_trained_in_fp32_whatever_the_folder_holds(tmp_path):
 )  # fmt: skip
 def test_what_is_missing_is_said_with_what_to_do(file, monkeypatch, path, packages, text):
     without(monkeypatch, *packages)
-    for load in (pretrained_model, pretrained_tokenizer):
+    for load in (pretrained_model, partial(pretrained_tokenizer, cache=file.parent)):
         with pytest.raises(ModelError, match=text):
             load(path.format(file=file))
 

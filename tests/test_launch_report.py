@@ -14,6 +14,7 @@ import pytest
 from chunkflow.histogram import histogram
 from launch.files import RunFolder
 from launch.report import main, make_page, write_report
+from launch.report_plots import beside_saves
 from launch.report_timeline import make_timeline, read_timeline
 from pipeline.comms import complete
 from pipeline.costs import Costs
@@ -106,6 +107,15 @@ def test_numbers_settings_and_what_was_left_out(folder):
     ):  # fmt: skip
         assert text in html, text
     assert "Not finished" not in html
+
+
+def test_what_a_save_costs_the_steps_beside_it_is_told(folder):
+    assert "Beside a save" not in write_report(folder).read_text()
+    lines = [job_line(n, tokens=100, seconds=1.5 if n % 2 else 1.0, beside_save=float(n % 2)) for n in range(1, 8)]
+    folder.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    assert "Beside a save that is being written, a token takes 1.50 times as long." in write_report(folder).read_text()
+    few = [*lines[:3], *lines[3:8:2]]
+    assert beside_saves(few) is None  # two are no median
 
 
 def test_the_same_run_makes_the_same_page(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm of two nodes: preempted, it saves in time, is queued again, and resumes."""
+"""launch/slurm.sbatch on a real Slurm of two nodes: preempted, out of time, or with a node lost, it is queued again."""
 
 import re
 import subprocess
@@ -29,8 +29,9 @@ def test_the_script_is_one():
 
 @needs_slurm
 @pytest.mark.slow
-@pytest.mark.timeout(420)
-def test_a_preempted_job_saves_is_requeued_and_ends_as_if_it_never_was(tmp_path):
+@pytest.mark.timeout(700)
+def test_a_job_that_is_interrupted_is_requeued_and_ends_as_if_it_never_was(tmp_path):
+    """By a job of higher priority, by the signal of its time limit, and by the loss of a node."""
     corpus = write_corpus(tmp_path / "corpus")
     whole, run = tmp_path / "whole", tmp_path / "run"
     changes = {"run__epochs": 24, "run__eval_every": 1000, "checkpoint__every": 1000, "run__log_every": 1}
@@ -43,14 +44,33 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_if_it_never_was(tmp_path)
         job = found.run(*submit, str(SCRIPT), *settings(corpus, run, **changes))
         wait_for(lambda: re.search(r"^step [5-9]/", read(log), re.MULTILINE), log, found)
         found.run("sbatch", "-p", "high", "--nodes", "2", f"--output={tmp_path}/high.log", "--wrap", "sleep 2")
-        wait_for(lambda: "Asked to stop: saved after step" in read(log), log, found)
-        saved = int(re.findall(r"saved after step (\d+)", read(log))[-1])
+        first = saved_at(log, 1, found)
+        wait_for(lambda: f"Resuming after step {first}, from" in read(log), log, found)
+        wait_for(lambda: newest_step(log) > first, log, found)
+        found.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends when the time limit comes near
+        second = saved_at(log, 2, found)
+        resumed = f"Resuming after step {second}, from"
+        wait_for(lambda: resumed in read(log), log, found)
+        wait_for(lambda: newest_step(log) > second, log, found)
+        found.run("scontrol", "update", "nodename=n2", "state=down", "reason=lost")  # and nobody saves
+        wait_for(lambda: "Restarts=3 " in found.run("scontrol", "show", "job", job), log, found)
+        found.run("scontrol", "update", "nodename=n2", "state=resume")
+        wait_for(lambda: read(log).count(resumed) == 2, log, found)
         wait_for(lambda: (run / "summary.json").exists(), log, found)
         wait_for(lambda: "JobState=COMPLETED" in found.run("scontrol", "show", "job", job), log, found)
-        assert "Restarts=1 " in found.run("scontrol", "show", "job", job)
-    assert f"Resuming after step {saved}, from" in read(log)
-    assert 5 <= saved < 264  # none is saved but when asked
+        assert "Restarts=3 " in found.run("scontrol", "show", "job", job)
+    assert 5 <= first < second < 264  # none is saved but when asked
     require_same(RunFolder(run), RunFolder(whole))
+
+
+def saved_at(log: Path, times: int, found) -> int:
+    """The step that was saved when the job was asked to stop for the so many-th time."""
+    wait_for(lambda: read(log).count("Asked to stop: saved after step") >= times, log, found)
+    return int(re.findall(r"Asked to stop: saved after step (\d+)", read(log))[times - 1])
+
+
+def newest_step(log: Path) -> int:
+    return max(map(int, re.findall(r"^step (\d+)/\d+  loss", read(log), re.MULTILINE)), default=0)
 
 
 def read(path: Path) -> str:

@@ -259,7 +259,7 @@ def test_auto_opens_json_lines_and_tokens_without_a_model_and_says_what_needs_on
 
 @pytest.mark.parametrize(("name", "split", "text"), [
     ("nowhere/at-all", "train", r"data.path nowhere/at-all: .*neither a file nor a folder"),
-    ("rows", "test", "can be loaded with split 'test'"),
+    ("rows", "test", "has the splits train and not 'test'"),
 ])  # fmt: skip
 def test_data_that_is_nowhere(tmp_path, name, split, text, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ from checkpointing.folder import REQUEST, Folder, check_step
 from checkpointing.handle import SaveHandle
 from checkpointing.load import Exchange, GroupExchange, NoExchange
 from checkpointing.records import RestoreInfo
-from checkpointing.restore import restore
+from checkpointing.restore import Torn, restore
 from checkpointing.retention import Keep, KeepLast
 from checkpointing.save import SaveJob
 from checkpointing.state import State
@@ -143,8 +143,10 @@ class Checkpointer:
         back to the next older checkpoint. `skipped` says why, and damaged ones are set aside. Then each Stateful is
         given every saved name under its prefix, from all ranks: as a DTensor where its live tensor is one, sharded as
         that is. A state with `restores_own_names = True` is not given tensors that only other ranks' states have.
-        Nothing is changed before all bytes are read. After going back to a `step`, newer checkpoints are set aside by
-        the next save.
+        Tensors of more than 256 KiB that one rank alone needs, and has in host memory, are filled as they are read,
+        with verified bytes only, if `state_dict()` gives them out and not copies. So a state is neither the one nor the
+        other when this raises after that: `save` refuses until a restore has succeeded. After going back to a `step`,
+        newer checkpoints are set aside by the next save.
 
         Returns None when there is no checkpoint. Raises IntegrityError when there are and none verifies, and
         CheckpointError when `step` is not there. What a `load_state_dict` raises reaches the other ranks as an error
@@ -154,7 +156,16 @@ class Checkpointer:
         self._check_open(what)
         self._engine.idle()  # the saves before this call, as on every other rank
         self._control.begin(what)
-        return restore(self._control, self._exchange, self._folder, self._committer, what, state, step)
+        torn = Torn()
+        try:
+            info = restore(self._control, self._exchange, self._folder, self._committer, what, state, step, torn)
+        except BaseException as error:
+            if torn.names:
+                self._engine.torn = f"{what} failed in the middle: {str(error).partition(chr(10))[0]}"
+            raise
+        if info is not None:
+            self._engine.torn = None
+        return info
 
     def adopt(self, step: int) -> None:
         """Go on with the run of a committed step that was loaded by other means than `restore`; every rank calls.

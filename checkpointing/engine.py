@@ -49,6 +49,8 @@ class Engine:
         self._beat_at = 0.0
         self._hook = StepHook(owners, self.fence)
         self._pid = os.getpid()
+        self.torn: str | None = None
+        """Why the state is neither what it was nor what was saved; None when it is whole."""
 
     def save(self, what: str, step: int, state: State) -> SaveHandle:
         """Begin a save. Returns once everything is copied that may change before the next fence.
@@ -60,6 +62,11 @@ class Engine:
             self.fence()  # live memory is read by one save at a time
             self._apply_policy(job)
             check_step(step)
+            if self.torn is not None:
+                raise StateError(
+                    f"the state is not one to save, as {self.torn}; restore again, or make another Checkpointer for a "
+                    "state that is made anew"
+                )
             job.snapshot = self._snapshots.take(state)
         except PassedOverError as reason:
             job.handle.fail(reason, owed=False, passed_over=str(reason))

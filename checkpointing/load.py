@@ -15,7 +15,19 @@ from checkpointing.folder import Folder
 from checkpointing.memory import fresh
 from checkpointing.reading import Fill, read_fills
 from checkpointing.records import Manifest, TensorEntry
-from checkpointing.reshard import Box, LoadPlan, Task, Wants, box_of, entries_by_name, is_box, plan_load, whole
+from checkpointing.reshard import (
+    RUN_BYTES,
+    Box,
+    LoadPlan,
+    Task,
+    Wants,
+    box_of,
+    entries_by_name,
+    is_box,
+    plan_load,
+    whole,
+)
+from checkpointing.targets import LEAST_BYTES
 from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
 
@@ -95,21 +107,37 @@ class GroupExchange:
 
 
 class Buffers:
-    """Fresh memory for the tasks in which a rank takes part, a block for each."""
+    """Memory for the tasks in which a rank takes part: a fresh block for each, or live tensors where there are some.
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.blocks = list(zip(tasks, _blocks(tasks), strict=True))
+    `live` is by the id of an entry; a task is for them when it is this rank's alone and all its entries are.
+    """
+
+    def __init__(self, tasks: Sequence[Task], live: Mapping[int, torch.Tensor] | None = None) -> None:
+        self._live, blocks = dict[int, tuple[TensorEntry, torch.Tensor]](), list[Task]()
+        for task in tasks:
+            if live and task.takers == (task.reader,) and all(id(entry) in live for entry in task.entries):
+                self._live |= {id(entry): (entry, live[id(entry)]) for entry in task.entries}
+            else:
+                blocks.append(task)
+        self.blocks = list(zip(blocks, _blocks(blocks), strict=True))
         self._tensors: dict[int, torch.Tensor] = {}
+
+    @property
+    def live_names(self) -> set[str]:
+        """Names of what is filled where it lies."""
+        return {entry.name for entry, _ in self._live.values()}
 
     def fills(self, rank: int) -> list[Fill]:
         """Return where the bytes go that a rank reads."""
-        return [Fill(task.entries, block.numpy().data) for task, block in self.blocks if task.reader == rank]
+        fresh_ones = [Fill(task.entries, block.numpy().data) for task, block in self.blocks if task.reader == rank]
+        return fresh_ones + [Fill((entry,), bytes_of(tensor), live=True) for entry, tensor in self._live.values()]
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """Return an entry as the tensor it is; only after what is broadcast is there."""
         if not self._tensors:
             for task, block in self.blocks:
                 self._tensors.update(zip(map(id, task.entries), _typed_run(block, task.entries), strict=True))
+            self._tensors |= {key: tensor for key, (_, tensor) in self._live.items()}
         return self._tensors[id(entry)]
 
 
@@ -147,18 +175,37 @@ def _typed_run(data: torch.Tensor, run: Sequence[TensorEntry]) -> Sequence[torch
     return [part if len(entry.shape) == 1 else part.view(entry.shape) for part, entry in zip(parts, run, strict=True)]
 
 
-def read_part(folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, alive: Callable[[], None]) -> Buffers:
+def buffers_for(plan: LoadPlan, rank: int, live: Mapping[int, torch.Tensor] | None = None) -> Buffers:
+    """Return memory for all that this rank reads or is given."""
+    return Buffers([task for task in plan.tasks if task.reader == rank or rank in task.takers], live)
+
+
+def live_entries(manifest: Manifest, wants: Wants, targets: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return the live tensor of each entry, by id, that is saved as it is wanted and as a live tensor is."""
+    if manifest.piece_bytes > RUN_BYTES:  # of format 1 a piece is a tensor, and known to be right at its end
+        return {}
+    found = {}
+    for entry in manifest.tensors:
+        box, tensor = wants.get(entry.name), targets.get(entry.name)
+        if box is None or tensor is None or not is_box(entry, box) or entry.name in manifest.objects:
+            continue
+        if tuple(tensor.shape) == box.shape and tensor.dtype == DTYPES[entry.dtype]:
+            found[id(entry)] = tensor
+    return found
+
+
+def read_part(
+    folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, buffers: Buffers, alive: Callable[[], None]
+) -> None:
     """Read and verify what the plan gives to this rank. Raises IntegrityError naming file and tensor.
 
     A rank that reads the first bytes of a file verifies its header, too.
     """
-    buffers = Buffers([task for task in plan.tasks if task.reader == rank or rank in task.takers])
     heads = {file for file, reader in first_readers(plan).items() if reader == rank}
     place = folder.at(manifest.step)
     read_fills(folder.storage, place, manifest.piece_bytes, buffers.fills(rank), alive)
     # Last: format 1 has one hash for header and tensors together, and then a tensor is the better name.
     _check_heads(folder, manifest, heads)
-    return buffers
 
 
 def first_readers(plan: LoadPlan) -> dict[str, int]:
@@ -216,7 +263,8 @@ def load_wants(
 ) -> dict[str, torch.Tensor]:
     """Read boxes of tensors in one process. Raises IntegrityError; nothing is returned then."""
     plan = plan_load(manifest, [wants])
-    buffers = read_part(folder, manifest, plan, 0, alive)
+    buffers = buffers_for(plan, 0)
+    read_part(folder, manifest, plan, 0, buffers, alive)
     by_name = entries_by_name(manifest)
     return {name: assemble(name, box, by_name[name], buffers) for name, box in wants.items()}
 
@@ -245,9 +293,14 @@ def load_into(
             raise IntegrityError(f"{name!r} is not saved as one {tensor.dtype} of shape {list(tensor.shape)}")
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise IntegrityError(f"{name!r} is not contiguous host memory; give one that is, or use restore")
-        fills.append(Fill((entries[0],), bytes_of(tensor)))
+        fills.append(Fill((entries[0],), bytes_of(tensor), live=is_live(manifest, tensor)))
     read_fills(folder.storage, folder.at(step), manifest.piece_bytes, fills, alive)
     _check_heads(folder, manifest, {fill.entries[0].file for fill in fills})
+
+
+def is_live(manifest: Manifest, tensor: torch.Tensor) -> bool:
+    """Return whether a tensor that is filled where it lies is worth a buffer that its bytes are verified in first."""
+    return manifest.piece_bytes <= RUN_BYTES and tensor.nbytes >= LEAST_BYTES
 
 
 def _check_heads(folder: Folder, manifest: Manifest, files: set[str]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from checkpointing.errors import IntegrityError
+from checkpointing.memory import fresh
 from checkpointing.pieces import piece_ranges
 from checkpointing.records import TensorEntry
 from checkpointing.reshard import RUN_BYTES
@@ -31,6 +33,9 @@ class Fill(NamedTuple):
 
     entries: Sequence[TensorEntry]
     memory: memoryview
+    live: bool = False
+    """Whether the memory is in use: then only verified bytes go there, through a buffer. Of one entry of any size, in
+    pieces of at most RUN_BYTES."""
 
 
 class _Part(NamedTuple):
@@ -41,19 +46,23 @@ class _Part(NamedTuple):
     begin: int
     end: int
     memory: memoryview
+    live: bool
 
 
 def read_fills(
     storage: LocalStorage, folder: Path, piece_bytes: int, fills: Sequence[Fill], alive: Callable[[], None]
 ) -> None:
-    """Fill all memory and verify it. Raises IntegrityError naming file, tensor and piece; some memory is changed then.
+    """Fill all memory and verify it. Raises IntegrityError naming file, tensor and piece; some memory is changed then,
+    live one by verified pieces.
 
     `alive` is called now and then, from this thread only.
     """
     by_file: dict[str, list[Fill]] = {}
     for fill in fills:
         by_file.setdefault(fill.entries[0].file, []).append(fill)
-    opened: list[_Files] = []
+    opened, slabs = list[_Files](), SimpleQueue[memoryview]()
+    for _ in range(THREADS if any(fill.live for fill in fills) else 0):
+        slabs.put(fresh(RUN_BYTES + 2 * _PAGE).numpy().data)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read")
     try:
         jobs = []
@@ -61,7 +70,7 @@ def read_fills(
             opened.append(_Files(storage, *_open(storage, folder, file)))
             own.sort(key=lambda fill: (fill.entries[0].begin, fill.entries[-1].end))
             for run in _runs(_parts(own, piece_bytes)):
-                jobs.append(pool.submit(_read_run, opened[-1], f"{folder.name}/{file}", run, piece_bytes))
+                jobs.append(pool.submit(_read_run, opened[-1], f"{folder.name}/{file}", run, piece_bytes, slabs))
         for job in as_completed(jobs):
             job.result()
             alive()
@@ -91,6 +100,17 @@ class _Files:
         edges = self._storage.read_into(self._plain, memory[: begin - at], at)
         return middle + edges + self._storage.read_into(self._plain, memory[end - at :], end)
 
+    def read_around(self, slab: memoryview, at: int, length: int) -> tuple[memoryview, int]:
+        """Read into a slab, aligned as the file is. Returns where the bytes are in it, and how many there are."""
+        skew = at % _PAGE
+        memory = slab[skew : skew + length]
+        is_large = length >= _DIRECT_BYTES
+        if self._direct is not None and is_large and not self._storage.is_cached(self._plain, at + length // 2):
+            end = skew + length
+            if self._storage.read_aligned(self._direct, slab[: end + -end % _PAGE], at - skew) >= end:
+                return memory, length
+        return memory, self._storage.read_into(self._plain, memory, at)
+
     def read_vectors(self, parts: Sequence[memoryview], at: int) -> int:
         """Fill neighbouring parts."""
         return self._storage.read_vectors(self._plain, parts, at)
@@ -114,38 +134,44 @@ def _open(storage: LocalStorage, folder: Path, file: str) -> tuple[int, int | No
 
 
 def _parts(fills: Iterable[Fill], piece_bytes: int) -> Iterator[_Part]:
-    for entries, memory in fills:
+    for entries, memory, live in fills:
         begin, end = entries[0].begin, entries[-1].end
         if len(entries) > 1 and begin < end:
-            yield _Part(entries, 0, begin, end, memory)
+            yield _Part(entries, 0, begin, end, memory, live)
         elif len(entries) == 1:
             for index, (at, to) in enumerate(piece_ranges(begin, end, piece_bytes)):
-                yield _Part(entries, index, at, to, memory[at - begin : to - begin])
+                yield _Part(entries, index, at, to, memory[at - begin : to - begin], live)
 
 
 def _runs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     """Yield neighbours that lie without gaps and are of the size of one read together."""
     run: list[_Part] = []
     for part in parts:
-        # A large one alone: it can go past the page cache.
-        joins = run and run[-1].end == part.begin and len(run) < _MAX_VECTORS and _is_small(part, run[0])
+        # A large one alone: it can go past the page cache. One for live memory goes through a buffer.
+        alone = part.live or not _is_small(part)
+        joins = run and run[-1].end == part.begin and len(run) < _MAX_VECTORS and not alone
         if run and not (joins and part.end - run[0].begin <= RUN_BYTES):
             yield run
             run = []
         run.append(part)
+        if alone:
+            yield run
+            run = []
     if run:
         yield run
 
 
-def _is_small(*parts: _Part) -> bool:
-    return all(part.end - part.begin < _DIRECT_BYTES for part in parts)
+def _is_small(part: _Part) -> bool:
+    return part.end - part.begin < _DIRECT_BYTES
 
 
-def _read_run(files: _Files, where: str, run: Sequence[_Part], piece_bytes: int) -> None:
+def _read_run(
+    files: _Files, where: str, run: Sequence[_Part], piece_bytes: int, slabs: SimpleQueue[memoryview]
+) -> None:
     first, last = run[0], run[-1]
     try:
         if len(run) == 1 and len(first.entries) == 1:
-            filled, found = _read_one(files, first)
+            filled, found = _read_verified(files, first, slabs) if first.live else _read_one(files, first)
             wrong = () if found == first.entries[0].hashes[first.piece] else [(first.entries[0], first.piece)]
         else:
             memories = [part.memory for part in run]
@@ -187,3 +213,16 @@ def _read_one(files: _Files, part: _Part) -> tuple[int, str]:
         filled += files.read(memory, part.begin + at)
         own.update(memory)
     return filled, own.hexdigest()
+
+
+def _read_verified(files: _Files, part: _Part, slabs: SimpleQueue[memoryview]) -> tuple[int, str]:
+    """Read into a slab, and from there into the memory if it is what was saved. There is a slab for every thread."""
+    slab = slabs.get()
+    try:
+        memory, filled = files.read_around(slab, part.begin, len(part.memory))
+        found = xxhash.xxh3_64_hexdigest(memory)
+        if filled == len(memory) and found == part.entries[0].hashes[part.piece]:
+            np.copyto(np.frombuffer(part.memory, dtype=np.uint8), np.frombuffer(memory, dtype=np.uint8))
+    finally:
+        slabs.put(slab)
+    return filled, found

@@ -1,15 +1,20 @@
 """A restore, as every rank runs it: rank 0 picks a checkpoint and plans, each rank reads and verifies its part of the
-bytes, and only when all are right do ranks hand each other what they read. Nothing is given to a state before that.
+bytes, and only when all are right do ranks hand each other what they read, and states are given what is theirs.
+
+Large tensors that one rank alone needs, and has in host memory, are filled as they are read, by verified pieces: a
+second copy of the state would cost its size in memory. `Torn` tells when a restore that failed may have begun to.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from checkpointing.choose import Chooser, identity_of, is_damage
@@ -17,14 +22,22 @@ from checkpointing.commit import Committer
 from checkpointing.control import Control, run_round, told_as
 from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.folder import Folder, check_step
-from checkpointing.load import Buffers, Exchange, assemble, hand_over, read_part
+from checkpointing.load import Buffers, Exchange, assemble, buffers_for, hand_over, live_entries, read_part
 from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.state import State, parts_of, under
+from checkpointing.targets import targets_of
 from checkpointing.wants import Live, Need, given, live_of, live_state, need_of, shards_of
 
 _log = logging.getLogger("checkpointing")
+
+
+@dataclass(slots=True)
+class Torn:
+    """What a restore has put into a live state so far; of use when it fails."""
+
+    names: set[str] = field(default_factory=set)
 
 
 @no_collection()
@@ -36,11 +49,13 @@ def restore(
     what: str,
     state: State,
     step: int | None,
+    torn: Torn,
 ) -> RestoreInfo | None:
     """Restore `state`; every rank must call. `committer` learns on rank 0 what did not verify, or was gone back to."""
     chooser = Chooser(control, folder, committer, step)
     parts: dict[str, Stateful] = {}
     shards: dict[str, DTensor] = {}
+    targets: dict[str, torch.Tensor] = {}
 
     def ready() -> dict[str, Any]:
         if step is not None:
@@ -49,6 +64,7 @@ def restore(
         chooser.look()
         live = live_state(parts)
         shards.update(shards_of(live))
+        targets.update(targets_of(live))
         return live_of(parts, live, shards).to_json()
 
     answer = run_round(control, what, "choose", ready, chooser.first)
@@ -57,7 +73,7 @@ def restore(
     different = [Live.from_json(body) for body in answer["lives"]]
     lives = [different[index] for index in answer["ranks"]]
     while True:
-        attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.seen)
+        attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.seen, targets, torn)
         answer = run_round(control, what, f"read {answer['step']}", partial(attempt.read, control), chooser.judge)
         if answer["right"]:
             break
@@ -65,6 +81,7 @@ def restore(
     run_round(control, what, "hand over", lambda: named.update(attempt.named(exchange, shards)) or {}, _agreed)
 
     def apply() -> dict[str, Any]:
+        torn.names.update(named)
         for prefix, part in parts.items():
             part.load_state_dict(under(prefix, named))
         return {}
@@ -84,11 +101,20 @@ class _Attempt:
     """One checkpoint, tried on one rank."""
 
     def __init__(
-        self, folder: Folder, step: int, identity: str, lives: Sequence[Live], rank: int, seen: Manifest | None
+        self,
+        folder: Folder,
+        step: int,
+        identity: str,
+        lives: Sequence[Live],
+        rank: int,
+        seen: Manifest | None,
+        targets: Mapping[str, torch.Tensor],
+        torn: Torn,
     ) -> None:
         self._folder, self._step, self._identity, self._lives, self._rank = folder, step, identity, lives, rank
         self.found = seen
         """The manifest of some step, as this rank saw it before rank 0 chose one."""
+        self._targets, self._torn = targets, torn
         self._plan, self._buffers, self._needs = LoadPlan(()), Buffers(()), ()
 
     def read(self, control: Control) -> dict[str, Any]:
@@ -108,7 +134,10 @@ class _Attempt:
             if self._rank == 0:
                 _warn_of_nothing(found, self._lives, self._needs)
             self._plan = plan_load(found, [need.boxes for need in self._needs])
-            self._buffers = read_part(self._folder, found, self._plan, self._rank, control.alive)
+            live = live_entries(found, self._needs[self._rank].boxes, self._targets)
+            self._buffers = buffers_for(self._plan, self._rank, live)
+            self._torn.names |= self._buffers.live_names
+            read_part(self._folder, found, self._plan, self._rank, self._buffers, control.alive)
         except IntegrityError as error:
             return {"bad": str(error), "damaged": is_damage(error)}
         return {}
@@ -118,6 +147,11 @@ class _Attempt:
         """Exchange what was read, and return every name this rank's state is given."""
         assert self.found is not None
         need = self._needs[self._rank]
+        if lost := self._torn.names - need.boxes.keys():
+            raise IntegrityError(
+                f"a newer checkpoint had {min(lost)!r} and did not verify, and step {self._step} does not have it: the "
+                "state is neither; restore into one that is made anew"
+            )
         hand_over(exchange, self._plan, self._buffers, [one.boxes for one in self._needs])
         by_name = entries_by_name(self.found)
         loaded = {name: assemble(name, box, by_name[name], self._buffers) for name, box in need.boxes.items()}

@@ -19,7 +19,7 @@ from checkpointing.checkpointer import Checkpointer
 from checkpointing.datafile import bytes_of
 from checkpointing.errors import CheckpointError
 from checkpointing.folder import Folder, split_step
-from checkpointing.load import read_global, typed
+from checkpointing.load import is_live, read_global, typed
 from checkpointing.nested import unflatten
 from checkpointing.reading import Fill, read_fills
 from checkpointing.records import Manifest, TensorEntry
@@ -121,7 +121,7 @@ class DcpReader(StorageReader):
             done += zip(items, targets, strict=True)
             first = targets[0]
             if len(items) == 1 and _holds(first, entry):
-                fills.append(Fill((entry,), bytes_of(first)))
+                fills.append(Fill((entry,), bytes_of(first), live=is_live(found, first)))
                 continue
             data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
             fills.append(Fill((entry,), data.numpy().data))

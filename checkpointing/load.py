@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -109,16 +110,18 @@ class GroupExchange:
 class Buffers:
     """Memory for the tasks in which a rank takes part: a fresh block for each, or live tensors where there are some.
 
-    `live` is by the id of an entry; a task is for them when it is this rank's alone and all its entries are.
+    `live` is by the id of an entry; it is used of tasks that are this rank's alone.
     """
 
     def __init__(self, tasks: Sequence[Task], live: Mapping[int, torch.Tensor] | None = None) -> None:
         self._live, blocks = dict[int, tuple[TensorEntry, torch.Tensor]](), list[Task]()
         for task in tasks:
-            if live and task.takers == (task.reader,) and all(id(entry) in live for entry in task.entries):
-                self._live |= {id(entry): (entry, live[id(entry)]) for entry in task.entries}
-            else:
-                blocks.append(task)
+            own = live if live and task.takers == (task.reader,) else {}
+            for is_live, entries in groupby(task.entries, lambda entry, own=own: id(entry) in own):
+                if is_live:
+                    self._live |= {id(entry): (entry, own[id(entry)]) for entry in entries}
+                else:
+                    blocks.append(task._replace(entries=tuple(entries)))
         self.blocks = list(zip(blocks, _blocks(blocks), strict=True))
         self._tensors: dict[int, torch.Tensor] = {}
 

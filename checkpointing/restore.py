@@ -81,7 +81,6 @@ def restore(
     run_round(control, what, "hand over", lambda: named.update(attempt.named(exchange, shards)) or {}, _agreed)
 
     def apply() -> dict[str, Any]:
-        torn.names.update(named)
         for prefix, part in parts.items():
             part.load_state_dict(under(prefix, named))
         return {}

@@ -18,9 +18,9 @@ from checkpointing.control import Alone, Control, run_round, told_as
 from checkpointing.control_store import StoreControl
 from checkpointing.engine import Engine
 from checkpointing.errors import CheckpointError, NotBegunError
+from checkpointing.exchange import open_exchange
 from checkpointing.folder import REQUEST, Folder, check_step
 from checkpointing.handle import SaveHandle
-from checkpointing.load import Exchange, GroupExchange, NoExchange
 from checkpointing.records import RestoreInfo
 from checkpointing.restore import Torn, restore
 from checkpointing.retention import Keep, KeepLast
@@ -87,7 +87,7 @@ class Checkpointer:
         self._config = config
         self._folder = Folder(_local(path), LocalStorage())
         self._control = _open_control(group, config.timeout_s)
-        self._exchange = _open_exchange(group, self._control, config.timeout_s)
+        self._exchange = open_exchange(group, self._control.world_size, config.timeout_s)
         self._committer = Committer(self._folder, config.keep)
         self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
@@ -280,14 +280,6 @@ def _open_control(group: dist.ProcessGroup | str | None, timeout_s: float) -> Co
     if members is None or dist.get_rank(members) < 0:
         raise CheckpointError("this process is not in the group it was given; make the checkpointer on members only")
     return StoreControl(members, timeout_s) if dist.get_world_size(members) > 1 else Alone()
-
-
-def _open_exchange(group: dist.ProcessGroup | str | None, control: Control, timeout_s: float) -> Exchange:
-    if control.world_size == 1:
-        return NoExchange()
-    members = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
-    assert members is not None
-    return GroupExchange(members, timeout_s)
 
 
 def _same_path(bodies: Sequence[Any]) -> Sequence[Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from itertools import groupby
-from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from checkpointing.datafile import bytes_of, octets
 from checkpointing.errors import IntegrityError
+from checkpointing.exchange import Exchange
 from checkpointing.folder import Folder
 from checkpointing.memory import fresh
 from checkpointing.reading import Fill, read_fills
@@ -35,76 +33,6 @@ from checkpointing.verify import check_head
 _ALIGN = 4096
 _ARENA_BYTES = 64 * 2**20
 _GENERATOR_BYTES = 64 * 2**10
-
-
-class Exchange(Protocol):
-    """How ranks hand bytes to each other during a load."""
-
-    rank: int
-
-    def broadcast(self, data: torch.Tensor, reader: int) -> None:
-        """Give all ranks what `reader` has; a collective."""
-        ...
-
-    def send(self, data: torch.Tensor, rank: int) -> None:
-        """Give bytes to one rank, which must be receiving them."""
-        ...
-
-    def receive(self, data: torch.Tensor, rank: int) -> None:
-        """Take bytes from one rank."""
-        ...
-
-
-class NoExchange:
-    """One process: nothing to hand over."""
-
-    rank = 0
-
-    def broadcast(self, data: torch.Tensor, reader: int) -> None:
-        """Nobody else."""
-
-    def send(self, data: torch.Tensor, rank: int) -> None:
-        """Nobody else."""
-
-    def receive(self, data: torch.Tensor, rank: int) -> None:
-        """Nobody else."""
-
-
-class GroupExchange:
-    """Over a process group; through its device where the group cannot move host memory.
-
-    Raises RuntimeError when another rank does not take part within `timeout_s`; the group is of no use then.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
-        self.rank, self._group, self._timeout = dist.get_rank(group), group, timedelta(seconds=timeout_s)
-        on_host = "cpu" in str(dist.get_backend_config(group)) or dist.get_backend(group) == "gloo"
-        self._device = None if on_host else torch.accelerator.current_accelerator()
-
-    def broadcast(self, data: torch.Tensor, reader: int) -> None:
-        """Give all ranks what `reader` has; a collective."""
-        moved = self._there(data)
-        self._await(dist.broadcast(moved, group=self._group, group_src=reader, async_op=True))
-        if moved is not data:
-            data.copy_(moved)
-
-    def send(self, data: torch.Tensor, rank: int) -> None:
-        """Give bytes to one rank."""
-        self._await(dist.isend(self._there(data), group=self._group, group_dst=rank))
-
-    def receive(self, data: torch.Tensor, rank: int) -> None:
-        """Take bytes from one rank."""
-        moved = self._there(data)
-        self._await(dist.irecv(moved, group=self._group, group_src=rank))
-        if moved is not data:
-            data.copy_(moved)
-
-    def _await(self, work: dist.Work | None) -> None:
-        if work is not None:
-            work.wait(self._timeout)
-
-    def _there(self, data: torch.Tensor) -> torch.Tensor:
-        return data if self._device is None else data.to(self._device)
 
 
 class Buffers:

@@ -21,8 +21,9 @@ from checkpointing.choose import Chooser, identity_of, is_damage
 from checkpointing.commit import Committer
 from checkpointing.control import Control, run_round, told_as
 from checkpointing.errors import CheckpointError, IntegrityError
+from checkpointing.exchange import Exchange
 from checkpointing.folder import Folder, check_step
-from checkpointing.load import Buffers, Exchange, assemble, buffers_for, hand_over, live_entries, read_part
+from checkpointing.load import Buffers, assemble, buffers_for, hand_over, live_entries, read_part
 from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load

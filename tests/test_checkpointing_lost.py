@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from checkpointing import SINGLE, Checkpointer, CheckpointError, KeepLast
 from checkpointing.control_store import StoreControl
-from checkpointing.load import GroupExchange
+from checkpointing.exchange import GroupExchange
 from checkpointing.storage.local import LocalStorage
 from tests.flat_states import Flat, same
 from tests.spawn import run_ranks

@@ -82,10 +82,8 @@ class Mirror:
         """Raise what went wrong since the last call. Raises SaveError."""
         errors, self._errors[:] = list(self._errors), []
         if errors:
-            more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-            raise SaveError(f"the second tier lacks a checkpoint: {'; '.join(map(str, errors[:3]))}{more}") from errors[
-                0
-            ]
+            told = "; ".join(map(str, errors[:3])) + (f"; and {len(errors) - 3} more" if len(errors) > 3 else "")
+            raise SaveError(f"the second tier lacks a checkpoint: {told}") from errors[0]
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -93,9 +91,8 @@ class Mirror:
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - whatever it is: later steps are copied, and it is told
-                told = (
-                    error if isinstance(error, CheckpointError) else SaveError(f"{what} to {self.second.root}: {error}")
-                )
+                ours = isinstance(error, CheckpointError)
+                told = error if ours else SaveError(f"{what} to {self.second.root}: {error}")
                 _log.error("the second tier: %s", told)  # the close that raises it may be weeks away
                 self._errors.append(told)
 

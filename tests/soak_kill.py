@@ -29,7 +29,7 @@ from tests.launch_jobs import settings as finetune_flags
 from tests.launch_jobs import snapshot, write_corpus
 from tests.torchrun_agent import RANKS, Agent, alive, strike
 
-ROUND_S = 90.0
+ROUND_S = 180.0
 """The longest that one round may take, on a machine that has much else to do: restart, training, kill."""
 SURVIVORS_S = 4.0
 READY_S = 10.0

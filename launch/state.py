@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from checkpointing import Mutability, TensorProvider
@@ -64,6 +65,17 @@ class Part(Protocol):
         ...
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model inside of DistributedDataParallel and `torch.compile`, which put a name before its own."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 class Spread(Protocol):
     """How tensors of which this rank holds a part are told from whole ones in a checkpoint."""
 
@@ -79,7 +91,8 @@ class Spread(Protocol):
 class TrainState:
     """The state of one rank of a job. `step` is the number of optimizer steps done; the loop counts it up.
 
-    The optimizer may be any of torch's; it must be made from the model's parameters. Without a `loader` there is no
+    The optimizer may be any of torch's; it must be made from the model's parameters. A model in DistributedDataParallel
+    or `torch.compile` is saved by its own names, so that it loads with or without them. Without a `loader` there is no
     position in the data to keep. `rank` and `world_size` default to
     those of the default process group, or to one process where there is none. `whole` describes the model of which
     `model` is this rank's part: a checkpoint then has the names of the whole, whatever the cut, and loads into any.
@@ -106,6 +119,7 @@ class TrainState:
         self.step = 0
         self.notes: tuple[str, ...] = ()
         """What the last load_state_dict could not restore, in words."""
+        model = bare(model)
         self._model, self._parts, self._spread = model, dict(parts or {}), spread
         self._loader: Position = _Nowhere() if loader is None else loader
         self._rank, self._world_size = resolve_place(rank, world_size)

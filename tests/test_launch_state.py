@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from launch.errors import ResumeError
 from launch.flat import flatten, roots, unflatten
 from launch.rng import seed_rngs
 from launch.state import TrainState
+from tests.spawn import run_ranks
 
 
 class Position:
@@ -119,6 +121,27 @@ def test_before_the_first_step(optimizer):
     train(model, optim, resumed, position, 1)
     resumed.load_state_dict(saved)
     assert_same(stored(resumed.state_dict()), saved)
+
+
+def wrapped_and_bare(info):
+    """Save the state of a model that is compiled and in DDP; load it into one that is neither."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    wrapped = DistributedDataParallel(torch.compile(model, backend="eager"))
+    optim = torch.optim.AdamW(wrapped.parameters())
+    wrapped(torch.ones(2, 3)).sum().backward()
+    optim.step()
+    saved = stored(TrainState(wrapped, optim).state_dict())
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    state = TrainState(other, torch.optim.AdamW(other.parameters()))
+    state.load_state_dict(saved)
+    assert_same(stored(state.state_dict()), saved)
+    return sorted(name for name in saved if name.startswith("model."))
+
+
+def test_a_model_in_ddp_and_compile_is_saved_by_its_own_names():
+    names = ["model.0.bias", "model.0.weight", "model.1.bias", "model.1.weight"]
+    assert run_ranks(wrapped_and_bare, 2) == [names, names]
 
 
 def test_names_are_those_of_parameters_and_tied_ones_occur_once():

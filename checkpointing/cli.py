@@ -59,7 +59,9 @@ def show(
 
     if _is_ours(source):
         folder, step = _folder(source)
-        step = _newest(folder) if step is None else step
+        if step is None:
+            step = _newest(folder)
+            _say_passed_over(folder, step)
         out.show_checkpoint(describe(folder.inspect(step), only), json)
     else:
         out.show_checkpoint(describe_source(_source(source), only), json)
@@ -252,4 +254,19 @@ def _source(text: str) -> Any:
     from checkpointing.formats import open_source
 
     path, step = _split(text)
-    return open_source(path if "://" in path else Path(path), step=step)
+    opened = open_source(path if "://" in path else Path(path), step=step)
+    if opened.kind == "longrail":
+        folder, named = _folder(text)
+        if named is None:
+            _say_passed_over(folder, opened.step)
+    return opened
+
+
+def _say_passed_over(folder: Folder, taken: int) -> None:
+    """Say on stderr which newer steps are no whole checkpoints, where the newest was asked for."""
+    for step in folder.candidates():
+        if step > taken:
+            try:
+                folder.inspect(step)
+            except IntegrityError as error:
+                print(f"checkpoint: passed over, for step {taken}: {error}", file=sys.stderr)

@@ -186,7 +186,9 @@ def _proved(data: bytes) -> bytes:
     said = data[len(_HEAD) : _BODY_AT - 2]
     found = xxhash.xxh3_64_hexdigest(data[_BODY_AT:]).encode()
     if said != found:
-        raise IntegrityError(f"manifest has the hash {found.decode()} and says {said!r}; it is damaged")
+        raise IntegrityError(
+            f"manifest has the hash {found.decode()} and says {said.decode(errors='replace')!r}; it is damaged"
+        )
     return data
 
 

@@ -368,6 +368,22 @@ def test_what_is_no_step_and_no_run_is_said(saved, tmp_path):
     assert "longrail" not in run("restore", f"{saved}@20", tmp_path / "o", "--format", "xx", ok=(2,))[1]
 
 
+def test_a_newest_step_that_is_cut_is_passed_over_aloud(saved, tmp_path):
+    runs = copied(saved, tmp_path)
+    data = (runs / "step-20" / DATA).read_bytes()
+    (runs / "step-20" / DATA).write_bytes(data[:-3])
+    cases = (("restore", runs, tmp_path / "o.pt", "--format", "torch"), ("show", runs), ("save", runs, tmp_path / "c"))
+    for args in cases:
+        assert f"passed over, for step 10: step-20/{DATA}: " in run(*args)[1]
+    assert run_json("show", runs)["step"] == 10
+    assert "passed over" not in run("show", f"{runs}@10")[1]
+
+
+def test_a_step_that_is_not_there_is_said_by_every_verb(saved, tmp_path):
+    for args in (("restore", f"{saved}@3", tmp_path / "o", "--format", "torch"), ("diff", f"{saved}@3", saved)):
+        assert "there is no step 3 in" in run(*args, ok=(2,))[1]
+
+
 def test_restore_of_a_damaged_run_names_another_step(saved, tmp_path):
     runs = copied(saved, tmp_path)
     data = bytearray((runs / "step-20" / DATA).read_bytes())

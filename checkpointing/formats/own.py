@@ -15,7 +15,7 @@ from checkpointing.torch_dtypes import DTYPES
 
 
 def read(path: Path | str, step: int | None) -> Source:
-    """Open a run's folder (its newest checkpoint, or `step`), or one checkpoint. Raises IntegrityError."""
+    """Open a run's folder (its newest checkpoint, or `step`), or one checkpoint. Raises CheckpointError."""
     root, storage = open_storage(str(path))
     root, named = split_step(root)
     folder = Folder(root, storage)
@@ -25,6 +25,8 @@ def read(path: Path | str, step: int | None) -> Source:
         if not committed:
             raise FormatError(f"there is no committed checkpoint in {path}")
         step = max(committed)
+    elif step not in (there := folder.candidates()):
+        raise FormatError(f"there is no step {step} in {root}; there are: {there or 'none'}")
     manifest = folder.inspect(step)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for entry in manifest.tensors:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from checkpointing.formats import Lazy, Source, model_names
-from checkpointing.formats.base import TREE
+from checkpointing.values import leaves
 
 _PART = 2**22
 
@@ -46,7 +46,7 @@ def compare(a: Source, b: Source, progress: Callable[[str], None] = lambda _: No
                 yield Difference(name, "only in B" if left is None else "only in A")
             continue
         yield from _tensors(name, left, right)
-    ours, theirs = dict(_leaves(a.values)), dict(_leaves(b.values))
+    ours, theirs = dict(leaves(a.values)), dict(leaves(b.values))
     for name in sorted(ours.keys() | theirs.keys()):
         if repr(ours.get(name)) != repr(theirs.get(name)):
             yield Difference(name, "value", ours.get(name), theirs.get(name))
@@ -77,21 +77,6 @@ def _numbers(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, int]:
         max_abs = _larger(max_abs, float(gap.max()))
         max_rel = _larger(max_rel, float((gap / scale).masked_fill(same, 0.0).max()))
     return max_abs, max_rel, different
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what is not a dict, list or tuple, by its path: formats nest the same values in different ways."""
-    if isinstance(value, dict) and value.keys() <= {"$tensor", "$tuple", "$dict", "$odict"} and len(value) == 1:
-        mark, inner = next(iter(value.items()))
-        if mark == "$tensor":
-            return
-        value = {str(key): one for key, one in inner} if mark.endswith("dict") else inner
-    if isinstance(value, dict | list):
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            own = "" if not name and key == TREE else str(key)
-            yield from _leaves(one, f"{name}.{own}" if name and own else name or own)
-    else:
-        yield name, value
 
 
 def _are_integers(a: torch.Tensor, b: torch.Tensor) -> bool:

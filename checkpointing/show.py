@@ -10,6 +10,7 @@ from typing import Any
 from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
 from checkpointing.records import Manifest, TensorEntry
+from checkpointing.values import without_trees
 
 
 def list_steps(folder: Folder) -> list[dict[str, Any]]:
@@ -41,7 +42,7 @@ def describe(manifest: Manifest, pattern: str = "*") -> dict[str, Any]:
         "files": [{"path": file.path, "bytes": file.length} for file in manifest.files],
         "tensors": [_tensor(name, entries, manifest) for name, entries in sorted(by_name.items())],
         "aliases": {name: first for name, first in manifest.aliases.items() if fnmatchcase(name, pattern)},
-        "values": {name: value for name, value in manifest.values.items() if fnmatchcase(name, pattern)},
+        "values": {name: value for name, value in without_trees(manifest.values).items() if fnmatchcase(name, pattern)},
     }
 
 
@@ -63,7 +64,7 @@ def describe_source(source: Any, pattern: str = "*") -> dict[str, Any]:
         "step": source.step,
         "tensors": tensors,
         "aliases": {name: first for name, first in source.aliases.items() if fnmatchcase(name, pattern)},
-        "values": {name: value for name, value in source.values.items() if fnmatchcase(name, pattern)},
+        "values": {name: value for name, value in without_trees(source.values).items() if fnmatchcase(name, pattern)},
     }
 
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpointing.errors import IntegrityError, StateError
 
+TREE = "tree"
+"""Name of the value that says how a nested state (`.pt`) is built from its tensors; see checkpointing.nested."""
+TREES = "tree."
+"""Before the key of one part of a state, in the name of the value that says how that part is built."""
 _MAX_DEPTH = 100
 _MAX_INT_BITS = 4096
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
@@ -34,6 +39,33 @@ def decode(encoded: Any) -> Any:
 def canonical(encoded: Any) -> str:
     """Return one text per value: equal texts, equal values (1, 1.0 and True differ; the order of keys does not)."""
     return json.dumps(encoded, sort_keys=True, allow_nan=False)
+
+
+def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield plain values and lists of them by their path, whatever they are nested in; of trees what is no tensor."""
+    for name, value in values.items():
+        yield from _leaves(value, "" if name == TREE else name.removeprefix(TREES))
+
+
+def without_trees(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the leaves of trees in their place."""
+    trees = {name for name in values if name == TREE or name.startswith(TREES)}
+    plain = {name: value for name, value in values.items() if name not in trees}
+    return plain | dict(leaves({name: values[name] for name in trees}))
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value.keys() <= {"$tensor", "$tuple", "$dict", "$odict"} and len(value) == 1:
+        mark, inner = next(iter(value.items()))
+        if mark == "$tensor":
+            return
+        value = {str(key): one for key, one in inner} if mark.endswith("dict") else inner
+    inside = isinstance(value, list) and any(isinstance(one, dict | list) for one in value)
+    if isinstance(value, dict) or inside:
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(one, f"{name}.{key}" if name else str(key))
+    else:
+        yield name or TREE, value
 
 
 def _decode(encoded: Any, depth: int) -> Any:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from checkpointing import SINGLE, Checkpointer
+from checkpointing.adapters.torchsnapshot import AppState
 from checkpointing.convert import save_source
 from checkpointing.errors import CheckpointError, FormatError, IntegrityError
 from checkpointing.formats import detect, open_source, write_target
 from checkpointing.formats.base import FILES
+from checkpointing.values import leaves
 from tests.flat_states import Flat, same
 from tests.spawn import ROOT
 from tests.tiny import tiny_model
@@ -151,10 +153,10 @@ def test_torchsnapshot_in_and_out(run_folder, tmp_path):
     torchsnapshot.Snapshot.take(str(tmp_path / "s"), {"model": model, "optim": optimizer, "progress": progress})
     source, tensors = read(tmp_path / "s")
     assert same({n: tensors[f"model.{n}"] for n in model.state_dict()}, dict(model.state_dict()))
-    values = {name: value for name, value in source.values.items() if name.startswith("progress.")}
+    values = {name: value for name, value in leaves(source.values) if name.startswith("progress.")}
     assert values == {
         "progress.step": 3, "progress.rate": 0.1, "progress.on": True, "progress.text": "x/y",
-        "progress.note": {"$tuple": [1, None]},
+        "progress.note": [1, None],
     }  # fmt: skip
     write_target("torchsnapshot", open_source(run_folder), tmp_path / "back")
     other, _ = trained()
@@ -162,6 +164,53 @@ def test_torchsnapshot_in_and_out(run_folder, tmp_path):
         other[0].weight.zero_()
     torchsnapshot.Snapshot(str(tmp_path / "back")).restore({"model": other})
     assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_a_torchsnapshot_comes_back_as_it_was_nested(tmp_path):
+    """The state of an optimizer is nested: torchsnapshot, torch, DCP and AppState get it as it was."""
+    import torchsnapshot
+
+    model, optimizer = trained()
+    extra = {"odd/key%": [1, {"x": (2, torch.ones(3))}], "none": None}
+    app = {"model": model, "optim": optimizer, "extra": torchsnapshot.StateDict(**extra)}
+    torchsnapshot.Snapshot.take(str(tmp_path / "s"), app)
+    run = tmp_path / "run"
+    save_source(open_source(tmp_path / "s"), run, None, lambda _: None)
+    write_target("torchsnapshot", open_source(run), tmp_path / "back")
+    write_target("torch", open_source(run).only("optim.*"), tmp_path / "o.pt")
+    write_target("dcp", open_source(run), tmp_path / "dcp")
+    assert set(open_source(tmp_path / "dcp").tensors) == set(open_source(run).tensors)
+    group = torch.load(tmp_path / "o.pt", weights_only=True)["optim"]["param_groups"][0]
+    assert group == optimizer.state_dict()["param_groups"][0]
+
+    def check(restore):
+        other, fresh = trained()[0], torchsnapshot.StateDict(**{"odd/key%": 0, "none": 0})
+        again = torch.optim.AdamW(other.parameters(), lr=7.0)
+        restore({"model": other, "optim": again, "extra": fresh})
+        assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+        old, new = optimizer.state_dict()["state"], again.state_dict()["state"]
+        assert old.keys() == new.keys()
+        assert all(same(dict(old[key]), dict(new[key])) for key in old)
+        assert (fresh["odd/key%"][0], fresh["none"]) == (1, None)
+        assert torch.equal(fresh["odd/key%"][1]["x"][1], torch.ones(3))
+
+    check(torchsnapshot.Snapshot(str(tmp_path / "back")).restore)
+    with Checkpointer(run, group=SINGLE) as ckpt:
+        check(lambda app: ckpt.restore(AppState(app)))
+
+
+@pytest.mark.parametrize("names", [("model.a", "lm_head"), ("a", "b")])
+def test_a_model_without_an_optimizer_keeps_its_names_for_deepspeed(tmp_path, names):
+    from safetensors.torch import save_file
+
+    tensors = {name: torch.randn(3, 2) for name in names}
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, str(tmp_path / "hf" / "model.safetensors"))
+    write_target("deepspeed", open_source(tmp_path / "hf"), tmp_path / "ds", world_size=2)
+    (file,) = (tmp_path / "ds").glob("*/mp_rank_00_model_states.pt")
+    assert same(dict(torch.load(file, weights_only=False)["module"]), tensors)
+    write_target("hf", open_source(tmp_path / "ds"), tmp_path / "again")
+    assert same(read(tmp_path / "again")[1], tensors)
 
 
 DEEPSPEED = """

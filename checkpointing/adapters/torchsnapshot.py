@@ -17,9 +17,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from checkpointing.errors import CheckpointError, StateError
-from checkpointing.formats.torchsnapshot import TREES
 from checkpointing.nested import flatten, unflatten
 from checkpointing.records import Stateful
+from checkpointing.values import TREES
 
 
 class AppState:

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from checkpointing.errors import FormatError, StateError
+from checkpointing.errors import FormatError, IntegrityError, StateError
 from checkpointing.nested import Classes, flatten, unflatten
+from checkpointing.values import TREE, TREES
 
-TREE = "tree"
-"""Name of the value that says how a nested state (`.pt`) is built from its tensors; see checkpointing.nested."""
 FILES = "hf_files."
 """Prefix of the other files of a Hugging Face folder, each as a tensor of its bytes."""
-_OPTIMIZER = re.compile(r"((?:.*?\.)?)(?:optim(?:izer)?\.|(?:optim_class|optim_groups|progress)$)")
-LIBRARY_KINDS = {"longrail", "deepspeed"}
+_OPTIMIZER = re.compile(r"((?:.*?\.)?)(?:optim(?:izer)?\.|(?:optim_class|optim_groups|progress|deepspeed)$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,12 @@ class Source:
     def only(self, pattern: str) -> Source:
         """Return the part whose names match a shell pattern (`model.*`). Raises FormatError when that is nothing."""
         tensors = {name: lazy for name, lazy in self.tensors.items() if fnmatchcase(name, pattern)}
-        values = {name: value for name, value in self.values.items() if name != TREE and fnmatchcase(name, pattern)}
+        values = {
+            name: value
+            for name, value in self.values.items()
+            if (self._has_all(name, tensors, pattern) if name.startswith(TREES) else fnmatchcase(name, pattern))
+            and name != TREE
+        }
         aliases = {name: first for name, first in self.aliases.items() if fnmatchcase(name, pattern)}
         orphans = {name: self.tensors[first] for name, first in aliases.items() if first not in tensors}
         kept = {name: first for name, first in aliases.items() if first in tensors}
@@ -69,6 +72,12 @@ class Source:
             some = ", ".join(list(self.tensors)[:3])
             raise FormatError(f"no name of {self.path} matches {pattern!r}; names are like {some}")
         return Source(self.kind, self.path, tensors | orphans, values, self.step, kept, tuple(training_states(self)))
+
+    def _has_all(self, tree: str, kept: Mapping[str, Lazy], pattern: str) -> bool:
+        """Return whether a pattern takes all of a part of the state: a tree cannot lack a tensor of its own."""
+        start = f"{tree.removeprefix(TREES)}."
+        inner = [name for name in (*self.tensors, *self.aliases) if name.startswith(start)]
+        return all(name in kept for name in inner) if inner else fnmatchcase(start, pattern)
 
     def below(self, prefix: str) -> Source:
         """Return what stands under a prefix, without it."""
@@ -98,7 +107,12 @@ class Source:
         if TREE in self.values:
             return unflatten(self.values[TREE], lambda name: self.tensors[self.aliases.get(name, name)].read())
         flat: dict[str, Any] = {name: lazy.read() for name, lazy in self.tensors.items()}
-        return flat | {name: flat[first] for name, first in self.aliases.items()} | dict(self.values)
+        flat |= {name: flat[first] for name, first in self.aliases.items()}
+        trees = {name.removeprefix(TREES): tree for name, tree in self.values.items() if name.startswith(TREES)}
+        parts = {key: unflatten(tree, flat.__getitem__) for key, tree in trees.items()}
+        starts = tuple(f"{key}." for key in trees)
+        rest = flat | {name: _plain(value, flat) for name, value in self.values.items() if not name.startswith(TREES)}
+        return {name: value for name, value in rest.items() if not name.startswith(starts)} | parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,13 @@ def of_tree(kind: str, path: Path, tree: Any, classes: Classes | None = None) ->
     return Source(kind, path, {name: Lazy.of(tensor) for name, tensor in tensors.items()}, {TREE: encoded})
 
 
+def _plain(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    try:
+        return unflatten(value, tensors.__getitem__)
+    except IntegrityError:
+        return value  # a mark of the user's own
+
+
 def model_names(source: Source) -> dict[str, str]:
     """Return {name in the model: name in the source}.
 
@@ -142,7 +163,8 @@ def training_states(source: Source) -> list[str]:
 
     An optimizer without a prefix and without a model is one, too: of a part, in which there is no model to be found.
     """
-    names = (*source.tensors, *source.aliases, *source.values)
+    parts = (f"{name.removeprefix(TREES)}." for name in source.values if name.startswith(TREES))
+    names = (*source.tensors, *source.aliases, *source.values, *parts)
     found = sorted({*source.part_of, *(match[1] for name in names if (match := _OPTIMIZER.match(name)))})
     return [one for one in found if not one or any(name.startswith(f"{one}model.") for name in names)]
 

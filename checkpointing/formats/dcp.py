@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageIn
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpointing.errors import FormatError, StateError
-from checkpointing.formats.base import TREE, Lazy, Source, Target
+from checkpointing.formats.base import Lazy, Source, Target
 from checkpointing.formats.plain_pickle import UnpicklingError, load_plain
 from checkpointing.formats.torch_pt import load
-from checkpointing.nested import flatten, unflatten
+from checkpointing.nested import flatten
 from checkpointing.reshard import Box, whole
 from checkpointing.storage.local import LocalStorage
 
@@ -74,13 +74,8 @@ def read_metadata(path: Path) -> records.Metadata:
 
 def write(source: Source, target: Target) -> None:
     """Write a DCP folder with `world_size` files; it reshards by itself. Values keep their names."""
-    nested = source.nested() if TREE in source.values else None
-    if isinstance(nested, dict):  # DCP names what is inside by its path, as we do
-        state = nested
-    else:
-        state = {name: lazy.read() for name, lazy in source.tensors.items()}
-        state |= {name: state[first] for name, first in source.aliases.items()}
-        state |= {name: unflatten(value, state.__getitem__) for name, value in source.values.items()}
+    nested = source.nested()  # DCP names what is inside by its path, as we do
+    state = nested if isinstance(nested, dict) else {"state": nested}
     writer = FileSystemWriter(target.path, thread_count=target.world_size)
     save(state, storage_writer=writer, no_dist=True)
     target.wrote(sum(tensor.numel() * tensor.element_size() for tensor in state.values() if torch.is_tensor(tensor)))

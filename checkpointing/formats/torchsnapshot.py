@@ -1,7 +1,7 @@
 """torchsnapshot folders, read by their JSON metadata; objects in them only where torch's safe reader takes them.
 
 A tensor's name is its path below the rank: `0/model/fc.weight` is `model.fc.weight`. What rank 1 and higher hold alone
-and under the same name is `rank1.<name>`.
+and under the same name is `rank1.<name>`. The state of each key, nested as it was, is the tree `tree.<key>`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -20,15 +20,14 @@ from urllib.parse import unquote
 import torch
 
 from checkpointing.errors import FormatError, StateError
-from checkpointing.formats.base import TREE, Lazy, Source, Target
+from checkpointing.formats.base import Lazy, Source, Target
 from checkpointing.formats.torch_pt import load
 from checkpointing.nested import flatten, unflatten
 from checkpointing.reshard import Box, whole
 from checkpointing.storage.local import LocalStorage
+from checkpointing.values import TREE, TREES
 
 _CONTAINERS = ("dict", "OrderedDict", "list")
-TREES = "tree."
-"""Before the key of a Stateful whose nested state is kept as a tree (`checkpointing.adapters.torchsnapshot`)."""
 
 
 def read(path: Path, step: int | None) -> Source:
@@ -47,9 +46,51 @@ def read(path: Path, step: int | None) -> Source:
                 _add(path, name, entry, tensors, values, shards)
         for name, parts in shards.items():
             tensors[name] = _sharded(path, name, parts)
+        values = _trees(manifest, tensors, values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path}/.snapshot_metadata is not torchsnapshot's: {error!r}") from error
     return Source("torchsnapshot", path, tensors, values)
+
+
+def _trees(manifest: Mapping[str, Any], tensors: Container[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with what stands under a key of rank 0 in that key's tree, where it is all there."""
+    counts = Counter(path.rpartition("/")[0] for path in manifest)
+    for key in [path for path in manifest if path.startswith("0/") and path.count("/") == 1]:
+        used: set[str] = set()
+        try:
+            tree = _tree(key, manifest, counts, tensors, values, used)
+        except KeyError:  # of a name that is taken, or that only another rank has
+            continue
+        if isinstance(tree, dict) and not any(name.startswith("$") for name in tree):
+            values = {name: value for name, value in values.items() if name not in used}
+            values[f"{TREES}{unquote(key.removeprefix('0/'))}"] = tree
+    return values
+
+
+def _tree(
+    path: str,
+    manifest: Mapping[str, Any],
+    counts: Mapping[str, int],
+    tensors: Container[str],
+    values: Mapping[str, Any],
+    used: set[str],
+) -> Any:
+    """Return what stands at a path as `checkpointing.nested` has it; the names of its values are added to `used`."""
+    entry, name = manifest[path], ".".join(unquote(part) for part in path.split("/")[1:])
+    if entry["type"] not in _CONTAINERS:
+        used.add(name)
+        return {"$tensor": name} if name in tensors else values[name]
+
+    def inner(key: Any) -> Any:
+        quoted = str(key).replace("%", "%25").replace("/", "%2F")
+        return _tree(f"{path}/{quoted}", manifest, counts, tensors, values, used)
+
+    if entry["type"] == "list":
+        return [inner(index) for index in range(counts[path])]
+    keys = entry["keys"]
+    if all(type(key) is str for key in keys) and not (len(keys) == 1 and keys[0].startswith("$")):
+        return {key: inner(key) for key in keys}
+    return {"$dict": [[key, inner(key)] for key in keys]}
 
 
 def write(source: Source, target: Target) -> None:

@@ -10,25 +10,28 @@ from typing import Any
 import torch
 
 from checkpointing.errors import FormatError
-from checkpointing.formats.base import Source, Target, only_state
+from checkpointing.formats.base import Source, Target, model_names, only_state
 from checkpointing.nested import unflatten
 from checkpointing.storage.local import LocalStorage
 
 
 def write_zero(source: Source, target: Target) -> None:
-    """Write `source`, a training state, for `world_size` ranks. Raises FormatError when it holds no model."""
+    """Write `source`, a training state or a model, for `world_size` ranks. Raises FormatError when there is none."""
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    source = source.below(only_state(source))
+    start, names = only_state(source), model_names(source)
+    names = {name: own.removeprefix(start) for name, own in names.items()}
+    source = source.below(start)
     flat = {name: lazy.read() for name, lazy in source.tensors.items()}
     extra = source.values.get("deepspeed")
     extra = unflatten(extra, flat.__getitem__) if extra else {}
-    module = OrderedDict((name[len("model.") :], flat[name]) for name in flat if name.startswith("model."))
+    module = OrderedDict((name, flat[own]) for name, own in names.items() if own in flat)
     if not module:
-        raise FormatError(f"{source.path} has no tensors named model.*; a DeepSpeed checkpoint is of a training state")
-    shared = {one[len("model.") :]: other[len("model.") :] for one, other in source.aliases.items()}
+        raise FormatError(f"{source.path} has no tensors of a model; a DeepSpeed checkpoint is of one")
+    first = {own: name for name, own in names.items()}
+    shared = {name: first[source.aliases[own]] for name, own in names.items() if own in source.aliases}
     groups, settings = _groups(source, extra, module)
     step = source.step if source.step is not None else int(extra.get("global_steps") or 0)
     folder = target.path / f"global_step{step}"

@@ -1,4 +1,4 @@
-"""transformers' Trainer, TRL's SFTTrainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
+"""transformers' Trainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
 
 import copy
 from contextlib import contextmanager
@@ -170,60 +170,6 @@ def test_its_own_accumulation_and_collators_without_labels_are_refused(tmp_path)
         trainer.train()
     with pytest.raises(SourceError, match=r"row 0 is \['input_ids'\] after the collator"):
         CollatedRows([{"input_ids": [1, 2]}], lambda batch: {"input_ids": batch[0]["input_ids"]})
-
-
-def sft(kind, folder, **changes):
-    from trl import SFTConfig
-
-    args = SFTConfig(**{**arguments(folder, num_train_epochs=1).to_dict(), "bf16": False, "max_length": None,
-                        "per_device_train_batch_size": len(LENGTHS), **changes})  # fmt: skip
-    return kind(tiny_model(dtype=torch.float32), args=args, train_dataset=rows(labelled=True),
-                processing_class=tokenizer())  # fmt: skip
-
-
-def chunked_sft():
-    from chunkflow.adapters.trl import ChunkedSFTTrainer
-
-    class Chunked(ChunkedSFTTrainer):
-        chunks = PlannerConfig(chunk_tokens=16)
-
-    return Chunked
-
-
-def test_trl_trains_completions_only_and_cuts_nothing(tmp_path):
-    pytest.importorskip("trl", reason="the extra [trl] is not installed")
-    from trl import SFTTrainer
-
-    Chunked = chunked_sft()
-    ours, theirs = sft(Chunked, tmp_path), sft(SFTTrainer, tmp_path)
-    ours.train()
-    theirs.train()
-    assert furthest(weights_of(ours.model), weights_of(theirs.model)) < TOLERANCE
-    with pytest.raises(ChunkflowError, match="max_length is 20, and TRL has cut"):
-        sft(Chunked, tmp_path, max_length=20)  # before anything is tokenized, and cut
-    with pytest.raises(ChunkflowError, match="packing and padding_free must be off"):
-        sft(Chunked, tmp_path, packing=True, max_length=64)
-
-
-def sft_steps(folder, **changes):
-    """Train two steps an epoch, two epochs; return the logged losses and the weights."""
-    trainer = sft(chunked_sft(), folder, num_train_epochs=2, **changes)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights_of(trainer.model)
-
-
-def rank_of_sft(info, folder):
-    with as_torchrun_has_it(info):
-        return sft_steps(folder, per_device_train_batch_size=3, ddp_backend="gloo")
-
-
-def test_sft_trainer_on_two_ranks(tmp_path):
-    pytest.importorskip("trl", reason="the extra [trl] is not installed")
-    losses, weights = sft_steps(tmp_path, per_device_train_batch_size=6)
-    assert len(losses) == 4
-    for ours, theirs in run_ranks(rank_of_sft, 2, str(tmp_path)):
-        assert ours == pytest.approx(losses, abs=2e-4)
-        assert furthest(theirs, weights) < TOLERANCE
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ def require_agreement(group: dist.ProcessGroup, settings: Mapping[str, Any], *, 
     difference = first_difference(answers, of=of)
     if difference is not None:
         raise PlanError(difference)
+
+
+@contextmanager
+def place_noted(group: dist.ProcessGroup | None, step: int) -> Iterator[None]:
+    """Add rank, step and where to look to an error of torch's inside: its transports name an address at most.
+
+    The error stays what it is, for those who know it by its class.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if group is not None:
+            error.add_note(
+                f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}, step {step}: where this is a connection "
+                "that was closed or timed out, another rank died, stopped or is late: its own output says why"
+            )
+        raise
 
 
 def require_same_step(

@@ -119,6 +119,12 @@ def _labelled(rendered: _Rendered, input_ids: list[int], offsets: list[Any]) -> 
 
 def _span(chat: Chat, tokenizer: PreTrainedTokenizerBase, turn: int, whole: str) -> tuple[int, int]:
     """Return from which to which character the assistant speaks in one turn."""
+    if turn == 0:  # transformers renders no empty conversation
+        raise SourceError(
+            f"{chat.name}: the assistant speaks first, so there is nothing to tell from where its words begin; put a "
+            "message of another role before it, mark the assistant's tokens in the template with {% generation %}, or "
+            "give input_ids and labels"
+        )
     asked: str = _apply(chat, tokenizer, chat.messages[:turn], tokenize=False, add_generation_prompt=True)
     last = turn + 1 == len(chat.messages)
     answered: str = whole if last else _apply(chat, tokenizer, chat.messages[: turn + 1], tokenize=False)
@@ -162,6 +168,8 @@ def checked_messages(name: str, field: str, messages: Any) -> list[Mapping[str, 
                 f"{name}: message {number} of {field!r}, of role {message['role']!r}, has no content (it is null or "
                 "missing) and no tool calls; write what was said, if only an empty string, or leave the record out"
             )
+        if isinstance(message.get("content"), int | float):
+            raise SourceError(f"{name}: the content of message {number} of {field!r} is a number; it must be a string")
     # Arrow fills in the keys that a message does not have.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -31,3 +33,16 @@ def unreachable(name: str, kind: Literal["dataset", "model"]) -> str | None:
     except Exception as error:  # noqa: BLE001 (the network raises anything)
         return f"the Hub cannot be reached ({type(error).__name__}: {error}), and it is not in the cache"
     return None
+
+
+@contextmanager
+def offline(why: str | None) -> Iterator[None]:
+    """Let nothing ask the Hub inside where `why` says that it does not answer: `local_files_only` reaches not all."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        constants.HF_HUB_OFFLINE = before or why is not None
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

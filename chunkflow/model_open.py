@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from chunkflow.errors import ChunkflowError
-from chunkflow.hub import is_name, unreachable
+from chunkflow.hub import is_name, offline, unreachable
 
 
 def open_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -24,7 +24,8 @@ def open_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedMo
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         why = unreachable(name, "model") if not path.exists() and is_name(name) else None
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=why is not None)
+        with offline(why):
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=why is not None)
     except Exception as error:  # the Hub, the network and models' own code raise anything
         here = (path / "config.json").is_file()
         hint = f" (for random weights give {path / 'config.json'})" if here else ""

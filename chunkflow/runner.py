@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 
 from chunkflow.adapters import unwrap
-from chunkflow.agree import require_agreement, require_same_step
+from chunkflow.agree import place_noted, require_agreement, require_same_step
 from chunkflow.attention.interface import attention_of
 from chunkflow.autocast import without_weight_cache
 from chunkflow.engine import Engine, Step
@@ -94,6 +94,15 @@ class ChunkRunner:
 
         Raises, on every rank and before anything runs, when a rank cannot run its chunks or is at another step.
         """
+        with place_noted(self._group, batch.step):
+            return self._train(batch)
+
+    def evaluate(self, batch: StepBatch) -> Tensor:
+        """Return the step's mean loss over all ranks, fp64, without gradients. Every rank of the group calls."""
+        with place_noted(self._group, batch.step):
+            return self._score(batch)
+
+    def _train(self, batch: StepBatch) -> Tensor:
         steps = self._prepared(
             batch, lambda: self._engine.operations(batch.program, list(operations(batch.chunks, self._retain)))
         )
@@ -109,8 +118,7 @@ class ChunkRunner:
             loss = self._executor(batch).train(steps, denominator=batch.denominator, watch=watch)
         return self._over_ranks(loss)
 
-    def evaluate(self, batch: StepBatch) -> Tensor:
-        """Return the step's mean loss over all ranks, fp64, without gradients. Every rank of the group calls."""
+    def _score(self, batch: StepBatch) -> Tensor:
         steps = self._prepared(batch, lambda: self._engine.scoring_operations(batch.program, len(batch.chunks)))
         with attention_of(self._parts.model), without_weight_cache(self._parts.device), self._engine.scoring():
             return self._over_ranks(self._executor(batch).score(steps, denominator=batch.denominator))

@@ -32,14 +32,15 @@ def open_source(
     """Open data by what it looks like.
 
     A `.jsonl` or `.json` file of lines, or a folder with `.jsonl` files; a `.parquet` file, or a folder of them; a
-    folder of `Dataset.save_to_disk`; any other folder is one of text files; a `datasets.Dataset`; any other string is a
-    name on the Hub. Of what has splits, `split` is taken. Raises SourceError when it cannot be opened, and for an
-    `IterableDataset`, which `StreamLoader` trains.
+    folder of `Dataset.save_to_disk`; any other folder is one of text files, and has no such tables further down; a
+    `datasets.Dataset`; any other string is a name on the Hub. Of what has splits, `split` is taken. Raises SourceError
+    when it cannot be opened, and for an `IterableDataset`, which `StreamLoader` trains.
     """
     options: dict[str, Any] = {"cache_dir": cache_dir, "progress": progress}
     if not isinstance(data, str | Path):
         return FromDataset(_of_rows(data, split), tokenizer, field=field, **options)
     path = Path(data)
+    _require_one_kind(path)
     if path.suffix == ".parquet" or _holds(path, "*.parquet"):
         return ParquetFiles(path, tokenizer, field=field, **options)
     if (path.suffix in (".jsonl", ".json") and path.exists()) or _holds(path, "*.jsonl"):
@@ -47,6 +48,7 @@ def open_source(
     if path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
         if tokenizer is None:
             raise NoTokenizerError(f"{path} is a folder of texts, and no tokenizer was given; give one")
+        _require_texts(path)
         return TextFolder(path, tokenizer, **options)
     if path.is_file():
         raise SourceError(f"{path}: data files end in .jsonl or .parquet")
@@ -55,6 +57,22 @@ def open_source(
 
 def _holds(path: Path, pattern: str) -> bool:
     return path.is_dir() and any(path.glob(pattern))
+
+
+def _require_one_kind(path: Path) -> None:
+    """Raise SourceError for a folder of both kinds of tables: one of them would silently not be trained."""
+    if _holds(path, "*.parquet") and _holds(path, "*.jsonl"):
+        raise SourceError(f"{path} holds *.parquet and *.jsonl files; put them into folders of their own, and open one")
+
+
+def _require_texts(path: Path) -> None:
+    """Raise SourceError for a folder of texts with tables further down, whose syntax would be trained as text."""
+    tables = sorted(file for kind in ("jsonl", "parquet") for file in path.glob(f"**/*.{kind}"))
+    if tables:
+        raise SourceError(
+            f"{path} would be read as a folder of texts, and {tables[0]} is a table: open {tables[0].parent}, or make "
+            "a TextFolder with a pattern"
+        )
 
 
 def _of_rows(data: Any, split: str) -> Dataset:

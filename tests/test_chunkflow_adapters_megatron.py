@@ -52,8 +52,8 @@ class Whole(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def train_whole():
-    model = gpt(Whole)
+def train_whole(changes):
+    model = gpt(Whole, **changes)
     for step, batch in enumerate(batches()[:1]):
         source = source_of(step)
         total = 0.0
@@ -69,11 +69,11 @@ def train_whole():
     return total, model
 
 
-def compare(info, retain):
+def compare(info, retain, changes):
     from chunkflow.adapters.megatron import MegatronRunner
 
-    expected, whole = train_whole()
-    model = gpt()
+    expected, whole = train_whole(changes)
+    model = gpt(**changes)
     loss = float(MegatronRunner(model, retain=retain).forward_backward(batches(info.rank, info.world_size)[0]))
     errors = [
         float((p.grad - q.grad).abs().max() / q.grad.abs().max())
@@ -82,9 +82,12 @@ def compare(info, retain):
     return loss - expected, max(errors), len(errors)
 
 
-@pytest.mark.parametrize("retain", [1, 3])
-def test_gpt_model_in_chunks_equals_gpt_model_whole(retain):
-    for difference, worst, parameters in run_ranks(compare, 2, retain, timeout_s=120):
+@pytest.mark.parametrize(
+    ("retain", "changes"), [(1, {}), (3, {}), (2, {"apply_query_key_layer_scaling": True})], ids=["1", "3", "scaled"]
+)
+def test_gpt_model_in_chunks_equals_gpt_model_whole(retain, changes):
+    """Layer scaling keeps the range of fp16: Megatron's softmax takes it back, so it changes no result."""
+    for difference, worst, parameters in run_ranks(compare, 2, retain, changes, timeout_s=120):
         assert abs(difference) < 1e-10
         assert worst < 1e-10
         assert parameters > 20

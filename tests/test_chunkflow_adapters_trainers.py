@@ -1,4 +1,4 @@
-"""transformers' Trainer, TRL's SFTTrainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
+"""transformers' Trainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
 
 import copy
 from contextlib import contextmanager
@@ -170,31 +170,6 @@ def test_its_own_accumulation_and_collators_without_labels_are_refused(tmp_path)
         trainer.train()
     with pytest.raises(SourceError, match=r"row 0 is \['input_ids'\] after the collator"):
         CollatedRows([{"input_ids": [1, 2]}], lambda batch: {"input_ids": batch[0]["input_ids"]})
-
-
-def test_trl_trains_completions_only_and_cuts_nothing(tmp_path):
-    pytest.importorskip("trl", reason="the extra [trl] is not installed")
-    from trl import SFTConfig, SFTTrainer
-
-    from chunkflow.adapters.trl import ChunkedSFTTrainer
-
-    class Chunked(ChunkedSFTTrainer):
-        chunks = PlannerConfig(chunk_tokens=16)
-
-    def sft(kind, **changes):
-        args = SFTConfig(**{**arguments(tmp_path, num_train_epochs=1).to_dict(), "bf16": False, "max_length": None,
-                            "per_device_train_batch_size": len(LENGTHS), **changes})  # fmt: skip
-        return kind(tiny_model(dtype=torch.float32), args=args, train_dataset=rows(labelled=True),
-                    processing_class=tokenizer())  # fmt: skip
-
-    ours, theirs = sft(Chunked), sft(SFTTrainer)
-    ours.train()
-    theirs.train()
-    assert furthest(weights_of(ours.model), weights_of(theirs.model)) < TOLERANCE
-    with pytest.raises(ChunkflowError, match="max_length is 20, and TRL has cut"):
-        sft(Chunked, max_length=20)  # before anything is tokenized, and cut
-    with pytest.raises(ChunkflowError, match="packing and padding_free must be off"):
-        sft(Chunked, packing=True, max_length=64)
 
 
 @pytest.fixture

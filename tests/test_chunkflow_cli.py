@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -228,3 +229,20 @@ def test_what_is_left_out_and_what_is_no_model_is_told(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ChunkflowError, match=r"for random weights give .*config\.json"):
         open_model(str(tmp_path))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """`local_files_only` does not reach all that loading a model asks for, and each of it is tried six times."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("chunkflow.model_open.unreachable", lambda name, kind: "no network")
+    asked = []
+
+    def no_name(host, *_, **__):
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_name)
+    with pytest.raises(ChunkflowError, match=r"no causal LM could be loaded from 'no-such': no network"):
+        open_model("no-such")
+    assert not asked
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False

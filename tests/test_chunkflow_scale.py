@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from chunkflow.errors import PlanError, SourceError
 from chunkflow.layout import make_layout
 from chunkflow.lengths import DISTRIBUTIONS
 from chunkflow.loader import ChunkLoader
+from chunkflow.runner import ChunkRunner
 from chunkflow.sampler import global_batch
 from chunkflow.sources import Sample
 from chunkflow.sources_memory import MemorySource
 from tests.long_tail import long_tail
 from tests.spawn import SpawnError, run_ranks
-from tests.tiny import sequence
+from tests.tiny import sequence, tiny_model
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -102,6 +105,30 @@ def loader_with_a_dying_rank(rank_info):
 def test_a_rank_that_dies_before_the_first_step_hangs_nobody():
     with pytest.raises(SpawnError):
         run_ranks(loader_with_a_dying_rank, 2, fresh=True, timeout_s=60)
+
+
+def runner_with_a_dying_rank(rank_info, folder):
+    source = MemorySource([sequence(n, 20) for n in range(8)])
+    runner, there, told = ChunkRunner(tiny_model()), Path(folder, "there"), Path(folder, "told")
+    for batch in ChunkLoader(source, chunk_tokens=8, global_batch=4):
+        if batch.step == 1 and rank_info.rank == 1:
+            while not there.exists():
+                time.sleep(0.01)
+            os._exit(7)
+        if batch.step == 1:
+            there.touch()
+        try:
+            runner.forward_backward(batch)
+        except RuntimeError as error:
+            told.write_text("".join(error.__notes__))
+            raise
+
+
+def test_a_rank_that_dies_later_is_told_with_rank_and_step(tmp_path):
+    with pytest.raises(SpawnError):
+        run_ranks(runner_with_a_dying_rank, 2, str(tmp_path), fresh=True, timeout_s=60)
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("rank 0 of 2, step 1: where this is a connection that was closed or timed out, another rank")
 
 
 FULL = """

@@ -176,6 +176,8 @@ def test_another_chat_template_is_another_data_set(tmp_path):
     [
         ({"messages": "hi"}, r"x\.jsonl:1: 'messages' is 'hi'; it must be a list of messages"),
         ({"messages": []}, r"x\.jsonl:1: 'messages' is \[\]"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"x\.jsonl:1: the content of message 0 of .* is a number"),
+        ({"messages": [{"role": "assistant", "content": "hi"}, *TALK]}, r"x\.jsonl:1: the assistant speaks first"),
         (
             {"messages": [{"role": "user", "content": None}]},
             r"x\.jsonl:1: message 0 of 'messages', of role 'user', has no content \(it is null or missing\)",

@@ -138,3 +138,16 @@ def test_a_table_that_goes_between_its_digest_and_its_rows(tmp_path, monkeypatch
     monkeypatch.setattr("chunkflow.sources_tables.open_or_build", late)
     with pytest.raises(SourceError, match=r"the data cannot be read to its end: .*did it change"):
         ParquetFiles(path, None, cache_dir=tmp_path / "cache")
+
+
+def test_a_folder_of_which_a_part_would_be_left_out_or_trained_as_syntax(tmp_path):
+    """Both kinds of tables: one was taken and the other not. Tables one folder down: their JSON was the text."""
+    for name in ("both", "nested/one"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    pq.write_table(pa.table({"input_ids": [[4, 5]]}), tmp_path / "both" / "b.parquet")
+    with pytest.raises(SourceError, match=r"both holds \*\.parquet and \*\.jsonl files"):
+        open_source(tmp_path / "both", None, cache_dir=tmp_path / "cache")
+    with pytest.raises(SourceError, match=r"nested/one/a\.jsonl is a table: open .*nested/one, or make a TextFolder"):
+        open_source(tmp_path / "nested", tiny_tokenizer(), cache_dir=tmp_path / "cache")
+    assert len(open_source(tmp_path / "nested" / "one", None, cache_dir=tmp_path / "cache")) == 1

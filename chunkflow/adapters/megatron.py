@@ -44,8 +44,7 @@ class ChunkCoreAttention(MegatronModule):
         super().__init__(config=config)
         self._layer = max(1, layer_number) - 1
         self._scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        if config.apply_query_key_layer_scaling:
-            self._scale /= self._layer + 1
+        # Not apply_query_key_layer_scaling: what it divides scores by, Megatron's softmax multiplies them by.
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.view: ChunkView | None = None
         """The chunk that is running; set by the runner."""

@@ -19,20 +19,27 @@ from chunkflow.attention.base import Backend, ChunkView, Scoring
 from chunkflow.attention.dropout import AttentionDropout
 from chunkflow.attention.flash_cpu import FlashCpu
 from chunkflow.attention.flash_cuda import FlashCuda, can_run
+from chunkflow.attention.flash_package import FlashPackage, kernels
 from chunkflow.attention.masked import Masked
 from chunkflow.attention.span import SpanAttention
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, width: int, *, plain: bool) -> Backend:
-    """Return the fast kernel of a device for heads of this width.
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, width: int, *, plain: bool, capped: bool = False
+) -> Backend:
+    """Return the fastest backend of a device that can do what a layer asks for, heads of this width.
 
-    `plain`: no dropout, no cap on scores, and values as wide as keys, which is all that fast kernels can do.
+    `plain`: no dropout, and values as wide as keys, which is all that fast kernels can do. `capped`: a cap on scores,
+    which torch's own kernels do not know.
     """
-    if plain and device.type == "cpu":
+    if plain and not capped and device.type == "cpu":
         return FlashCpu()
-    if plain and can_run(device, dtype, width):
+    if not plain or not can_run(device, dtype, width):
+        return Masked()
+    if not capped:
         return FlashCuda()
-    return Masked()
+    package = kernels()
+    return Masked() if package is None else FlashPackage(package)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,8 @@ class LayerCall:
 
     def spans(self, q: Tensor) -> Iterator[tuple[slice, SpanAttention]]:
         """Yield each span of the chunk: where its rows are, and its attention."""
-        plain = not (self.dropout or self.softcap or self.widths_differ)
-        backend = choose_backend(q.device, q.dtype, q.shape[-1], plain=plain)
+        plain = not (self.dropout or self.widths_differ)
+        backend = choose_backend(q.device, q.dtype, q.shape[-1], plain=plain, capped=bool(self.softcap))
         for number, span in enumerate(self.view.spans):
             state = self.view.state if number == 0 else None
             drop = None

@@ -51,7 +51,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            self._check_numbers(f.name)
+            if not (f.name == "pcie_roots" and self.pcie_roots is None):
+                self._check_numbers(f.name)
         layers = len(self.forward_s[0]) if self.forward_s else 0
         for name in _ROWS:
             lengths, one = [len(row) for row in getattr(self, name)], name in ("activation_bytes", "state_bytes")
@@ -165,7 +166,7 @@ _RATES = ("link_bytes_per_s", "host_bytes_per_s", "chunk_bytes")
 def _numbers(value: Any) -> list[Any]:
     if isinstance(value, tuple):
         return [x for item in value for x in _numbers(item)]
-    return [] if value is None else [value]
+    return [value]
 
 
 def _row(rows: Rows, microbatch: int) -> tuple[float, ...]:

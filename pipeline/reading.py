@@ -38,7 +38,7 @@ def fields_of_json(value: Mapping[str, Any] | str) -> dict[str, Any]:
 
 def _plain(value: Mapping[str, Any] | str) -> dict[str, Any]:
     """Return the fields; raises whatever comes of values that are none."""
-    fields: dict[str, Any] = json.loads(value) if isinstance(value, str) else dict(value)
+    fields: dict[str, Any] = dict(json.loads(value) if isinstance(value, str) else value)
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ScheduleError(f"a schedule of format {str(version)[:60]}; this version reads format {FORMAT_VERSION}")

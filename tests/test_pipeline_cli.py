@@ -98,7 +98,10 @@ def test_a_file_that_is_no_schedule_is_bad_input(tmp_path, command, name, text):
      '{"forward_s": [1, 1], "backward_s": [1, 1], "input_share": 2}',
      '{"forward_s": [1, 1], "backward_s": [1, 1], "colour": 1}',
      '{"forward_s": [1, 1], "backward_s": [1, 1], "weight_bytes": [1, 1, 1]}',
-     '{"forward_s": [1, 1], "backward_s": [1, 1], "activation_bytes": [[1, 1], [1]]}'],
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "activation_bytes": [[1, 1], []]}',
+     '{"forward_s": [[1, 1], null], "backward_s": [1, 1]}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "hop_s": null}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "weight_bytes": null}'],
 )  # fmt: skip
 def test_costs_that_are_none_are_bad_input(tmp_path, text):
     (tmp_path / "costs.json").write_text(text)

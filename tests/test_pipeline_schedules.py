@@ -154,7 +154,7 @@ def test_splits():
         (lambda: SCHEDULES["state_aware_1f1b"](devices=2, units=[Unit(1, 0, 0, 2)]), "ascending from 0 to 1"),
         (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, staleness=2), "staleness is 0 or 1"),
         (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, layers=1), "at least 2"),
-        (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, rounds=3), "do not fill 3"),
+        (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, rounds=3), "3 rounds for 2 micro-batches"),
         (lambda: Slots(forward=(2, 0), fused=1, backward=(1,)), "no layer"),
     ],
 )

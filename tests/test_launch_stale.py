@@ -1,12 +1,12 @@
 """RoundPipe's steps that overlap, in jobs: against one process that takes every gradient on weights one step old."""
 
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
 import torch
 
 from checkpointing import Checkpointer, KeepLast
-from chunkflow import StepBatch
 from chunkflow.reference import float64_throughout
 from launch.errors import ConfigError, TrainingError
 from launch.gradnorm import clip_
@@ -135,7 +135,7 @@ def rank_diverges(info):
     before = job.runner.worker.optimizer
     with float64_throughout(), job.loader:
         batches = list(islice(iter(job.loader), 3))
-        broken = StepBatch(step=batches[2].step, chunks=batches[2].chunks, denominator=float("nan"))
+        broken = replace(batches[2], denominator=float("nan"))
         with pytest.raises((TrainingError, WatchdogError), match="step 3: the norm of the gradient is nan") as raised:
             train_together(job, [*batches[:2], broken])
     assert before is None

@@ -184,7 +184,7 @@ def plan(
         costs: What each layer costs for one micro-batch.
         num_devices: Stateless workers.
         num_microbatches: Micro-batches of a step. Of several numbers, the costs are of the first, and with others its
-            tokens are dealt to so many micro-batches.
+            tokens are dealt to so many micro-batches. What a device loses on few tokens is not in the costs.
         num_rounds: Numbers of rounds to try.
         open_slots: Open slots a device to try; 1 is strict slot order.
         fused: Layers of the fused slot, where they are given.

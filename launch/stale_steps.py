@@ -40,7 +40,8 @@ def steps_together(config: FinetuneConfig, step: int, total: int) -> int:
 def train_together(job: Job, batches: Sequence[StepBatch]) -> list[StepMetrics]:
     """Train steps that overlap; return what there is to say of each. Every rank calls.
 
-    Raises TrainingError when the loss or a gradient of a step is not finite; that step has changed no weight.
+    Raises TrainingError when the norm of a step's gradient is not finite, as that of a loss that is none; that step has
+    changed no weight.
     """
     runner, optimizer, settings = job.runner, job.optimizer, job.config.optimizer
     assert isinstance(runner, RoundPipeRunner)

@@ -82,7 +82,7 @@ def one_step(shape: Shape, vocabulary: int) -> StepBatch:
 
 def measured_costs(layers: SlotLayers, batch: StepBatch, width: int, *, repeats: int) -> Costs:
     """Return what each layer costs on this machine with all ranks at work: the mean of theirs. Every rank calls."""
-    layers.begin(batch.chunks, denominator=batch.denominator, dropout_seed=0)
+    layers.begin([batch], seed=0)
     hidden = torch.randn(1, batch.chunks[0].num_tokens, width)
     dist.barrier()
     found = [

@@ -61,7 +61,7 @@ class RoundPipe:
 
     def step(self) -> float:
         """Train one step."""
-        self._layers.begin(self._batch.chunks, denominator=self._batch.denominator, dropout_seed=0)
+        self._layers.begin([self._batch], seed=0)
         return float(self.worker.run(self._schedule).sum())
 
     def gradient(self, name: str) -> Tensor:

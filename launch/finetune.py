@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +31,7 @@ from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
 from launch.saving import Saver
+from launch.stale_steps import steps_together, train_together
 from launch.stop import StopSignals
 from launch.summary import print_summary, summarize, summed_up
 
@@ -112,16 +114,19 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
     with job.loader:
         steps, begun = iter(job.loader), time.perf_counter()
         while job.state.step < job.total_steps and not stopped:
+            together = steps_together(job.config, job.state.step, job.total_steps)
             with job.times.part("data"):
-                batch = next(steps)
+                batches = list(islice(steps, together))
             beside_save = saver.under_way
-            metrics = job.train_step(batch)
-            metrics = replace(metrics, seconds=time.perf_counter() - begun, beside_save=beside_save)
+            stale = job.config.pipeline.staleness > 0
+            found = train_together(job, batches) if stale else [job.train_step(batches[0])]
+            seconds = (time.perf_counter() - begun) / together
             last = job.state.step == job.total_steps
             if last or job.state.step % run.eval_every == 0:
                 job.times.write(trace, pair_cost=job.config.chunks.pair_cost)
-                metrics = replace(metrics, eval_loss=job.evaluate())
-            report.write(metrics)
+                found[-1] = replace(found[-1], eval_loss=job.evaluate())
+            for metrics in found:
+                report.write(replace(metrics, seconds=seconds, beside_save=beside_save))
             asked = job.world.rank == 0 and saver.requested()
             what = f"rank {job.world.rank}, step {job.state.step}, agreeing to go on"
             stopped, save = stop.agreed(job.world.device, save=asked, timeout_s=job.patience_s, what=what)

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from chunkflow import ChunkLoader, StepBatch
+from chunkflow.engine import WholeParameters
 from chunkflow.plan import StepPlan
 from chunkflow.sources import Source
+from chunkflow.support import require_exact
 from launch.bounded import lost_rank_told
 from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
@@ -26,13 +28,16 @@ from launch.megatron import export_gpt
 from launch.memory import PeakMemory
 from launch.mesh import limit_waits
 from launch.metrics import StepMetrics
-from launch.model import build_model, share_weights, vocabulary_size
+from launch.model import build_model, build_skeleton, vocabulary_size
 from launch.optimizer import Stepper, apply_settings, build_optimizer
 from launch.partial import WholeModel
 from launch.pipeline_job import Place, check_whole_samples, find_place
+from launch.pipeline_parts import held_names
 from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
 from launch.schedule import learning_rate
+from launch.skeleton import deal, share, without_weights
+from launch.split import split
 from launch.state import TrainState
 from launch.step_times import StepTimes, over_ranks
 from launch.zero import ZeroRunner
@@ -172,17 +177,42 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
     limit_waits(place.mesh, config.patience_s)
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
-    model = world.board.together("model", lambda: _build(config, world, data))
-    share_weights(model)
+    model = world.board.together("model", lambda: build(config, world, data, place))
+    share_model(model, config, place)
     return world.board.together("job", lambda: assemble(config, world, data, model, place))
 
 
-def _build(config: FinetuneConfig, world: World, data: Data) -> PreTrainedModel:
+def build(config: FinetuneConfig, world: World, data: Data, place: Place) -> PreTrainedModel:
+    """Return the model of a job: with its weights where this rank holds them, else only the shape of it.
+
+    Raises what makes the model unfit, on a rank that holds weights.
+    """
     seed_rngs(config.run.seed)  # the same weights on every rank
-    model = build_model(config.model, data.tokenizer, world.device)
+    if place.holds_weights:
+        model = build_model(config.model, data.tokenizer, world.device)
+    else:
+        model = build_skeleton(config.model, data.tokenizer)
     model = with_adapters(with_experts(model, config.moe, seed=config.run.seed), config.lora)
     check_vocabulary(data.train, vocabulary_size(model))
+    if not place.holds_weights:
+        without_weights(model, world.device)
+    elif place.in_pipeline:  # only here are weights to try it with, and the other ranks have to hear of it
+        require_exact(model, WholeParameters(None))
+        split(model)
     return model
+
+
+def share_model(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> None:
+    """Give every rank those weights of rank 0 that it trains, or fills the shared memory with. Every rank calls."""
+    if place.shares_memory:
+        if place.holds_weights:
+            share([*model.parameters(), *model.buffers()], place.data_group)
+        share(model.buffers(), place.pipeline_group)
+    elif place.in_pipeline:
+        deal(model, held_names(model, config.pipeline, rank=place.pipeline_rank))
+        share(model.buffers())
+    else:
+        share([*model.parameters(), *model.buffers()])
 
 
 def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrainedModel, place: Place) -> Job:

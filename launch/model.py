@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.config import ModelConfig
 from launch.megatron import build_gpt
-from launch.pretrained import pretrained_model
+from launch.pretrained import pretrained_model, pretrained_skeleton
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> Any:
@@ -22,6 +21,14 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, 
     model = LlamaForCausalLM(llama_config(config, tokenizer)) if path is None else pretrained_model(path)
     nn.Module.to(model, device)
     return model.train()
+
+
+def build_skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """Return the model that `build_model` would, on the meta device: nothing is read but its configuration."""
+    with torch.device("meta"):
+        if config.path is not None:
+            return pretrained_skeleton(config.path).train()
+        return LlamaForCausalLM(llama_config(config, tokenizer)).train()
 
 
 def llama_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> LlamaConfig:
@@ -49,9 +56,3 @@ def vocabulary_size(model: Any) -> int:
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings.weight, torch.Tensor)
     return embeddings.weight.shape[0]
-
-
-def share_weights(model: nn.Module) -> None:
-    """Give every rank the weights and buffers of rank 0: the same sum of gradients must move the same weights."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.data, src=0)

@@ -38,6 +38,18 @@ class Place:
     """Between the ranks of the pipeline; None without one, and where they share memory."""
     device: torch.device
     times: StepTimes
+    shares_memory: bool = False
+    """The ranks of the pipeline have one copy of the weights, in memory of their machine: the first fills it."""
+
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether this rank trains some layers only, so that one rank builds the weights for others."""
+        return self.shares_memory or self.transport is not None
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether this rank builds the model's weights: the first of the world, or of ranks that share memory."""
+        return not self.in_pipeline or (self.pipeline_rank == 0 and (self.shares_memory or self.data_rank == 0))
 
 
 def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> Place:
@@ -61,6 +73,7 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
         transport=GroupTransport(group, device=world.device) if bound and config.ranks > 1 else None,
         device=world.device,
         times=StepTimes(world.rank),
+        shares_memory=not bound,
     )
 
 
@@ -90,6 +103,7 @@ def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place
         group=place.pipeline_group,
         data_group=place.data_group if place.data_size > 1 else None,
         seed=config.run.seed,
+        pair_cost=config.chunks.pair_cost,
         num_positions=num_positions,
         times=place.times,
     )

@@ -78,6 +78,14 @@ def cut(model: PreTrainedModel, config: PipelineConfig, *, rank: int) -> RankPar
     )
 
 
+def held_names(model: PreTrainedModel, config: PipelineConfig, *, rank: int) -> set[str]:
+    """Return the parameters that a rank of the pipeline holds, tied ones by their first name. Raises as `cut`."""
+    layers, place = split(model), devices_of(config)
+    bounds = balanced_stages([layer_weight(layer) for layer in layers], config.num_stages)
+    mine = [layer for stage, (lo, hi) in enumerate(bounds) if place[stage] == rank for layer in layers[lo:hi]]
+    return {name for layer in mine for name in layer.param_names}
+
+
 def layer_weight(layer: Layer) -> float:
     """Return the multiplications of a layer for one token, attention to other tokens left out.
 

@@ -20,7 +20,7 @@ from launch.gather import gather_weights
 from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_parts import RankParts
-from launch.pipeline_plan import plan_step, units_of
+from launch.pipeline_plan import plan_order, plan_step, units_of
 from launch.step_times import StepTimes
 from pipeline.config import PipelineConfig
 from pipeline.errors import WatchdogError
@@ -33,6 +33,7 @@ class PipelineRunner:
     """Trains the chunks of one step on the ranks of a pipeline, with the gradients of the one-process run.
 
     `group` are the ranks of this pipeline, in order; `data_group` those that hold the same layers for other data.
+    `pair_cost` is what chunkflow's planner counts for attention; by it the order of the chunks is planned.
     Made on every rank; does not communicate.
     """
 
@@ -46,11 +47,13 @@ class PipelineRunner:
         group: dist.ProcessGroup | None,
         data_group: dist.ProcessGroup | None,
         seed: int = 0,
+        pair_cost: float = 0.0,
         num_positions: int | None = None,
         times: StepTimes | None = None,
     ) -> None:
         self.num_positions = num_positions
         self._parts, self._config, self._retain, self._seed = parts, config, retain, seed
+        self._pair_cost = pair_cost
         self._group, self._data_group = group, data_group
         self._runtime = PipelineRuntime(
             parts.stages, transport, rank=parts.rank, timeout_s=config.timeout_s, trace=times and times.pipeline
@@ -121,15 +124,24 @@ class PipelineRunner:
         total = torch.zeros((), dtype=torch.float64)
         if not batch.chunks:
             return total
-        units, first_trained = units_of(batch.chunks, self._retain), self._parts.first_trained
-        schedule = plan_step(self._config, units, self._parts.bounds, first_trained=0 if scoring else first_trained)
+        chunks, first_trained, ahead = batch.chunks, self._parts.first_trained, None
+        places: Sequence[int] = range(len(chunks))
+        if self._config.schedule == "state_aware_1f1b" and not scoring:
+            found = plan_order(units_of(chunks, self._retain), ranks=self._config.ranks, pair_cost=self._pair_cost)
+            places, ahead = found.places, found.ahead
+            chunks = tuple(chunks[place] for place in places)
+        schedule = plan_step(
+            self._config, units_of(chunks, self._retain), self._parts.bounds, ahead=ahead,
+            first_trained=0 if scoring else first_trained,
+        )  # fmt: skip
         if scoring:
             schedule = forward_only(schedule)
         elif self._times is not None:
             self._times.schedule = schedule
-        self._begin(batch.chunks, batch, scoring)
-        for _, loss in sorted(self._runtime.run(schedule, step=batch.step).items()):
-            total += loss.double().cpu()
+        self._begin(chunks, batch, scoring)
+        losses = self._runtime.run(schedule, step=batch.step)
+        for mb in sorted(losses, key=lambda mb: places[mb]):  # added up in the order of the batch
+            total += losses[mb].double().cpu()
         return total
 
     def _begin(self, chunks: Sequence[Chunk], batch: StepBatch, scoring: bool) -> None:

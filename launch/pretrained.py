@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import xxhash
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from launch.errors import ModelError
@@ -149,3 +149,17 @@ def pretrained_model(path: str) -> PreTrainedModel:
     if found.gguf_file is not None and quantizer is not None:
         quantizer.remove_quantization_config(model)  # nothing is quantized any more, and it could not be saved
     return model
+
+
+def pretrained_skeleton(path: str) -> PreTrainedModel:
+    """Return a model as `pretrained_model` does, with weights that are not those: for the meta device.
+
+    Raises ModelError when there is no configuration to read.
+    """
+    found = locate(path)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(found.folder, **found.options())
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise ModelError(f"model.path {path!r} is no model that transformers can load: {error}") from error

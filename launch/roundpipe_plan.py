@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from launch.pipeline_parts import layer_weight
@@ -19,6 +20,21 @@ EFFORT = 0.02
 """Of the planner: about a second."""
 _LEAST = 1e-3
 """Cost of a layer without matrices, in those of the heaviest."""
+_ROUNDS, _OPEN_SLOTS = (1, 2, 4), (1, 2, 3)
+"""What is tried where the configuration leaves them open."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """How a model runs, the same on every rank and machine."""
+
+    slots: Slots
+    costs: Costs
+    """That order the slots."""
+    rounds: int
+    open_slots: int
+    over_ideal: float
+    """Simulated time of a step, in times that it would take with no device idle and nothing recomputed."""
 
 
 def plan_slots(
@@ -28,8 +44,8 @@ def plan_slots(
     microbatches: int,
     first_trained: int,
     activation_bytes: Sequence[float] = (),
-) -> tuple[Slots, Costs]:
-    """Return the slots of a model, and the costs that order them. Pure: the same on every rank and machine.
+) -> SlotPlan:
+    """Return the plan of a model; rounds and open slots are those of `config`, or the best where it leaves them open.
 
     Layers before `first_trained` run no backward. `activation_bytes` are what each layer keeps of a micro-batch.
     Raises PlanError when no slots fit the device's memory.
@@ -49,13 +65,18 @@ def plan_slots(
         costs,
         num_devices=config.ranks,
         num_microbatches=microbatches,
-        num_rounds=(min(config.rounds, microbatches),),
-        open_slots=(config.open_slots,),
+        num_rounds=_ROUNDS if config.rounds is None else (min(config.rounds, microbatches),),
+        open_slots=_OPEN_SLOTS if config.open_slots is None else (config.open_slots,),
         memory_cap_bytes=config.device_memory_bytes,
         effort=EFFORT,
     )
-    general = Costs(forward_s=(seconds,), backward_s=(costs.backward_s,))
-    return without_frozen_slots(found.partition, first_trained), general
+    return SlotPlan(
+        slots=without_frozen_slots(found.partition, first_trained),
+        costs=Costs(forward_s=(seconds,), backward_s=(costs.backward_s,)),
+        rounds=config.rounds or len(found.rounds),
+        open_slots=found.open_slots,
+        over_ideal=1 / found.useful,
+    )
 
 
 def without_frozen_slots(slots: Slots, first_trained: int) -> Slots:
@@ -70,17 +91,20 @@ def without_frozen_slots(slots: Slots, first_trained: int) -> Slots:
 
 
 @lru_cache(maxsize=64)
-def step_schedule(
-    slots: Slots, costs: Costs, *, devices: int, microbatches: int, rounds: int, open_slots: int
-) -> Schedule:
+def step_schedule(plan: SlotPlan, *, devices: int, microbatches: int) -> Schedule:
     """Return the schedule of one step, complete and validated; the optimizer is left to the job."""
-    return without_optimizer(
-        slot_schedule(
-            slots,
-            devices=devices,
-            microbatches=microbatches,
-            rounds=min(rounds, microbatches),
-            costs=costs,
-            open_slots=open_slots,
-        )
+    return without_optimizer(steps_schedule(plan, devices=devices, microbatches=(microbatches,), staleness=0))
+
+
+@lru_cache(maxsize=64)
+def steps_schedule(plan: SlotPlan, *, devices: int, microbatches: tuple[int, ...], staleness: int) -> Schedule:
+    """Return the schedule of several steps that overlap, with the optimizer's; `microbatches` are those of each."""
+    return slot_schedule(
+        plan.slots,
+        devices=devices,
+        microbatches=microbatches,
+        rounds=min(plan.rounds, max(microbatches)),
+        costs=plan.costs,
+        open_slots=plan.open_slots,
+        staleness=staleness,
     )

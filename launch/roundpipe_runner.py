@@ -6,12 +6,13 @@ Every rank owns some layers: it steps and saves their parameters, which lie in m
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from chunkflow.engine import WholeParameters
@@ -19,16 +20,17 @@ from chunkflow.records import StepBatch
 from chunkflow.reduce import sum_gradients
 from chunkflow.support import require_exact
 from launch.config import FinetuneConfig
+from launch.errors import ConfigError
 from launch.layer_costs import measure_costs
 from launch.partial import PartialModel, WholeModel
-from launch.roundpipe_plan import plan_slots, step_schedule
-from launch.slot_layers import SlotLayers
+from launch.roundpipe_plan import plan_slots, step_schedule, steps_schedule
+from launch.slot_layers import SlotLayers, dropout_seed
 from pipeline.config import PipelineConfig
 from pipeline.roundpipe.host_plan import plan_host
-from pipeline.roundpipe.host_store import SHARED_MEMORY, exchange_pids, open_store
+from pipeline.roundpipe.host_store import SHARED_MEMORY, exchange_pids, from_first, open_store
 from pipeline.roundpipe.layers import first_trained
 from pipeline.roundpipe.lowering import scoring
-from pipeline.roundpipe.optimizer import global_norm, sum_gradient
+from pipeline.roundpipe.optimizer import BeforeStep, HostOptimizer, global_norm, sum_gradient
 from pipeline.roundpipe.peers import Peers
 from pipeline.roundpipe.worker import SlotWorker
 from pipeline.tracing import Trace
@@ -58,11 +60,10 @@ class RoundPipeRunner:
         self.num_positions = require_exact(model, WholeParameters(None)).num_positions
         self.whole, self._config, self._seed = WholeModel.of(model), config, seed
         self._group, self._data_group = group, data_group
-        capped = config.device_memory_bytes is not None
-        kept = measure_costs(model, tokens=tokens, repeats=1).activation_bytes[0] if capped else ()
+        kept = _kept_bytes(model, tokens, group) if config.device_memory_bytes is not None else ()
         self._slot_layers = SlotLayers(model, device)
         layers = self._slot_layers.layers
-        self.slots, self._costs = plan_slots(
+        self.plan = plan_slots(
             self._slot_layers.pieces,
             config,
             microbatches=microbatches,
@@ -70,7 +71,10 @@ class RoundPipeRunner:
             activation_bytes=kept,
         )
         room = tokens * model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
-        plan = plan_host(layers, self.slots, ranks=config.ranks, microbatches=microbatches, boundary_bytes=room)
+        plan = plan_host(
+            layers, self.plan.slots, ranks=config.ranks, microbatches=microbatches, boundary_bytes=room,
+            staleness=config.staleness,
+        )  # fmt: skip
         self.store = open_store(plan, group, folders=(SHARED_MEMORY, Path(tempfile.gettempdir())))
         if rank == 0:
             values = {name: p for layer in reversed(layers) for name, p in layer.parameters.items()}
@@ -88,12 +92,13 @@ class RoundPipeRunner:
     @property
     def description(self) -> str:
         """Return the slots in words."""
-        config, slots = self._config, self.slots
-        size, place = self.store.plan.size / 2**20, self.store.folder
+        plan, size = self.plan, self.store.plan.size / 2**20
         return (
-            f"pipeline roundpipe of {config.ranks} ranks, {config.rounds} rounds and {config.open_slots} open slots: "
-            f"forward slots of {_sizes(slots.forward)} layers, {slots.fused} fused, backward slots of "
-            f"{_sizes(slots.backward)} (embedding, norm and head are layers too); {size:,.0f} MiB of memory in {place}"
+            f"pipeline roundpipe of {self._config.ranks} ranks, {plan.rounds} rounds and {plan.open_slots} open slots, "
+            f"staleness {self._config.staleness}: forward slots of {_sizes(plan.slots.forward)} layers, "
+            f"{plan.slots.fused} fused, backward slots of {_sizes(plan.slots.backward)} (embedding, norm and head are "
+            f"layers too); simulated at {plan.over_ideal:.2f} times no idling and no recomputation; {size:,.0f} MiB of "
+            f"memory in {self.store.folder}"
         )
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
@@ -117,6 +122,32 @@ class RoundPipeRunner:
             p = trained[name]
             p.grad = grad if p.grad is None else p.grad.add_(grad)
         return loss
+
+    def train_together(
+        self,
+        batches: Sequence[StepBatch],
+        optimizer: Optimizer,
+        *,
+        clip_norm: float | None,
+        before_step: BeforeStep,
+    ) -> list[Tensor]:
+        """Run some steps that overlap as `staleness` allows, optimizer included; return their mean losses, fp64.
+
+        `optimizer` is of the parameters owned here. `before_step` is called before each of its steps, in a thread, with
+        the number of the step among these and the norm of the gradient. Every rank calls. Afterwards the weights are
+        those behind the last step. Raises what `before_step` raised, and WatchdogError as `forward_backward`.
+        """
+        sizes = tuple(len(batch.chunks) for batch in batches)
+        config = self._config
+        schedule = steps_schedule(self.plan, devices=config.ranks, microbatches=sizes, staleness=config.staleness)
+        self._slot_layers.begin(batches, seed=self._seed)
+        self.worker.optimizer = HostOptimizer(
+            self.store, self.worker.peers, lambda _: optimizer, clip_norm=clip_norm, trace=self.worker.trace,
+            parameters={name: p for name, p in self._owned.items() if p.requires_grad}, before_step=before_step,
+        )  # fmt: skip
+        first = batches[0].step
+        losses = self.worker.run(schedule, seed=dropout_seed(self._seed, first), first_step=first)
+        return [part.sum() for part in losses.split(sizes)]
 
     def evaluate(self, batch: StepBatch) -> Tensor:
         """Return the step's mean loss over all ranks, fp64, without gradients. Every rank calls."""
@@ -152,18 +183,10 @@ class RoundPipeRunner:
     def _run(self, batch: StepBatch, *, is_scoring: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         if batch.chunks:
-            seed = self._seed * 1_000_003 + batch.step
-            self._slot_layers.begin(batch.chunks, denominator=batch.denominator, dropout_seed=seed)
-            config = self._config
-            schedule = step_schedule(
-                self.slots,
-                self._costs,
-                devices=config.ranks,
-                microbatches=len(batch.chunks),
-                rounds=config.rounds,
-                open_slots=config.open_slots,
-            )
+            self._slot_layers.begin([batch], seed=self._seed)
+            schedule = step_schedule(self.plan, devices=self._config.ranks, microbatches=len(batch.chunks))
             schedule = scoring(schedule) if is_scoring else schedule
+            seed = dropout_seed(self._seed, batch.step)
             total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step).sum()
         if self._data_group is not None:
             dist.all_reduce(total, group=self._data_group)
@@ -171,6 +194,13 @@ class RoundPipeRunner:
 
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self.model.named_buffers())
+
+
+def _kept_bytes(model: PreTrainedModel, tokens: int, group: dist.ProcessGroup | None) -> tuple[float, ...]:
+    """Return what each layer keeps of a micro-batch, as measured on the first rank. Every rank of the group calls."""
+    rank = 0 if group is None else dist.get_rank(group)
+    kept = measure_costs(model, tokens=tokens, repeats=1).activation_bytes[0] if rank == 0 else ()
+    return from_first(kept, group)
 
 
 def _sizes(slots: tuple[int, ...]) -> str:
@@ -183,6 +213,12 @@ def roundpipe_runner(
 ) -> RoundPipeRunner:  # fmt: skip
     """Return the runner of a job, whose samples are each within one chunk. Every rank calls, as for the class."""
     chunks = config.chunks
+    if config.pipeline.staleness and data_group is not None:
+        raise ConfigError(
+            f"pipeline.staleness is 1 and pipeline.ranks {config.pipeline.ranks}, with more processes than that: stale "
+            "steps are for one pipeline, since ranks that share the data add up their gradients between two steps; use "
+            "all processes in one, or staleness 0"
+        )
     return RoundPipeRunner(
         model,
         config.pipeline,

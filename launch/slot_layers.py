@@ -6,6 +6,7 @@ T tokens of a chunk, R different ones of them, D model width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,20 @@ from torch import Tensor, nn
 from chunkflow.attention.base import ChunkView
 from chunkflow.attention.interface import attention_of
 from chunkflow.loss import tiled_cross_entropy
-from chunkflow.records import Chunk
+from chunkflow.records import Chunk, StepBatch
 from launch.chunk_stage import spans_of
 from launch.split import DecoderArguments, Layer, call_decoder, split
 from pipeline.roundpipe.layers import SlotLayer
+
+
+@dataclass(frozen=True, slots=True)
+class StepChunk:
+    """A chunk, with what its step has for all of them."""
+
+    chunk: Chunk
+    denominator: float
+    """Loss weights of the step."""
+    dropout_seed: int
 
 
 class SlotLayers:
@@ -28,8 +39,7 @@ class SlotLayers:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._arguments, self._device = DecoderArguments(model), device
-        self._chunks: Sequence[Chunk] = ()
-        self._denominator, self._dropout_seed = 1.0, 0
+        self._chunks: Sequence[StepChunk] = ()
         self._tensors: tuple[int, Any] = (-1, None)
         self._decoders: tuple[int, Sequence[Any]] = (-1, ())
         self.pieces = pieces = split(model)
@@ -43,9 +53,13 @@ class SlotLayers:
             embedding.padding_idx = None  # a number in the whole table; rows are numbered anew, see `_embed`
         self.layers = [self._layer(piece, names[i], i - 1) for i, piece in enumerate(pieces)]
 
-    def begin(self, chunks: Sequence[Chunk], *, denominator: float, dropout_seed: int) -> None:
-        """Take the chunks of a step."""
-        self._chunks, self._denominator, self._dropout_seed = chunks, denominator, dropout_seed
+    def begin(self, batches: Sequence[StepBatch], *, seed: int) -> None:
+        """Take the chunks of the steps of a run; dropout of attention is drawn from `seed` and the step."""
+        self._chunks = [
+            StepChunk(chunk, batch.denominator, dropout_seed(seed, batch.step))
+            for batch in batches
+            for chunk in batch.chunks
+        ]
         self._tensors, self._decoders = (-1, None), (-1, ())
 
     def _layer(self, piece: Layer, parameters: dict[str, nn.Parameter], decoder: int) -> SlotLayer:
@@ -60,7 +74,7 @@ class SlotLayers:
 
     def _of(self, mb: int) -> Any:
         if self._tensors[0] != mb:
-            self._tensors = mb, self._chunks[mb].tensors()
+            self._tensors = mb, self._chunks[mb].chunk.tensors()
         return self._tensors[1]
 
     def _rows(self, mb: int) -> Tensor:
@@ -77,7 +91,8 @@ class SlotLayers:
         assert hidden is not None
         with attention_of(self._arguments.skeleton):
             if self._decoders[0] != mb:
-                view = ChunkView(spans_of(self._chunks[mb]), None, self._dropout_seed)
+                now = self._chunks[mb]
+                view = ChunkView(spans_of(now.chunk), None, now.dropout_seed)
                 positions = self._of(mb)["position_ids"].to(self._device)
                 self._decoders = mb, self._arguments.of(hidden, positions, chunk_view=view)
             return call_decoder(module, hidden, self._decoders[1][decoder])
@@ -87,7 +102,12 @@ class SlotLayers:
         assert hidden is not None
         tensors = self._of(mb)
         labels, weights = tensors["shift_labels"][0].to(self._device), tensors["loss_weights"][0].to(self._device)
-        return tiled_cross_entropy(hidden[0], head.weight, head.bias, labels, weights) / self._denominator
+        return tiled_cross_entropy(hidden[0], head.weight, head.bias, labels, weights) / self._chunks[mb].denominator
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """Return the seed of a step's dropout in a job of a seed."""
+    return seed * 1_000_003 + step
 
 
 def _own_table(embedding: nn.Module) -> nn.Parameter:

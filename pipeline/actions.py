@@ -59,7 +59,7 @@ FORWARD = frozenset({Op.F, Op.FB})
 MESSAGES = frozenset({Op.SEND, Op.RECV, Op.PUT, Op.GET})
 
 _OPS = "|".join(sorted((op.value for op in Op), key=len, reverse=True))
-_TEXT = re.compile(rf"(\d+)({_OPS})(?:_([FB]))?(\d*)(?:\[([^\]]*)\])?")
+_TEXT = re.compile(rf"(\d{{1,9}})({_OPS})(?:_([FB]))?(\d{{0,9}})(?:\[([^\]]*)\])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,11 @@ class Action:
 
         Raises ScheduleError for anything else.
         """
-        match = _TEXT.fullmatch(text.strip())
+        match = _TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise ScheduleError(
-                f"{text!r} is no action; an action reads [stage][op][micro-batch], such as 2F0 or 1SEND_B3[peer=0], "
-                f"with op one of {', '.join(op.value for op in Op)}"
+                f"{str(text)[:80]!r} is no action; an action reads [stage][op][micro-batch], such as 2F0 or "
+                f"1SEND_B3[peer=0], with op one of {', '.join(op.value for op in Op)}"
             )
         stage, op, phase, microbatch, extra = match.groups()
         return Action(
@@ -137,9 +137,9 @@ _EXTRAS = tuple(f.name for f in fields(Action) if f.name not in ("op", "stage", 
 def _parse_extra(text: str, extra: str) -> dict:
     values = {}
     for item in filter(None, extra.split(",")):
-        match = re.fullmatch(r"(\w+)=(\d+)(?::(\d+))?", item.strip())
+        match = re.fullmatch(r"(\w+)=(\d{1,18})(?::(\d{1,18}))?", item.strip())
         name = match[1] if match else None
         if match is None or name not in _EXTRAS or (name == "layers") != (match[3] is not None):
-            raise ScheduleError(f"{item!r} in {text!r} is none of layers=LO:HI, {'=N, '.join(_EXTRAS[1:])}=N")
+            raise ScheduleError(f"{item[:80]!r} in {text[:80]!r} is none of layers=LO:HI, {'=N, '.join(_EXTRAS[1:])}=N")
         values[name] = int(match[2]) if match[3] is None else (int(match[2]), int(match[3]))
     return values

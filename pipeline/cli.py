@@ -24,7 +24,7 @@ import typer
 from pipeline import named
 from pipeline.comms import complete
 from pipeline.costs import Costs
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, PlanError
 from pipeline.render import gantt_svg, perfetto, trace_events
 from pipeline.result import Result
 from pipeline.schedule import Schedule
@@ -60,7 +60,7 @@ def _exits(code: int) -> Iterator[None]:
         yield
     except PipelineError as e:
         typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(code) from e
+        raise typer.Exit(2 if isinstance(e, PlanError) else code) from e
 
 
 def _bytes(text: str | None) -> float | None:
@@ -237,13 +237,16 @@ def trace(
 def plan(
     costs: CostsFile = None,
     ranks: Ranks = 4,
-    microbatches: Microbatches = 8,
+    microbatches: Annotated[
+        list[int],
+        typer.Option(min=1, help="Micro-batches of one step; again for other numbers to try. Costs are of the first."),
+    ] = [8],  # noqa: B006  (typer's own form)
     stages: Annotated[int, typer.Option(min=2, help="Layers, without costs; the head is one.")] = 17,
     memory_cap: Cap = None,
     effort: Annotated[float, typer.Option(min=0.001, help="Of the search; 1 is some seconds.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Choose RoundPipe's partition, fused layers, rounds and open slots, and say why."""
+    """Choose RoundPipe's partition, fused layers, micro-batches, rounds and open slots, and say why."""
     # Compiling takes seconds, which the other commands need not pay.
     from pipeline.roundpipe.plan_cli import print_plan
 

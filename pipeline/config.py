@@ -24,15 +24,19 @@ class PipelineConfig:
     recompute: bool = False
     """Keep only the input of a stage, and run it forward again before its backward: less memory, a third more work.
     roundpipe always does."""
-    rounds: int = 1
+    rounds: int | None = 1
     """roundpipe: the micro-batches of a step pass in so many rounds. More keep devices busy where the head weighs more
-    than its share of the layers."""
-    open_slots: int = 2
+    than its share of the layers. null is what the planner finds best of 1, 2 and 4; only with a number here are the
+    weights the same to the bit for any number of ranks."""
+    open_slots: int | None = 2
     """roundpipe: slots that a device may have begun; of them it takes what is ready. 1 is strict order, and least
-    memory."""
+    memory. null is what the planner finds best of 1, 2 and 3."""
     microbatches: int | None = None
     """roundpipe: the most micro-batches (chunks) of one step, for which host memory is taken; null is
     chunks.global_batch, which always suffices."""
+    staleness: int = 0
+    """roundpipe: optimizer steps that a step's weights may lag behind. 1 lets a step begin while the one before it is
+    still stepped, on weights without it; steps between two evaluations or checkpoints then run together."""
     device_memory_bytes: int | None = None
     """roundpipe: the most that weights, gradients and activations may take on a device; null only counts."""
     timeout_s: float = 600.0
@@ -55,6 +59,12 @@ class PipelineConfig:
         if self.schedule == "roundpipe" and self.stages is not None:
             raise PlanError(
                 f"pipeline.stages is {self.stages}, and roundpipe plans its slots from the layers; leave it out"
+            )
+        if self.staleness not in (0, 1):
+            raise PlanError(f"pipeline.staleness is {self.staleness}; it must be 0 or 1")
+        if self.staleness and self.schedule != "roundpipe":
+            raise PlanError(
+                f"pipeline.staleness is 1, and {self.schedule} ends every step before the next; use roundpipe"
             )
         if not self.timeout_s > 0:
             raise PlanError(f"pipeline.timeout_s is {self.timeout_s}; it must be more than 0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from pipeline.errors import PlanError
@@ -49,13 +50,30 @@ class Costs:
     """Held on every device all the time."""
 
     def __post_init__(self) -> None:
-        layers = len(self.forward_s[0]) if self.forward_s else 0
-        for name in ("forward_s", "backward_s"):
-            if not layers or any(len(row) != layers for row in getattr(self, name)):
-                raise PlanError(f"{name} has rows of {[len(r) for r in getattr(self, name)]} layers; all need {layers}")
         for f in fields(self):
-            if any(x < 0 for x in _numbers(getattr(self, f.name))):
-                raise PlanError(f"{f.name} of the costs is negative: {getattr(self, f.name)}")
+            if not (f.name == "pcie_roots" and self.pcie_roots is None):
+                self._check_numbers(f.name)
+        layers = len(self.forward_s[0]) if self.forward_s else 0
+        for name in _ROWS:
+            lengths, one = [len(row) for row in getattr(self, name)], name in ("activation_bytes", "state_bytes")
+            if not layers or not lengths or any(n != layers and not (one and n == 1) for n in lengths):
+                raise PlanError(f"{name} has rows of {lengths[:8]} layers; all need {layers}")
+        for name in ("weight_bytes", "optimizer_s"):
+            if len(getattr(self, name)) not in (1, layers):
+                raise PlanError(f"{name} has {len(getattr(self, name))} layers; it needs {layers}, or one for all")
+        if not self.boundary_bytes:
+            raise PlanError("boundary_bytes is empty; it needs one for every micro-batch, or one for all")
+
+    def _check_numbers(self, name: str) -> None:
+        most = 1.0 if name == "input_share" else float("inf")
+        for x in _numbers(getattr(self, name)):
+            if isinstance(x, bool) or not isinstance(x, Real):
+                raise PlanError(f"{name} of the costs holds {str(x)[:60]}; it takes numbers")
+            if x < 0:
+                raise PlanError(f"{name} of the costs is negative: {x}")
+            if not x <= most or (x == 0 and name in _RATES) or (x == float("inf") and name not in _RATES):
+                need = "more than 0" if name in _RATES else "from 0 to 1" if most == 1 else "finite"
+                raise PlanError(f"{name} of the costs holds {x}; it has to be {need}")
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +115,13 @@ class Costs:
 
     def boundary(self, microbatch: int) -> float:
         """Bytes of one activation between layers."""
-        return self.boundary_bytes[microbatch if len(self.boundary_bytes) != 1 else 0]
+        if len(self.boundary_bytes) == 1:
+            return self.boundary_bytes[0]
+        if microbatch >= len(self.boundary_bytes):
+            raise PlanError(
+                f"boundary_bytes has {len(self.boundary_bytes)} micro-batches; a schedule needs {microbatch + 1}"
+            )
+        return self.boundary_bytes[microbatch]
 
     def between_s(self, microbatch: int) -> float:
         """Seconds from one device to another."""
@@ -126,20 +150,23 @@ class Costs:
         given = json.loads(value) if isinstance(value, str) else dict(value)
         known = {f.name for f in fields(Costs)}
         if not isinstance(given, dict) or given.keys() - known or not {"forward_s", "backward_s"} <= given.keys():
-            keys = sorted(given) if isinstance(given, dict) else type(given).__name__
+            keys = str(sorted(given))[:200] if isinstance(given, dict) else type(given).__name__
             raise PlanError(f"costs hold {keys}; they need forward_s and backward_s, and may have {sorted(known)}")
-        rows = ("forward_s", "backward_s", "activation_bytes", "state_bytes")
         lists = ("boundary_bytes", "weight_bytes", "optimizer_s", "pcie_roots")
         values = dict(given)
-        for name in given.keys() & {*rows, *lists}:
-            values[name] = _as_rows(given[name]) if name in rows else _as_row(given[name])
+        for name in given.keys() & {*_ROWS, *lists}:
+            values[name] = _as_rows(given[name]) if name in _ROWS else _as_row(given[name])
         return Costs(**values)
 
 
-def _numbers(value: Any) -> list[float]:
+_ROWS = ("forward_s", "backward_s", "activation_bytes", "state_bytes")
+_RATES = ("link_bytes_per_s", "host_bytes_per_s", "chunk_bytes")
+
+
+def _numbers(value: Any) -> list[Any]:
     if isinstance(value, tuple):
         return [x for item in value for x in _numbers(item)]
-    return [] if value is None else [value]
+    return [value]
 
 
 def _row(rows: Rows, microbatch: int) -> tuple[float, ...]:
@@ -165,4 +192,4 @@ def _as_row(value: Any) -> Any:
 
 def _as_rows(value: Any) -> Rows:
     rows = value if isinstance(value, list | tuple) else [value]
-    return tuple(_as_row(r) for r in rows) if isinstance(rows[0], list | tuple) else (_as_row(rows),)
+    return tuple(_as_row(r) for r in rows) if rows and isinstance(rows[0], list | tuple) else (_as_row(rows),)

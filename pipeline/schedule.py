@@ -11,17 +11,19 @@ in `torch_csv`.
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from pipeline.actions import COMPUTE, Action, Op
 from pipeline.errors import ScheduleError
+from pipeline.reading import FORMAT_VERSION, fields_of_json, fields_of_text
 from pipeline.units import Unit
 
-FORMAT_VERSION = 1
+MOST_LAYERS, MOST_MICROBATCHES = 2**13, 2**20
+"""Larger numbers are a mistake in a file; checks go through every layer of every micro-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +31,10 @@ class Schedule:
     """Per-device action lists and what they act on.
 
     `stages[s]` is the layer range (first, one past the last) of stage s. Micro-batches are numbered through all
-    `steps` optimizer steps of the schedule, the same number in each; `units`, where given, describes each of them.
-    `staleness` is how many optimizer steps the weights of a micro-batch may lag behind. Layers before
-    `first_trainable` are frozen and have no backward. In RoundPipe the micro-batches of a step pass in `rounds`.
+    `steps` optimizer steps of the schedule: `sizes` of them in each, or the same number (None); `units`, where given,
+    describes each of them. `staleness` is how many optimizer steps the weights of a micro-batch may lag behind. Layers
+    before `first_trainable` are frozen and have no backward. In RoundPipe the micro-batches of a step pass in `rounds`,
+    fewer where a step has fewer micro-batches.
     """
 
     name: str
@@ -43,36 +46,64 @@ class Schedule:
     staleness: int = 0
     first_trainable: int = 0
     rounds: int = 1
+    sizes: tuple[int, ...] | None = None
+    _firsts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """First micro-batch of every step, and one past the last of all."""
 
     def __post_init__(self) -> None:
+        if min(self.staleness, self.first_trainable) < 0:
+            raise ScheduleError(
+                f"schedule {self.name} has staleness {self.staleness} and {self.first_trainable} layers without "
+                "backward; neither is below 0"
+            )
         if not self.devices or not self.stages or self.num_microbatches < 1 or self.steps < 1:
             raise ScheduleError(
                 f"schedule {self.name} has {len(self.devices)} devices, {len(self.stages)} stages, "
                 f"{self.num_microbatches} micro-batches and {self.steps} steps; it needs at least one of each"
             )
-        if self.num_microbatches % self.steps:
-            raise ScheduleError(f"{self.num_microbatches} micro-batches do not split over {self.steps} equal steps")
+        if self.num_layers > MOST_LAYERS or self.num_microbatches > MOST_MICROBATCHES:
+            raise ScheduleError(
+                f"schedule {self.name} has {self.num_layers} layers and {self.num_microbatches} micro-batches; it may "
+                f"have {MOST_LAYERS} and {MOST_MICROBATCHES} at most"
+            )
         for stage, (lo, hi) in enumerate(self.stages):
             if not 0 <= lo < hi:
                 raise ScheduleError(f"stage {stage} has layers {lo}:{hi}; a stage holds at least one layer")
         if self.units is not None and len(self.units) != self.num_microbatches:
             raise ScheduleError(f"{len(self.units)} units are given for {self.num_microbatches} micro-batches")
-        if not 1 <= self.rounds <= self.num_microbatches // self.steps:
+        self._deal()
+        if not 1 <= self.rounds <= max(self.size(step) for step in range(self.steps)):
             raise ScheduleError(
-                f"{self.rounds} rounds for {self.num_microbatches // self.steps} micro-batches a step; "
+                f"{self.rounds} rounds for {max(self.size(step) for step in range(self.steps))} micro-batches a step; "
                 "a round needs at least one"
             )
         object.__setattr__(self, "devices", tuple(self._stamped(d, row) for d, row in enumerate(self.devices)))
 
+    def _deal(self) -> None:
+        """Number the micro-batches through the steps."""
+        given = self.sizes
+        if given is None and self.num_microbatches % self.steps:
+            raise ScheduleError(f"{self.num_microbatches} micro-batches do not split over {self.steps} equal steps")
+        sizes = given or (self.num_microbatches // self.steps,) * self.steps
+        if len(sizes) != self.steps or sum(sizes) != self.num_microbatches or min(sizes) < 1:
+            raise ScheduleError(
+                f"steps of {sizes} micro-batches are given for {self.num_microbatches} in {self.steps} steps; each has "
+                "at least one"
+            )
+        object.__setattr__(self, "sizes", None if len(set(sizes)) == 1 else tuple(sizes))
+        object.__setattr__(self, "_firsts", (0, *accumulate(sizes)))
+
     def _stamped(self, device: int, row: Iterable[Action]) -> tuple[Action, ...]:
         row = tuple(a if a.device == device else replace(a, device=device) if a.device is None else a for a in row)
+        layers = self.num_layers
         for a in row:
             if a.device != device:
                 raise ScheduleError(f"{a} stands in the list of device {device}")
-            if a.stage >= len(self.stages) or (a.microbatch or 0) >= self.num_microbatches:
+            past = a.layers is not None and a.layers[1] > layers
+            if a.stage >= len(self.stages) or (a.microbatch or 0) >= self.num_microbatches or past:
                 raise ScheduleError(
-                    f"{a.label} on device {device}, but schedule {self.name} has stages 0 to {len(self.stages) - 1} "
-                    f"and micro-batches 0 to {self.num_microbatches - 1}"
+                    f"{a} on device {device}, but schedule {self.name} has stages 0 to {len(self.stages) - 1} of "
+                    f"{layers} layers, and micro-batches 0 to {self.num_microbatches - 1}"
                 )
         return row
 
@@ -101,12 +132,29 @@ class Schedule:
 
     def step(self, microbatch: int) -> int:
         """The optimizer step, counted from 0, that a micro-batch belongs to."""
-        return microbatch * self.steps // self.num_microbatches
+        return bisect_right(self._firsts, microbatch, hi=self.steps) - 1
+
+    def size(self, step: int) -> int:
+        """Micro-batches of an optimizer step."""
+        return self._firsts[step + 1] - self._firsts[step]
+
+    def first(self, step: int) -> int:
+        """The first micro-batch of an optimizer step."""
+        return self._firsts[step]
+
+    def place(self, microbatch: int) -> int:
+        """The number of a micro-batch within its step."""
+        return microbatch - self._firsts[self.step(microbatch)]
+
+    def rounds_of(self, step: int) -> int:
+        """The rounds in which the micro-batches of a step pass."""
+        return min(self.rounds, self.size(step))
 
     def round(self, microbatch: int) -> int:
         """The round of its step that a micro-batch belongs to; the first rounds are the longer ones."""
-        size, extra = divmod(self.num_microbatches // self.steps, self.rounds)
-        m = microbatch % (self.num_microbatches // self.steps)
+        step = self.step(microbatch)
+        size, extra = divmod(self.size(step), self.rounds_of(step))
+        m = microbatch - self._firsts[step]
         return m // (size + 1) if m < extra * (size + 1) else extra + (m - extra * (size + 1)) // size
 
     def version(self, action: Action) -> int:
@@ -157,6 +205,8 @@ class Schedule:
             f"first_trainable {self.first_trainable} rounds {self.rounds}",
             "stages " + " ".join(f"{lo}:{hi}" for lo, hi in self.stages),
         ]
+        if self.sizes is not None:
+            head.append("sizes " + " ".join(map(str, self.sizes)))
         if self.units is not None:
             head.append("units " + " ".join(map(str, self.units)))
         rows = (f"device {d}: " + " ".join(a.text(device=False) for a in row) for d, row in enumerate(self.devices))
@@ -168,13 +218,7 @@ class Schedule:
 
         Raises ScheduleError with the line that is wrong.
         """
-        fields: dict[str, Any] = {"devices": []}
-        for number, line in enumerate(filter(str.strip, text.splitlines()), start=1):
-            try:
-                _read_line(line.strip(), fields)
-            except (ValueError, IndexError) as e:
-                raise ScheduleError(f"line {number} of a schedule, {line.strip()[:60]!r}: {e}") from e
-        return _made(fields, "text")
+        return Schedule(**fields_of_text(text))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them back."""
@@ -186,6 +230,7 @@ class Schedule:
             "staleness": self.staleness,
             "first_trainable": self.first_trainable,
             "rounds": self.rounds,
+            **({} if self.sizes is None else {"sizes": list(self.sizes)}),
             "stages": [list(s) for s in self.stages],
             "units": None if self.units is None else [str(u) for u in self.units],
             "devices": [[a.text(device=False) for a in row] for row in self.devices],
@@ -193,42 +238,8 @@ class Schedule:
 
     @staticmethod
     def from_json(value: Mapping[str, Any] | str) -> Schedule:
-        """Read what `to_json` gave, or its dump as a string."""
-        fields: dict[str, Any] = json.loads(value) if isinstance(value, str) else dict(value)
-        version = fields.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ScheduleError(f"a schedule of format {version}; this version reads format {FORMAT_VERSION}")
-        fields["stages"] = tuple((s[0], s[1]) for s in fields["stages"])
-        fields["devices"] = [[Action.parse(a) for a in row] for row in fields["devices"]]
-        if fields.get("units") is not None:
-            fields["units"] = tuple(Unit.parse(u) for u in fields["units"])
-        return _made(fields, "JSON")
+        """Read what `to_json` gave, or its dump as a string.
 
-
-def _read_line(line: str, fields: dict[str, Any]) -> None:
-    key, _, rest = line.partition(" ")
-    if key == "schedule":
-        fields["name"] = rest.strip()
-    elif key == "microbatches":
-        words = line.split()
-        values = {k: int(v) for k, v in zip(words[::2], words[1::2], strict=True)}
-        fields["num_microbatches"] = values.pop("microbatches")
-        fields |= values
-    elif key == "stages":
-        fields["stages"] = tuple((int(lo), int(hi)) for lo, hi in (s.split(":") for s in rest.split()))
-    elif key == "units":
-        fields["units"] = tuple(Unit.parse(u) for u in rest.split())
-    elif key == "device":
-        number, _, row = rest.partition(":")
-        if int(number) != len(fields["devices"]):
-            raise ValueError(f"expected device {len(fields['devices'])}")
-        fields["devices"].append([Action.parse(a) for a in row.split()])
-    else:
-        raise ValueError("expected schedule, microbatches, stages, units or device")
-
-
-def _made(fields: dict[str, Any], form: str) -> Schedule:
-    missing = {"name", "stages", "num_microbatches"} - fields.keys()
-    if missing or not fields["devices"]:
-        raise ScheduleError(f"the {form} of a schedule lacks {', '.join(sorted(missing)) or 'its devices'}")
-    return Schedule(**{**fields, "devices": tuple(tuple(row) for row in fields["devices"])})
+        Raises ScheduleError for anything else.
+        """
+        return Schedule(**fields_of_json(value))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pipeline import graph as graphs
 from pipeline.actions import Action, Op
 from pipeline.costs import Costs
+from pipeline.errors import PlanError
 from pipeline.graph import Graph, Why
 from pipeline.result import Result, Times, account
 from pipeline.schedule import Schedule
@@ -30,6 +31,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Result:
 
     Raises ScheduleError if it is incomplete or has a cycle, PlanError if the costs lack layers or micro-batches.
     """
+    if costs.pcie_roots is not None and len(costs.pcie_roots) < schedule.num_devices:
+        raise PlanError(f"pcie_roots names {len(costs.pcie_roots)} devices; {schedule.name} has {schedule.num_devices}")
     graph = graphs.build(schedule)
     n = len(graph.before)
     after: list[list[tuple[int, Why]]] = [[] for _ in range(n)]

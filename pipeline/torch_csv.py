@@ -53,16 +53,25 @@ def load_csv(text: str, *, name: str = "csv", layers: Sequence[tuple[int, int]] 
 
     Raises ScheduleError for cells that are no action, and for stages on two ranks.
     """
-    rows = [[a for cell in line for a in _actions(cell)] for line in csv.reader(io.StringIO(text))]
+    try:
+        rows = [[a for cell in line for a in _actions(cell)] for line in csv.reader(io.StringIO(text))]
+    except csv.Error as e:
+        raise ScheduleError(f"this is no CSV: {e}") from e
     found = [a for row in rows for a in row]
     if not any(a.op in COMPUTE for a in found):
         raise ScheduleError(f"the CSV has {len(rows)} rows and no compute action; it needs cells such as 0F0 and 0B0")
     stages = max(a.stage for a in found) + 1
+    microbatches = max(a.microbatch or 0 for a in found) + 1
+    if max(stages, microbatches) > len(found):
+        raise ScheduleError(
+            f"the CSV names stage {stages - 1} and micro-batch {microbatches - 1} and has {len(found)} actions; every "
+            "stage and every micro-batch has one at least"
+        )
     schedule = Schedule(
         name=name,
         devices=tuple(tuple(row) for row in rows),
         stages=tuple(layers) if layers is not None else even_stages(stages, stages),
-        num_microbatches=max(a.microbatch or 0 for a in found) + 1,
+        num_microbatches=microbatches,
     )
     owner = schedule.devices_of_stage()
 
@@ -81,7 +90,7 @@ def _actions(cell: str) -> list[Action]:
     cell = cell.strip()
     together = _TOGETHER.fullmatch(cell)
     if together:
-        return [a for part in together[1].split(";") for a in _actions(part)]
+        return [Action.parse(part) for part in together[1].split(";")]
     if not cell or _SHARDING.fullmatch(cell):
         return []
     return [Action.parse(cell)]

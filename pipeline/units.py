@@ -51,7 +51,7 @@ class Unit:
     @staticmethod
     def parse(text: str) -> Unit:
         """Read `2048`, or `2048@5.0/3k2`: the first of 3 chunks of group 5, of which 2 are retained."""
-        match = re.fullmatch(r"(\d+)(?:@(\d+)\.(\d+)/(\d+)k(\d+))?", text.strip())
+        match = re.fullmatch(r"(\d{1,12})(?:@(\d{1,12})\.(\d{1,9})/(\d{1,9})k(\d{1,9}))?", text.strip())
         if match is None:
             raise PlanError(f"{text!r} is no unit; a unit reads TOKENS or TOKENS@GROUP.INDEX/COUNTkRETAIN")
         tokens, *rest = match.groups()

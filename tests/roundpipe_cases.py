@@ -12,7 +12,9 @@ from tests.pipeline_cases import Words
 
 
 def slot_layers(model, batch):
-    """One a layer; the embedding reads the rows that a micro-batch uses. `batch`: words and targets, [2, T] each."""
+    """One a layer; the embedding reads the rows that a micro-batch uses. `batch`: words and targets, [2, T] each, the
+    same in every step."""
+    count = len(batch)
     targets = sum(words.shape[1] for words in batch)
     embedding, *blocks, head = model.layers
     tied = head.weight is embedding.weight
@@ -20,13 +22,13 @@ def slot_layers(model, batch):
     embedding.weight = table
 
     def embed(x, mb):
-        rows = batch[mb][0].unique()
-        return embedding(torch.searchsorted(rows, batch[mb][0]))
+        rows = batch[mb % count][0].unique()
+        return embedding(torch.searchsorted(rows, batch[mb % count][0]))
 
     def loss(x, mb):
-        return nn.functional.cross_entropy(head(x), batch[mb][1], reduction="sum") / targets
+        return nn.functional.cross_entropy(head(x), batch[mb % count][1], reduction="sum") / targets
 
-    layers = [SlotLayer("0", {"0.weight": table}, embed, lambda mb: batch[mb][0].unique())]
+    layers = [SlotLayer("0", {"0.weight": table}, embed, lambda mb: batch[mb % count][0].unique())]
     for i, block in enumerate(blocks, start=1):
         parameters = {f"{i}.{name}": p for name, p in block.named_parameters()}
         layers.append(SlotLayer(str(i), parameters, lambda x, mb, block=block: block(x)))

@@ -266,6 +266,31 @@ def test_adapters_that_fit_nothing_are_refused():
         with_adapters(job_model(), LoraConfig(rank=2, first_layer=4))
 
 
+def rank_is_planned(info):
+    """Rounds and open slots that are left open; a head of half the model's weight wants more than one of each."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", num_hidden_layers=4, vocab_size=2000)
+    runner = RoundPipeRunner(
+        model, PipelineConfig(schedule="roundpipe", ranks=info.world_size, rounds=None, open_slots=None),
+        microbatches=8, tokens=TOKENS, group=dist.group.WORLD, data_group=None, rank=info.rank,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    with ChunkLoader(SOURCE, chunk_tokens=TOKENS, global_batch=8, rank=0, world_size=1) as loader, float64_throughout():
+        loss = float(runner.forward_backward(next(iter(loader))))
+    runner.close()
+    return runner.plan.rounds, runner.plan.open_slots, runner.description, loss
+
+
+def test_rounds_and_open_slots_are_planned_where_they_are_left_open():
+    first, second = run_ranks(rank_is_planned, 2)
+    assert first == second
+    rounds, open_slots, words, _ = first
+    assert rounds in (2, 4)
+    assert open_slots in (2, 3)
+    assert f"{rounds} rounds and {open_slots} open slots" in words
+    assert "times no idling" in words
+
+
 def rank_is_capped(info, cap_bytes):
     with float64_throughout():
         return RoundPipeRunner(

@@ -13,8 +13,9 @@ from launch.config import FinetuneConfig
 from launch.env import Processes, joined, read_processes
 from launch.errors import ConfigError, DataError, LaunchError, WorldError
 from launch.mesh import AXES, make_mesh
-from launch.model import build_model, share_weights
+from launch.model import build_model
 from launch.recipe import agreed_config
+from launch.skeleton import share
 from launch.stop import StopSignals
 from tests.spawn import run_ranks
 
@@ -193,7 +194,7 @@ def mesh_and_weights(info):
     torch.manual_seed(info.rank)
     model = build_model(FinetuneConfig().model, None, torch.device("cpu"))
     before = float(sum(param.sum() for param in model.parameters()))
-    share_weights(model)
+    share([*model.parameters(), *model.buffers()])
     after = float(sum(param.sum() for param in model.parameters()))
     return mesh.mesh_dim_names, tuple(mesh.shape), dist.get_world_size(mesh.get_group("dp")), before, after
 

@@ -61,7 +61,7 @@ def test_units_read_themselves_back_and_know_what_is_kept():
 @given(st.lists(st.lists(actions(), max_size=5), min_size=1, max_size=3))
 def test_a_schedule_reads_itself_back(rows):
     rows = [[Action.parse(a.text(device=False)) for a in row] for row in rows]
-    stages = tuple((i, i + 1) for i in range(100))
+    stages = tuple((i, i + 1) for i in range(120))
     schedule = Schedule(name="any", devices=tuple(map(tuple, rows)), stages=stages, num_microbatches=100, steps=2)
     assert Schedule.from_text(schedule.to_text()) == schedule
     assert Schedule.from_json(schedule.to_json()) == schedule
@@ -86,6 +86,13 @@ def test_the_table_has_an_arrow_where_it_is_told():
         ({"devices": ((Action(Op.F, 0, 0, device=3),),)}, "stands in the list of device 0"),
         ({"num_microbatches": 3, "steps": 2}, "do not split over 2 equal steps"),
         ({"units": (Unit(1), Unit(1))}, "2 units are given for 1"),
+        ({"num_microbatches": 5, "steps": 2, "sizes": (3, 1)}, r"steps of \(3, 1\) micro-batches are given for 5 in 2"),
+        ({"num_microbatches": 3, "steps": 2, "sizes": (3, 0)}, "each has at least one"),
+        ({"num_microbatches": 5, "steps": 2, "sizes": (3, 2), "rounds": 4}, "4 rounds for 3 micro-batches a step"),
+        ({"staleness": -1}, "staleness -1"),
+        ({"stages": ((0, 10**12),)}, "has 1000000000000 layers"),
+        ({"num_microbatches": 10**12}, "and 1000000000000 micro-batches"),
+        ({"devices": ((Action(Op.F, 0, 0, layers=(0, 10**12)),),)}, "has stages 0 to 0 of 1 layers"),
     ],
 )
 def test_what_is_no_schedule_is_refused(changes, message):
@@ -97,3 +104,43 @@ def test_what_is_no_schedule_is_refused(changes, message):
 def test_a_text_that_cannot_be_read_names_its_line():
     with pytest.raises(ScheduleError, match=r"line 2 .*no action"):
         Schedule.from_text("schedule x\ndevice 0: 0Q0\n")
+
+
+GOOD = {"format_version": 1, "name": "x", "num_microbatches": 1, "stages": [[0, 1]], "devices": [["0F0", "0B0"]]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "no schedule as JSON: JSONDecodeError"),
+        ("[1]", "no schedule as JSON"),
+        ("[" * 10**6, "no schedule as JSON: RecursionError"),
+        ("null", "no schedule as JSON: TypeError"),
+        (GOOD | {"format_version": 2}, "a schedule of format 2"),
+        (GOOD | {"colour": 1}, "'colour', unknown here"),
+        (GOOD | {"num_microbatches": "3"}, "num_microbatches of a schedule holds 3; it takes whole numbers"),
+        (GOOD | {"num_microbatches": 1.5}, "holds 1.5"),
+        (GOOD | {"num_microbatches": True}, "holds True"),
+        (GOOD | {"num_microbatches": 10**30}, "has 1 layers and 10{30} micro-batches"),
+        (GOOD | {"steps": -1}, "steps of a schedule holds -1"),
+        (GOOD | {"name": ["x"]}, "it takes a string"),
+        (GOOD | {"stages": [[0, 1, 2]]}, "no schedule as JSON: ValueError"),
+        (GOOD | {"stages": [["0", "1"]]}, "stages of a schedule holds 0"),
+        (GOOD | {"stages": 3}, "no schedule as JSON: TypeError"),
+        (GOOD | {"stages": [[0, 10**15]]}, "has 10{15} layers"),
+        (GOOD | {"devices": [[3]]}, "'3' is no action"),
+        (GOOD | {"devices": [None]}, "no schedule as JSON: TypeError"),
+        (GOOD | {"devices": []}, "lacks its devices"),
+        (GOOD | {"devices": [["9" * 5000 + "F0"]]}, "is no action"),
+        (GOOD | {"devices": [["0F0[layers=0:99999999999]"]]}, "has stages 0 to 0 of 1 layers"),
+        (GOOD | {"sizes": [1, None]}, "sizes of a schedule holds None"),
+        (GOOD | {"units": ["x"]}, "'x' is no unit"),
+        ({key: value for key, value in GOOD.items() if key != "name"}, "KeyError: 'name'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_whatever_is_in_a_file_is_a_schedule_or_one_clear_error(value, message):
+    assert Schedule.from_json(GOOD).num_layers == 1
+    with pytest.raises((ScheduleError, PlanError), match=message) as raised:
+        Schedule.from_json(value)
+    assert len(str(raised.value)) < 1000

@@ -75,6 +75,42 @@ def test_simulate_exits_1_over_the_cap_and_2_on_bad_input(costs_file, tmp_path):
     assert "5 layers do not fill 8 stages" in call("simulate", "1f1b", "--ranks", 8, "--costs", costs_file, exit_code=2)
 
 
+@pytest.mark.parametrize("command", ["show", "simulate"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", "{"), ("b.json", "[1, 2]"), ("c.csv", "0F0,,x"), ("d.txt", "schedule x\nmicrobatches 1 colour 2"),
+     ("e.json", '{"format_version": 1, "name": "x", "num_microbatches": 1, "stages": [[0, 1]], "devices": {"0": 1}}')],
+)  # fmt: skip
+def test_a_file_that_is_no_schedule_is_bad_input(tmp_path, command, name, text):
+    (tmp_path / name).write_text(text)
+    assert call(command, tmp_path / name, exit_code=2).startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "[]", "3", '{"forward_s": 1}', '{"forward_s": "a", "backward_s": "b"}', '{"forward_s": [], "backward_s": []}',
+     '{"forward_s": [null], "backward_s": [1]}', '{"forward_s": [NaN], "backward_s": [1]}',
+     '{"forward_s": [1], "backward_s": [Infinity]}', '{"forward_s": [1], "backward_s": [1], "hop_s": [1]}',
+     '{"forward_s": [1], "backward_s": [1], "hop_s": "1"}', '{"forward_s": [1], "backward_s": [1], "pcie_roots": [0]}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "link_bytes_per_s": 0}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "chunk_bytes": 0}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "boundary_bytes": []}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "input_share": 2}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "colour": 1}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "weight_bytes": [1, 1, 1]}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "activation_bytes": [[1, 1], []]}',
+     '{"forward_s": [[1, 1], null], "backward_s": [1, 1]}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "hop_s": null}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "weight_bytes": null}'],
+)  # fmt: skip
+def test_costs_that_are_none_are_bad_input(tmp_path, text):
+    (tmp_path / "costs.json").write_text(text)
+    words = ("1f1b", "--ranks", 2, "--microbatches", 2, "--costs", tmp_path / "costs.json")
+    said = call("simulate", *words, exit_code=2)
+    assert said.startswith("error: ")
+    assert len(said) < 1000
+
+
 def test_a_broken_file_is_a_failed_check(tmp_path):
     broken = tmp_path / "broken.csv"
     broken.write_text("0F0,0B0\n1F0\n")

@@ -179,6 +179,49 @@ def test_memory_cap_is_kept_or_refused():
         plan(costs, num_devices=2, num_microbatches=4, memory_cap_bytes=250, effort=0.02)
 
 
+def test_the_number_of_microbatches_is_planned_too():
+    """Costs are of the first number; the finest deal idles least, and is the one that fits a memory cap."""
+    costs = uniform(12, transfer_s=0.0, weight_bytes=(10,) * 12, activation_bytes=(100,) * 12)
+    numbers = (4, 8, 16)
+    free = plan(costs, num_devices=4, num_microbatches=numbers, effort=0.02)
+    few = plan(costs, num_devices=4, num_microbatches=4, effort=0.02)
+    assert sum(free.rounds) == 16
+    assert free.makespan_s < few.makespan_s
+    assert free.makespan_s == pytest.approx(evaluate(
+        Problem(costs=costs.dealt(0.25), rounds=free.rounds, num_devices=4, open_slots=free.open_slots), free.partition
+    ).makespan_s)  # fmt: skip
+    with pytest.raises(PlanError, match="needs"):
+        plan(costs, num_devices=4, num_microbatches=4, memory_cap_bytes=100, effort=0.02)
+    tight = plan(costs, num_devices=4, num_microbatches=numbers, memory_cap_bytes=100, effort=0.02)
+    assert sum(tight.rounds) == 16
+    assert tight.peak_bytes <= 100
+    assert costs.dealt(0.25).useful_s * 4 == pytest.approx(costs.useful_s)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partition": 3}, "no plan of RoundPipe as JSON: TypeError"),
+        ({"partition": {"forward": [10**15], "fused": 1, "backward": [1]}}, "no plan|ends|layers"),
+        ({"partition": {"forward": [1.5], "fused": 1, "backward": [1]}}, "no plan of RoundPipe as JSON: TypeError"),
+        ({"order": [[{"round": 0, "slot": 0}]]}, "no plan of RoundPipe as JSON: TypeError"),
+        ({"order": [[]]}, "the order has 0 pairs on 1 devices"),
+        ({"rounds": [10**12]}, "micro-batches once, on 2 devices"),
+        ({"rounds": []}, "no plan|at least one"),
+        ({"num_devices": -1}, "no plan|devices"),
+        ({"colour": 3}, "no plan of RoundPipe as JSON: TypeError"),
+        ({"order": None}, "no plan of RoundPipe as JSON: TypeError"),
+    ],
+)
+def test_whatever_is_in_a_file_is_a_plan_or_one_clear_error(changes, message):
+    good = plan(uniform(4), num_devices=2, num_microbatches=3, effort=0.01).to_json()
+    assert RoundPipePlan.from_json(good).num_devices == 2
+    with pytest.raises(PlanError, match=message):
+        RoundPipePlan.from_json(good | changes)
+    with pytest.raises(PlanError, match="no plan of RoundPipe"):
+        RoundPipePlan.from_json([1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,12 +1,13 @@
 """Staleness as a contract: which weights a step sees with 0 and 1, and that a breach is found at the upload."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import PlanError, ScheduleError, StalenessError
+from pipeline.errors import PlanError, ScheduleError, StalenessError, WatchdogError
 from pipeline.roundpipe.host_plan import plan_host
 from pipeline.roundpipe.host_store import open_store
 from pipeline.roundpipe.lowering import slot_schedule
@@ -80,6 +81,81 @@ def test_a_step_sees_the_weights_that_the_staleness_says(staleness, runs, open_s
         first = first or (losses, found)
         assert torch.equal(losses, first[0])
         assert all(torch.equal(found[name], p) for name, p in first[1].items())
+
+
+SIZES = (4, 1, 3, 2, 4)
+"""Micro-batches of each step; the second has fewer than rounds."""
+
+
+def rank_trains_ragged(info, staleness, open_slots):
+    worker = open_worker(
+        slot_layers(Words(7, tied=True), ragged(sum(SIZES))), SLOTS, group=dist.group.WORLD, rank=info.rank,
+        ranks=info.world_size, microbatches=max(SIZES), staleness=staleness, make_optimizer=adamw,
+    )  # fmt: skip
+    schedule = slot_schedule(
+        SLOTS, devices=info.world_size, microbatches=SIZES, staleness=staleness, rounds=2, open_slots=open_slots
+    )  # fmt: skip
+    losses = worker.run(schedule)
+    weights = {name: worker.store.weights(name).clone() for name in worker.store.plan.parameters}
+    worker.close()
+    return losses, weights
+
+
+@pytest.mark.parametrize(("staleness", "open_slots"), [(0, 1), (1, 2)])
+def test_steps_of_one_run_may_have_any_number_of_microbatches_and_data_of_their_own(staleness, open_slots):
+    model, data = Words(7, tied=True), ragged(sum(SIZES))
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    expected, versions, first = {}, [[p.detach().clone() for p in trained]], 0
+    for step, size in enumerate(SIZES):
+        put(trained, versions[max(0, step - staleness)])
+        expected |= one_process(model, data, list(range(first, first + size)))
+        put(trained, versions[-1])
+        optimizer.step()
+        optimizer.zero_grad()
+        versions.append([p.detach().clone() for p in trained])
+        first += size
+    same = None
+    for ranks in (1, 2, 3):
+        losses, found = run_ranks(rank_trains_ragged, ranks, staleness, open_slots)[0]
+        torch.testing.assert_close(losses, torch.stack([expected[mb] for mb in range(sum(SIZES))]), rtol=1e-11, atol=0)
+        for name, p in model.layers.named_parameters():
+            torch.testing.assert_close(found[name], p.detach(), rtol=1e-9, atol=1e-11, msg=name)
+        same = same or (losses, found)
+        assert torch.equal(losses, same[0])
+        assert all(torch.equal(found[name], p) for name, p in same[1].items())
+
+
+def rank_refuses_to_step(info):
+    """The optimizer of rank 0 gives up in the second step; every rank hears of it, long before the deadline."""
+
+    def before_step(step, norm):
+        if info.rank == 0 and step == 1:
+            raise ValueError(f"no further than a norm of {float(norm) > 0}")
+
+    def make(store, peers):
+        return HostOptimizer(
+            store, peers, lambda ps: torch.optim.SGD(ps.values(), lr=0.1), clip_norm=None, trace=None,
+            before_step=before_step,
+        )  # fmt: skip
+
+    worker = open_worker(
+        slot_layers(Words(7), ragged(2)), SLOTS, group=dist.group.WORLD, rank=info.rank, ranks=info.world_size,
+        microbatches=2, make_optimizer=make, timeout_s=100,
+    )  # fmt: skip
+    begun = time.monotonic()
+    with pytest.raises((ValueError, WatchdogError)) as raised:
+        worker.run(slot_schedule(SLOTS, devices=info.world_size, microbatches=2, steps=4))
+    worker.close()
+    return type(raised.value).__name__, str(raised.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_optimizer_that_fails_ends_every_rank_with_its_reason(ranks):
+    first, *others = run_ranks(rank_refuses_to_step, ranks)
+    assert first[:2] == ("ValueError", "no further than a norm of True")
+    assert all(kind == "WatchdogError" and "rank 0 gave up: no further" in text for kind, text, _ in others)
+    assert all(seconds < 60 for *_, seconds in (first, *others))
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -113,6 +113,27 @@ def test_csv_says_what_it_cannot_hold():
     assert labels(overlapped, 0) == "0F0 0F1 0B0 0B1"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F0,0X0\n", "'0X0' is no action"),
+        ("0F0,0B0\n\n7F0,99999999999999999999F1\n", "is no action"),
+        ("0F0,0B0,999999999F0\n", "names stage 999999999 and micro-batch 0 and has 3 actions"),
+        ("0F0,0B0,0F999999999\n", "names stage 0 and micro-batch 999999999 and has 3 actions"),
+        ("(" * 5000 + "0F0" + ")OVERLAP_F_B" * 5000 + "\n", "is no action"),
+        ("0F0,1SEND_F0,0B0\n1F0\n", "1SEND_F0 has no stage 2 at its other end"),
+        ('0F0,"' + "x" * 200_000 + '"\n', "this is no CSV: field larger than field limit"),
+        ("0F0\x00,0B0\n", "no action|no CSV"),
+        ("", "has 0 rows and no compute action"),
+    ],
+    ids=range(9),
+)
+def test_a_csv_that_is_none_is_one_clear_error(text, message):
+    with pytest.raises(ScheduleError, match=message) as raised:
+        load_csv(text)
+    assert len(str(raised.value)) < 1000
+
+
 def test_splits():
     assert even_stages(7, 3) == ((0, 3), (3, 5), (5, 7))
     assert balanced_stages([1, 1, 1, 1, 8], 2) == ((0, 4), (4, 5))
@@ -133,7 +154,7 @@ def test_splits():
         (lambda: SCHEDULES["state_aware_1f1b"](devices=2, units=[Unit(1, 0, 0, 2)]), "ascending from 0 to 1"),
         (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, staleness=2), "staleness is 0 or 1"),
         (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, layers=1), "at least 2"),
-        (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, rounds=3), "do not fill 3"),
+        (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, rounds=3), "3 rounds for 2 micro-batches"),
         (lambda: Slots(forward=(2, 0), fused=1, backward=(1,)), "no layer"),
     ],
 )

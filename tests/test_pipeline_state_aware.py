@@ -6,10 +6,15 @@ import torch.distributed as dist
 from chunkflow.reference import float64_throughout, full_sequence_step
 from launch.gradnorm import global_grad_norm
 from launch.pipeline_parts import cut
+from launch.pipeline_plan import STATE_BYTES, plan_order, units_of
 from launch.pipeline_runner import PipelineRunner
 from pipeline.config import PipelineConfig
 from pipeline.errors import ScheduleError
+from pipeline.schedules import SCHEDULES as MAKERS
+from pipeline.simulate import simulate
 from pipeline.transport import GroupTransport
+from pipeline.unit_costs import UnitModel
+from pipeline.units import Unit
 from tests.spawn import run_ranks
 from tests.test_chunkflow_exact import EXACT, batch_of, step_of
 from tests.tiny import chunk, group_of, sequence, tiny_model
@@ -170,3 +175,20 @@ def test_a_part_holds_no_weight_of_another():
         skeletons = {id(layers._arguments.skeleton): layers._arguments.skeleton for layers in parts.layers.values()}
         assert not [p for skeleton in skeletons.values() for p in skeleton.parameters()]
     assert sum(sizes) == total
+
+
+def test_the_order_of_a_step_is_planned_and_takes_no_more_memory():
+    """Groups and standalone chunks change places as a whole; where all are alike, nothing does."""
+    _, chunks = two_groups()
+    units = units_of(chunks, 2)
+    found = plan_order(units, ranks=2, pair_cost=0.01)
+    assert sorted(found.places) == list(range(len(chunks)))
+    assert tuple(units[place] for place in found.places) == found.schedule.units
+    assert [u.index for u in found.schedule.units if u.group == 0] == list(range(7))
+    model = UnitModel(layers=2, attention_tokens=100, state_bytes=STATE_BYTES)
+    given = simulate(MAKERS["state_aware_1f1b"](devices=2, units=units), model.costs(units))
+    assert found.result.makespan_s < given.makespan_s
+    assert max(found.result.peak_bytes) <= max(given.peak_bytes)
+    alike = (Unit(20),) * 6
+    assert plan_order(alike, ranks=2, pair_cost=0.0).places == tuple(range(6))
+    assert plan_order(alike, ranks=2, pair_cost=0.0).ahead == "chunks"

@@ -54,6 +54,23 @@ def test_roundpipe_is_valid_over_rounds_and_steps(devices, rounds, steps, stalen
     validate(complete(schedule))
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_roundpipe_is_valid_where_steps_have_other_numbers_of_microbatches(devices, staleness):
+    """Rounds, devices and buffers follow: the second step has fewer micro-batches than rounds."""
+    schedule = SCHEDULES["roundpipe"](devices=devices, microbatches=(5, 1, 3), rounds=2, staleness=staleness)
+    assert (schedule.num_microbatches, schedule.steps, schedule.sizes) == (9, 3, (5, 1, 3))
+    assert [schedule.step(m) for m in range(9)] == [0] * 5 + [1] + [2] * 3
+    assert [schedule.place(m) for m in range(9)] == [0, 1, 2, 3, 4, 0, 0, 1, 2]
+    assert [schedule.round(m) for m in range(9)] == [0, 0, 0, 1, 1, 0, 0, 0, 1]
+    validate(schedule)
+    validate(complete(schedule))
+    assert Schedule.from_text(schedule.to_text()) == Schedule.from_json(schedule.to_json()) == schedule
+    begins = {(a.stage, a.microbatch): a.device for row in schedule.devices for a in row if a.op is Op.F}
+    slots = schedule.num_stages
+    assert [begins[0, schedule.first(step)] for step in range(3)] == [0, 2 * slots % devices, 3 * slots % devices]
+
+
 @st.composite
 def legal_schedules(draw):
     """Any order in which each action finds what it needs, of stages dealt to devices at random."""

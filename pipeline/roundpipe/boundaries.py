@@ -13,6 +13,7 @@ from pipeline.errors import ScheduleError
 from pipeline.listing import boundary
 from pipeline.roundpipe.arena import Arena, Lease
 from pipeline.roundpipe.host_store import HostStore
+from pipeline.roundpipe.lowering import reused
 from pipeline.roundpipe.peers import Peers
 from pipeline.roundpipe.transfers import Link
 from pipeline.schedule import Schedule
@@ -50,7 +51,6 @@ class Boundaries:
         self._base, self._device, self._what = base, device, what
         self._gets: dict[tuple[Phase, int, int], Action] = {}
         self._outbox: dict[Item, Held] = {}
-        self._per_step = schedule.num_microbatches // schedule.steps
         self._makers: dict[Item, Action] = {}
         self._backward = {a.stage for row in schedule.devices for a in row if a.op is Op.B}
         takers: dict[tuple[Phase, int], set[bool]] = {}
@@ -99,7 +99,7 @@ class Boundaries:
         self._wait_until_free(item)
         phase, at, mb = item
         tensor, turn = held.tensor, self._turn(mb)
-        header, room = self._store.boundary(phase, at, mb % self._per_step, turn)
+        header, room = self._store.boundary(phase, at, self._schedule.place(mb), turn)
         if tensor.nbytes > room.numel():
             raise ScheduleError(
                 f"{self._what()}: {tensor.nbytes:,} bytes between two slots; the host store has room for "
@@ -121,14 +121,15 @@ class Boundaries:
 
     def _fetch(self, item: Item, slot: int) -> Held:
         phase, at, mb = item
-        header, room = self._store.boundary(phase, at, mb % self._per_step, self._turn(mb))
+        place = self._schedule.place(mb)
+        header, room = self._store.boundary(phase, at, place, self._turn(mb))
         _, dtype, shape = decode(header)
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         lease = self._arena.lease(nbytes, slot=slot, what="an input")
         with self._link.urgent():
             copy = room[:nbytes].view(dtype).view(shape).to(self._device, copy=True)
         again = phase is Phase.F and slot in self._backward
-        taken = self._store.plan.words.taken(phase, at, mb % self._per_step, again=again)
+        taken = self._store.plan.words.taken(phase, at, place, again=again)
         self._store.words.publish(taken, self._turn(mb))
         return Held(copy, lease)
 
@@ -143,21 +144,22 @@ class Boundaries:
         which each backward slot reads before it writes.
         """
         phase, at, mb = item
-        plan, before = self._store.plan, mb - self._per_step * (1 + self._store.plan.staleness)
-        if before < 0:
+        plan, place = self._store.plan, self._schedule.place(mb)
+        before = reused(self._schedule, mb, 1 + plan.staleness)
+        if before is None:
             return
         step = self._schedule.step(before)
         for (kind, number), readers in self._takers.items():
             if kind is phase and (phase is Phase.B or number == at):
                 for again in readers:
                     self._peers.wait(
-                        plan.words.taken(phase, number, mb % self._per_step, again=again),
+                        plan.words.taken(phase, number, place, again=again),
                         self._turn(before),
                         lambda: f"{self._what()}: waiting until what step {step} left there is used",
                     )
 
     def _put_word(self, item: Item) -> int:
-        return self._store.plan.words.put(item[0], item[1], item[2] % self._per_step)
+        return self._store.plan.words.put(item[0], item[1], self._schedule.place(item[2]))
 
     def _turn(self, mb: int) -> int:
         return self._base + self._schedule.step(mb) + 1

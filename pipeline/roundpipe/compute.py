@@ -40,7 +40,7 @@ class Tables(Protocol):
 
 
 class Compute(Protocol):
-    """What a worker needs: real layers, or waits in their place. `mb` counts within the step."""
+    """What a worker needs: real layers, or waits in their place. `mb` counts through the steps of the run."""
 
     def forward(self, visit: Visit, x: Tensor | None, mb: int, keep: Collection[int]) -> Outputs:
         """Run forward without a graph; return what lies at the boundaries `keep`."""
@@ -69,7 +69,7 @@ class _Live:
 
 
 class LayerCompute:
-    """`Compute` of real layers. The caller sets `seed` before each step."""
+    """`Compute` of real layers. The caller sets `seed` before each run."""
 
     def __init__(self, layers: Sequence[SlotLayer], tables: Tables, arena: Arena, device: torch.device) -> None:
         self.seed: Callable[[Visit, int, int], int] = lambda visit, mb, layer: 0

@@ -31,7 +31,7 @@ def emulated_layers(num: int) -> list[SlotLayer]:
 
 
 def waits(schedule: Schedule, costs: Costs) -> Callable[[Op, int, int], float]:
-    """Return the seconds of an action by op, slot and micro-batch of its step, as the simulator counts them."""
+    """Return the seconds of an action by op, slot and micro-batch of the run, as the simulator counts them."""
 
     def seconds(op: Op, slot: int, microbatch: int) -> float:
         return duration(schedule, Action(op, slot, microbatch), costs)

@@ -95,7 +95,7 @@ def open_store(
     """
     rank = 0 if group is None else dist.get_rank(group)
     made, error = _attempt(lambda: _make(plan.size, folders, spare_bytes)) if rank == 0 else (None, None)
-    (path, host, error) = _from_first((made, socket.gethostname(), error), group)
+    (path, host, error) = from_first((made, socket.gethostname(), error), group)
     if error is not None:
         raise PlanError(error)
     try:
@@ -158,7 +158,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
-def _from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
+def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Return the value of the group's first rank. Every rank of it calls."""
     if group is None:
         return value
     box = [value]

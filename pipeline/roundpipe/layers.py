@@ -21,7 +21,8 @@ class SlotLayer:
     name: str
     parameters: Mapping[str, nn.Parameter]
     run: Callable[[Tensor | None, int], Tensor]
-    """(input, micro-batch) -> output. The input is None for the first layer, the output a 0-d loss for the last."""
+    """(input, micro-batch of the run) -> output. The input is None for the first layer, the output a 0-d loss for the
+    last."""
     rows: Callable[[int], Tensor] | None = None
     """Of a table of which a micro-batch reads some rows only (an embedding): which, int64 [R], ascending, each once.
     Its one parameter then holds those R rows while `run` is called, and is an object of its own also where it is tied.

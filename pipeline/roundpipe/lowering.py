@@ -8,8 +8,9 @@ them. The proof counts these too.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from pipeline import graph as graphs
 from pipeline.actions import Action, Op, Phase
@@ -27,7 +28,7 @@ def slot_schedule(
     slots: Slots,
     *,
     devices: int,
-    microbatches: int,
+    microbatches: int | Sequence[int],
     rounds: int = 1,
     steps: int = 1,
     staleness: int = 0,
@@ -36,18 +37,39 @@ def slot_schedule(
 ) -> Schedule:
     """Return a schedule with transfers and optimizer steps that a `SlotWorker` runs; ready-first where `costs` say so.
 
-    Raises PlanError or ScheduleError for numbers that do not fit.
+    `microbatches` of each of `steps` steps, or a sequence with those of every step. Raises PlanError or ScheduleError
+    for numbers that do not fit.
     """
-    order = None
+    orders = None
     if open_slots > 1:  # within a step: a device ends one before it begins the next
-        one = roundpipe(devices=devices, microbatches=microbatches, slots=slots, rounds=rounds)
-        one = ready_first(one, costs or Costs.uniform(slots.num_layers), open_slots=open_slots)
-        order = [[(a.stage, a.microbatch or 0) for a in row if a.op is not Op.R] for row in one.devices]
+        sizes = {microbatches} if isinstance(microbatches, int) else set(microbatches)
+        costs = costs or Costs.uniform(slots.num_layers)
+        orders = {size: ready_order(slots, devices, size, min(rounds, size), costs, open_slots) for size in sizes}
     schedule = roundpipe(
         devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness,
-        order=order,
+        order=orders,
     )  # fmt: skip
     return completed(schedule)
+
+
+@lru_cache(maxsize=64)
+def ready_order(
+    slots: Slots, devices: int, microbatches: int, rounds: int, costs: Costs, open_slots: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return the (slot, micro-batch) pairs of every device in one step, ready-first. Raises as `slot_schedule`."""
+    one = roundpipe(devices=devices, microbatches=microbatches, slots=slots, rounds=rounds)
+    one = ready_first(one, costs, open_slots=open_slots)
+    return tuple(tuple((a.stage, a.microbatch or 0) for a in row if a.op is not Op.R) for row in one.devices)
+
+
+def reused(schedule: Schedule, microbatch: int, copies: int) -> int | None:
+    """Return the micro-batch of an earlier step whose buffers on the host this one uses again, if there is one.
+
+    A micro-batch has those of its place in the step, of which there are `copies`, used by one step after another.
+    """
+    step, place = schedule.step(microbatch), schedule.place(microbatch)
+    before = (s for s in range(step - copies, -1, -copies) if schedule.size(s) > place)
+    return next((schedule.first(s) + place for s in before), None)
 
 
 def completed(schedule: Schedule) -> Schedule:
@@ -107,13 +129,13 @@ def _runtime_edges(found: Listing) -> Iterator[tuple[int, int]]:
             ]
         elif a.op is Op.PUT:
             puts.append(i)
-    back = (1 + schedule.staleness) * (schedule.num_microbatches // schedule.steps)
     for i in puts:
         a = found.actions[i]
         at = boundary(schedule, a) if a.phase is Phase.F else 0
         if i + 1 < len(found.actions) and found.where[i + 1][0] == found.where[i][0]:
             yield i + 1, i  # it blocks the device
-        yield from ((i, j) for j in takers.get((a.phase, at, (a.microbatch or 0) - back), ()))
+        before = reused(schedule, a.microbatch or 0, 1 + schedule.staleness)
+        yield from ((i, j) for j in takers.get((a.phase, at, before), ()))
     for step, entries in downloads.items():
         by = {(rnd, slot): i for rnd, slot, i in entries}
         for (rnd, slot), i in by.items():

@@ -21,6 +21,8 @@ class Peers:
 
     def __init__(self, store: HostStore, pids: Sequence[int], *, rank: int, timeout_s: float) -> None:
         self.rank, self.timeout_s = rank, timeout_s
+        self.failure: BaseException | None = None
+        """What made this rank give up, in whichever of its threads."""
         self._store, self._words = store, store.words
         self._poll, self._rank_of = select.poll(), {}
         self._lock = threading.Lock()
@@ -34,7 +36,8 @@ class Peers:
     def wait(self, word: int, value: int, what: Callable[[], str]) -> None:
         """Return once a word is at least `value`; `what` says who waits for what.
 
-        Raises WatchdogError when that takes longer than `timeout_s`, when a rank has given up, or when one is gone.
+        Raises WatchdogError when that takes longer than `timeout_s`, when a rank has given up, or when one is gone; and
+        what another thread of this rank gave up for.
         """
         if self._words[word] >= value:
             return
@@ -55,7 +58,9 @@ class Peers:
             self._words.sleep(word, seen, min(left, LOOK_S))
 
     def check(self, what: Callable[[], str]) -> None:
-        """Raise WatchdogError when a rank has given up or is gone."""
+        """Raise WatchdogError when a rank has given up or is gone, or what another thread of this one gave up for."""
+        if self.failure is not None:
+            raise self.failure
         by = self._words[self._store.plan.words.abort]
         if by and by - 1 != self.rank:
             raise WatchdogError(f"{what()}: rank {by - 1} gave up: {self._store.said()}")
@@ -64,11 +69,15 @@ class Peers:
         for fd, _ in ended:
             raise WatchdogError(f"{what()}: rank {self._rank_of[fd]} is gone: its process ended")
 
-    def abort(self, reason: str) -> None:
-        """Tell the others that this rank gives up; the first to say so is heard. Does not raise."""
+    def fail(self, error: BaseException) -> None:
+        """Give up because of an error: the others are told, and every thread of this rank that waits raises it.
+
+        The first to say so is heard. Does not raise.
+        """
         with self._lock:
+            self.failure = self.failure or error
             if not self._words[self._store.plan.words.abort]:
-                self._store.say(reason)
+                self._store.say(str(error) or type(error).__name__)
                 self._words.publish(self._store.plan.words.abort, self.rank + 1)
 
     def close(self) -> None:

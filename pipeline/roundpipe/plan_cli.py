@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import typer
 
@@ -12,14 +13,23 @@ from pipeline.roundpipe.slots import LayerCosts
 
 
 def print_plan(
-    costs: Costs, *, devices: int, microbatches: int, memory_cap_bytes: float | None, effort: float, as_json: bool
+    costs: Costs,
+    *,
+    devices: int,
+    microbatches: Sequence[int],
+    memory_cap_bytes: float | None,
+    effort: float,
+    as_json: bool,
 ) -> None:
-    """Plan and print, as text or JSON. Raises PlanError where nothing fits."""
+    """Plan and print, as text or JSON. The costs are of the first number of `microbatches`, the others are tried too.
+
+    Raises PlanError where nothing fits.
+    """
     found = plan(
         LayerCosts.of(costs),
         num_devices=devices,
         num_microbatches=microbatches,
-        num_rounds=[n for n in (1, 2, 4) if n <= microbatches],
+        num_rounds=(1, 2, 4),
         memory_cap_bytes=None if memory_cap_bytes is None else int(memory_cap_bytes),
         effort=effort,
     )

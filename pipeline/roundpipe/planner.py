@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -71,19 +72,33 @@ class RoundPipePlan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RoundPipePlan:
-        """Read what `to_json` made, also after a trip through text."""
-        cut = data["partition"]
-        partition = Slots(forward=tuple(cut["forward"]), fused=cut["fused"], backward=tuple(cut["backward"]))
-        order = tuple(tuple(Op(**op) for op in ops) for ops in data["order"])
-        return cls(
-            **{
-                **data,
-                "partition": partition,
-                "order": order,
-                "rounds": tuple(data["rounds"]),
-                "reasons": tuple(data["reasons"]),
-            }
-        )
+        """Read what `to_json` made, also after a trip through text.
+
+        Raises PlanError for anything else.
+        """
+        try:
+            cut = data["partition"]
+            found = cls(
+                **{
+                    **data,
+                    "partition": Slots(
+                        forward=tuple(map(index, cut["forward"])),
+                        fused=index(cut["fused"]),
+                        backward=tuple(map(index, cut["backward"])),
+                    ),
+                    "order": tuple(
+                        tuple(Op(**{name: index(x) for name, x in op.items()}) for op in ops) for ops in data["order"]
+                    ),
+                    "rounds": tuple(map(index, data["rounds"])),
+                    "reasons": tuple(map(str, data["reasons"])),
+                }
+            )
+            found.schedule()
+        except (TypeError, LookupError, AttributeError, ValueError) as e:
+            if isinstance(e, PlanError):
+                raise
+            raise PlanError(f"this is no plan of RoundPipe as JSON: {type(e).__name__}: {str(e)[:200]}") from e
+        return found
 
 
 def evaluate(problem: Problem, partition: Slots) -> RoundPipePlan:
@@ -155,7 +170,7 @@ def plan(
     costs: LayerCosts,
     *,
     num_devices: int,
-    num_microbatches: int,
+    num_microbatches: int | Sequence[int],
     num_rounds: Sequence[int] = (1, 2),
     open_slots: Sequence[int] = (1, 2, 3),
     fused: int | None = None,
@@ -168,7 +183,8 @@ def plan(
     Args:
         costs: What each layer costs for one micro-batch.
         num_devices: Stateless workers.
-        num_microbatches: Micro-batches of a step.
+        num_microbatches: Micro-batches of a step. Of several numbers, the costs are of the first, and with others its
+            tokens are dealt to so many micro-batches. What a device loses on few tokens is not in the costs.
         num_rounds: Numbers of rounds to try.
         open_slots: Open slots a device to try; 1 is strict slot order.
         fused: Layers of the fused slot, where they are given.
@@ -182,8 +198,11 @@ def plan(
     base = Problem(
         costs=costs, rounds=(), num_devices=num_devices, open_slots=1, fused=fused, memory_cap_bytes=memory_cap_bytes
     )
-    deals = dict.fromkeys(rounds_of(num_microbatches, n) for n in num_rounds if n <= num_microbatches)
-    settings = [replace(base, rounds=r, open_slots=k) for r, k in product(deals, sorted(set(open_slots)))]
+    numbers = (num_microbatches,) if isinstance(num_microbatches, int) else tuple(num_microbatches)
+    deals = {rounds_of(m, n): costs.dealt(numbers[0] / m) for m in numbers for n in num_rounds if n <= m}
+    settings = [
+        replace(base, costs=c, rounds=r, open_slots=k) for (r, c), k in product(deals.items(), sorted(set(open_slots)))
+    ]
     survey = []
     for problem in settings:
         cuts = even_cuts(problem, STARTS)
@@ -192,7 +211,7 @@ def plan(
     _, problem, found = min(survey, key=lambda entry: entry[0])
     best = evaluate(problem, settle(problem, found, seed=seed + 1000, operations=effort * SETTLE_OPS))
     others = [(t, p) for t, p, _ in survey if p is not problem]
-    return replace(best, reasons=reasons(best, others, costs))
+    return replace(best, reasons=reasons(best, others, problem.costs))
 
 
 def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs: LayerCosts) -> tuple[str, ...]:
@@ -209,7 +228,8 @@ def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs:
         f"a hop costs {hop:.2f} of a mean slot: no bubble needs {best.num_devices * (1 + hop):.1f} micro-batches",
     ]
     lines += [
-        f"{len(problem.rounds)} round(s), {problem.open_slots} open slot(s): {t:.4g} s, {t / best.makespan_s - 1:+.1%}"
+        f"{len(problem.rounds)} round(s) of {problem.rounds}, {problem.open_slots} open slot(s): {t:.4g} s, "
+        f"{t / best.makespan_s - 1:+.1%}"
         for t, problem in sorted(others, key=lambda pair: pair[0])
     ]
     return tuple(lines)

@@ -10,8 +10,9 @@ and so recomputes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.costs import Costs
 from pipeline.errors import PlanError
@@ -61,6 +62,17 @@ class LayerCosts:
             transfer_s=costs.hop_s + costs.boundary(0) / costs.link_bytes_per_s,
             weight_bytes=row(costs.weight_bytes),
             activation_bytes=row(costs.activation_bytes[0]),
+        )
+
+    def dealt(self, share: float) -> LayerCosts:
+        """Return the costs of micro-batches with `share` of the tokens; a hop's latency is not told from its bytes."""
+        if share == 1:
+            return self
+        return replace(
+            self,
+            forward_s=tuple(share * t for t in self.forward_s),
+            backward_s=tuple(share * t for t in self.backward_s),
+            activation_bytes=tuple(math.ceil(share * n) for n in self.activation_bytes),
         )
 
     @property

@@ -76,7 +76,6 @@ class Lane:
     """The thread that moves weights. Jobs run in the order given, but one that is not ready does not hold up others."""
 
     def __init__(self, peers: Peers, link: Link, *, rank: int) -> None:
-        self.error: BaseException | None = None
         self._peers, self._link = peers, link
         self._jobs: list[Job] = []
         self._changed, self._ending = threading.Condition(), False
@@ -94,8 +93,6 @@ class Lane:
         """Return when a job is done. `waited` is called every while, and raises once that takes too long."""
         job.needed = True
         while not job.done.wait(0 if job.done.is_set() else LOOK_S):
-            if self.error is not None:
-                raise self.error
             self._peers.check(what)
             waited(what)
 
@@ -124,8 +121,7 @@ class Lane:
                     self._jobs.remove(job)
                 job.done.set()
         except BaseException as error:  # noqa: BLE001  (whatever it is, the rank's own thread raises it)
-            self.error = error
-            self._peers.abort(str(error) or type(error).__name__)
+            self._peers.fail(error)
 
     def _next(self) -> Job | None:
         """Return the first job that is ready; None at the end."""

@@ -82,7 +82,7 @@ class SlotWorker:
         try:
             return _Run(self, schedule, seed=seed, scoring=scoring, first_step=first_step).all()
         except BaseException as error:
-            self.peers.abort(str(error) or type(error).__name__)
+            self.peers.fail(error)
             raise
         finally:
             random.set(self.device)
@@ -104,12 +104,9 @@ class _Run:
             raise self._mistake(f"its staleness is {schedule.staleness}; the store holds one version of the weights")
         if schedule.num_devices != worker.store.plan.ranks:
             raise self._mistake(f"it is for {schedule.num_devices} devices, and there are {worker.store.plan.ranks}")
-        self._per_step = schedule.num_microbatches // schedule.steps
-        if self._per_step > worker.store.plan.words.microbatches:
-            raise self._mistake(
-                f"a step has {self._per_step} micro-batches; the store has room for "
-                f"{worker.store.plan.words.microbatches}"
-            )
+        most, room = max(map(schedule.size, range(schedule.steps))), worker.store.plan.words.microbatches
+        if most > room:
+            raise self._mistake(f"a step has {most} micro-batches; the store has room for {room}")
         # One more than steps: what a rank says at the beginning of a run must be news to the others.
         self._base = worker.turns + 1
         worker.turns += schedule.steps + 1
@@ -124,7 +121,7 @@ class _Run:
         )  # fmt: skip
         self._compute = worker.compute or LayerCompute(worker.layers, self._streams, worker.arena, worker.device)
         if isinstance(self._compute, LayerCompute):
-            self._compute.seed = lambda visit, mb, layer: _mixed(seed + visit.step, mb, layer)
+            self._compute.seed = lambda visit, mb, layer: _mixed(seed + visit.step, schedule.place(mb), layer)
         self._now: Action | None = None
         self._visits: dict[tuple[int, int, int], Visit] = {}
         self._last: tuple[int, int, int] | None = None
@@ -148,7 +145,7 @@ class _Run:
             self._versions.publish(home, 0)
         if self._stepped:
             assert worker.optimizer is not None
-            worker.optimizer.begin(schedule, self._versions, norms=worker.norms)
+            worker.optimizer.begin(schedule, self._versions, norms=worker.norms, first_step=self._first_step)
             worker.norms += schedule.steps
         for action in row:
             self._now = action
@@ -196,7 +193,7 @@ class _Run:
     def _forward(self, action: Action, mb: int) -> None:
         visit, x = self._begin(action, mb), self._boundaries.take(action, Phase.F)
         keep = self._puts.get((action.stage, mb), frozenset())
-        outputs = self._compute.forward(visit, x and x.tensor, mb % self._per_step, keep)
+        outputs = self._compute.forward(visit, x and x.tensor, mb, keep)
         for at, out in outputs.items():
             self._boundaries.hold(Phase.F, at, mb, out, visit.slot)
         _let_go(x)
@@ -205,7 +202,7 @@ class _Run:
         visit, x = self._begin(action, mb), self._boundaries.take(action, Phase.F)
         end = self._schedule.num_layers
         if self._scoring:
-            loss = self._compute.forward(visit, x and x.tensor, mb % self._per_step, (end,))[end]
+            loss = self._compute.forward(visit, x and x.tensor, mb, (end,))[end]
         else:
             self._streams.want_gradients(visit)
             loss = self._graph(visit, x, mb)
@@ -226,7 +223,7 @@ class _Run:
 
     def _graph(self, visit: Visit, x: Held | None, mb: int) -> Tensor:
         input_grad = visit.layers[0] > self._schedule.first_trainable
-        return self._compute.graph(visit, x and x.tensor, mb % self._per_step, input_grad=input_grad)
+        return self._compute.graph(visit, x and x.tensor, mb, input_grad=input_grad)
 
     def _pass_back(self, visit: Visit, mb: int, grad: Tensor | None) -> None:
         if grad is not None and visit.layers[0] > self._schedule.first_trainable:

@@ -5,6 +5,7 @@ Sequences, or groups of chunks, are tried in four orders, each retain in each of
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -54,6 +55,8 @@ class Candidate:
     """What state-aware 1F1B counts its lead in."""
     fits: bool
     """Whether every device stays within the memory cap."""
+    places: tuple[int, ...] = ()
+    """Micro-batch m is the `places[m]`-th of the units that were given."""
 
     def to_json(self) -> dict[str, Any]:
         """The numbers that a choice is made by."""
@@ -117,8 +120,17 @@ def plan_state_aware(
         ordered = [replace(u, retain=retain) for b in ORDERS[name](blocks_of(units)) for u in b]
         schedule = state_aware_1f1b(devices=devices, units=ordered, layers=layers, ahead=ahead)
         result = simulate(schedule, model.costs(ordered))
-        tried.append(_candidate(schedule, result, memory_cap_bytes, order=name, retain=retain, ahead=ahead))
+        found = _candidate(schedule, result, memory_cap_bytes, order=name, retain=retain, ahead=ahead)
+        tried.append(replace(found, places=_places(units, ordered)))
     return _choose(tried, memory_cap_bytes)
+
+
+def _places(units: Sequence[Unit], ordered: Sequence[Unit]) -> tuple[int, ...]:
+    """Where each of the ordered units stood; standalone ones of one length are as good as each other."""
+    stood: dict[tuple, deque[int]] = {}
+    for place, u in enumerate(units):
+        stood.setdefault((u.tokens, u.group, u.index), deque()).append(place)
+    return tuple(stood[u.tokens, u.group, u.index].popleft() for u in ordered)
 
 
 def plan_whole_sequences(

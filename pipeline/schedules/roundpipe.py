@@ -7,13 +7,16 @@ through rounds and steps, runs on device k mod devices; the cursor is never rese
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.actions import Action, Op
 from pipeline.errors import PlanError
 from pipeline.schedule import Schedule
 from pipeline.schedules.build import check_counts, even_stages
+
+Order = Sequence[Sequence[tuple[int, int]]]
+"""Of each device, its (slot, micro-batch) pairs of one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,46 +77,49 @@ def even_slots(layers: int, devices: int) -> Slots:
 def roundpipe(
     *,
     devices: int,
-    microbatches: int,
+    microbatches: int | Sequence[int],
     slots: Slots | None = None,
     layers: int | None = None,
     rounds: int = 1,
     steps: int = 1,
     staleness: int = 0,
-    order: Sequence[Sequence[tuple[int, int]]] | None = None,
+    order: Order | Mapping[int, Order] | None = None,
 ) -> Schedule:
     """`microbatches` of one step pass through all slots in `rounds`, for `steps` optimizer steps.
 
-    In strict slot order, which `dispatch.ready_first` can change; or as `order` says, which holds for each device of
-    the first step its (slot, micro-batch) pairs. In later steps the devices change places with the cursor. With
-    `staleness` 1, step s runs on the weights that the steps up to s - 2 made, so that the optimizer of step s - 1 need
-    not be waited for.
+    With a sequence, so many pass in each step, and `steps` is not looked at; a step with fewer of them than rounds has
+    fewer rounds. In strict slot order, which `dispatch.ready_first` can change; or as `order` says, for steps of any
+    one number of micro-batches or of each. In later steps the devices change places with the cursor. With `staleness`
+    1, step s runs on the weights that the steps up to s - 2 made, so that the optimizer of step s - 1 need not be
+    waited for.
 
     Raises PlanError or ScheduleError for slots, rounds or steps that do not fit.
     """
-    check_counts("roundpipe", devices, microbatches)
     if staleness not in (0, 1) or steps < 1:
         raise PlanError(f"staleness is {staleness} and steps {steps}; staleness is 0 or 1, and steps at least 1")
+    sizes = (microbatches,) * steps if isinstance(microbatches, int) else tuple(microbatches)
+    check_counts("roundpipe", devices, min(sizes, default=0))
     if slots is None:
         slots = even_slots(layers if layers is not None else 3 * devices + 1, devices)
     elif layers not in (None, slots.num_layers):
         raise PlanError(f"the slots hold {slots.num_layers} layers and the model has {layers}")
-    order = strict_order(devices, microbatches, slots, rounds) if order is None else order
-    _check_order(order, devices, microbatches, slots)
+    orders = {size: _order(order, devices, size, slots, min(rounds, size)) for size in set(sizes)}
     ranges = slots.ranges()
     rows: list[list[Action]] = [[] for _ in range(devices)]
-    for step in range(steps):
+    first = cursor = 0
+    for step, size in enumerate(sizes):
         version = max(0, step - staleness) if staleness else None
-        for d, pairs in enumerate(order):
-            row = rows[(d + step * rounds * len(ranges)) % devices]
+        for d, pairs in enumerate(orders[size]):
             for slot, m in pairs:
-                row += _actions(ranges[slot][0], slot, step * microbatches + m, version)
+                rows[(d + cursor) % devices] += _actions(ranges[slot][0], slot, first + m, version)
+        first, cursor = first + size, cursor + min(rounds, size) * len(ranges)
     return Schedule(
         name="roundpipe",
         devices=tuple(tuple(row) for row in rows),
         stages=tuple(r for _, r in slots.ranges()),
-        num_microbatches=microbatches * steps,
-        steps=steps,
+        num_microbatches=sum(sizes),
+        steps=len(sizes),
+        sizes=sizes,
         staleness=staleness,
         first_trainable=slots.first_trainable,
         rounds=rounds,
@@ -131,13 +137,21 @@ def strict_order(devices: int, microbatches: int, slots: Slots, rounds: int) -> 
     return order
 
 
-def _check_order(order: Sequence[Sequence[tuple[int, int]]], devices: int, microbatches: int, slots: Slots) -> None:
-    given = sorted(pair for row in order for pair in row)
-    if len(order) != devices or given != [(s, m) for s in range(len(slots.ranges())) for m in range(microbatches)]:
+def _order(
+    given: Order | Mapping[int, Order] | None, devices: int, microbatches: int, slots: Slots, rounds: int
+) -> Order:
+    """The order of a step of so many micro-batches."""
+    if given is None:
+        return strict_order(devices, microbatches, slots, rounds)
+    order = given.get(microbatches, ()) if isinstance(given, Mapping) else given
+    pairs, num = {pair for row in order for pair in row}, slots.num_slots
+    inside = all(0 <= slot < num and 0 <= m < microbatches for slot, m in pairs)
+    if not (len(order) == devices and inside and len(pairs) == sum(map(len, order)) == num * microbatches):
         raise PlanError(
-            f"the order has {len(given)} pairs on {len(order)} devices; it needs every one of {len(slots.ranges())} "
-            f"slots and {microbatches} micro-batches once, on {devices} devices"
+            f"the order has {sum(map(len, order))} pairs on {len(order)} devices; it needs every one of {num} slots "
+            f"and {microbatches} micro-batches once, on {devices} devices"
         )
+    return order
 
 
 def _actions(op: Op, slot: int, microbatch: int, version: int | None) -> Iterator[Action]:

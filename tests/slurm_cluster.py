@@ -36,6 +36,29 @@ class Cluster:
     """A cluster that is up."""
 
     folder: Path
+    daemons: dict[str, subprocess.Popen]
+    """By name; a node's slurmd is there under the node's."""
+
+    def start(self, name: str, program: str, *arguments: str) -> None:
+        with (self.folder / f"{name}.out.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                [str(_found(program)), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def start_node(self, node: str) -> None:
+        self.start(node, "slurmd", "-D", "-N", node, "-f", f"{self.folder}/slurm.conf")
+
+    def lose(self, node: str) -> None:
+        """End everything that runs on a node at once, as without power, and tell Slurm, which would take minutes."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        running = _processes({"SLURMD_NODENAME": node, "SLURM_CONF": str(self.folder / "slurm.conf")})
+        assert running, f"nothing runs on {node}"
+        for pid in running:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
     @property
     def env(self) -> dict[str, str]:
@@ -52,38 +75,42 @@ class Cluster:
         return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-2500:]}" for p in self.folder.glob("*.log"))
 
 
+def _processes(variables: dict[str, str]) -> set[int]:
+    """Those that have these environment variables, and the slurmstepd that started them."""
+    wanted = {f"{name}={value}".encode() for name, value in variables.items()}
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if wanted <= set((path / "environ").read_bytes().split(b"\0")):
+                parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+                found.add(int(path.name))
+                if (path.parent / parent / "comm").read_text() == "slurmstepd\n":
+                    found.add(int(parent))
+    return found
+
+
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Have two nodes, and partitions `low` and `high`, of which the latter preempts the former by requeueing."""
     folder.mkdir(parents=True)
     folder.chmod(0o755)
     _configure(folder)
-    daemons: list[subprocess.Popen] = []
-
-    def start(name: str, *arguments: str) -> None:
-        log = (folder / f"{name}{len(daemons)}.log").open("wb")
-        command = [str(_found(name)), *arguments]
-        daemons.append(
-            subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-        )
-        log.close()
-
-    found = Cluster(folder)
+    found = Cluster(folder, {})
     try:
-        start("munged", "-F", "--force", *(f"--{what}={folder}/{name}" for what, name in (
+        found.start("munged", "munged", "-F", "--force", *(f"--{what}={folder}/{name}" for what, name in (
             ("key-file", "munge.key"), ("socket", "munge.sock"), ("pid-file", "munge.pid"), ("seed-file", "munge.seed"),
             ("log-file", "munge.log"),
         )))  # fmt: skip
         _until(lambda: (folder / "munge.sock").exists(), found)
-        start("slurmctld", "-D", "-f", f"{folder}/slurm.conf")
+        found.start("slurmctld", "slurmctld", "-D", "-f", f"{folder}/slurm.conf")
         for node in NODES:
-            start("slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf")
+            found.start_node(node)
         _until(lambda: found.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == str(len(NODES)), found)
         yield found
     finally:
         with suppress(AssertionError, subprocess.TimeoutExpired, FileNotFoundError):
             found.run("scancel", "--full", "--signal=KILL", "--user=root")
-        for daemon in reversed(daemons):
+        for daemon in reversed(found.daemons.values()):
             daemon.send_signal(signal.SIGTERM)
             try:
                 daemon.wait(10)

@@ -91,7 +91,7 @@ def submit(found, log: Path, flags: list[str], *options: str) -> str:
 
 
 def restarts(job: str, found) -> int:
-    return int(re.search(r"Restarts=(\d+) ", found.run("scontrol", "show", "job", job))[1])
+    return int(re.findall(r"Restarts=(\d+) ", found.run("scontrol", "show", "job", job))[0])
 
 
 def saved_at(log: Path, times: int, found) -> int:

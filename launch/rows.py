@@ -80,7 +80,7 @@ class RowsProvider:
     def chunks(self) -> Iterator[memoryview]:
         """Yield the live part, then the copy."""
         for part in (self.live, self.tail):
-            yield part.detach().cpu().view(torch.uint8).numpy().data
+            yield _bytes(part).cpu().numpy().data
 
 
 def provider_of(held: Range, live: Tensor, tail: Tensor, mutability: Mutability) -> TensorProvider | RowsProvider:
@@ -154,4 +154,6 @@ class RowExchange:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(torch.uint8)
+    flat = tensor.detach().contiguous()
+    # Of one element any stride counts as contiguous, but only a stride of 1 can be viewed as bytes.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)

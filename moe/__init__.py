@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe.config import MoeConfig
     from moe.convert.hf import save_pretrained
     from moe.convert.upcycle import upcycle
-    from moe.examine import doctor
+    from moe.examine import audit_aux_loss, audit_gradients, doctor
     from moe.layer import MoELayer
     from moe.parallel import expert_layers, parallelize
     from moe.plan import LayerPlan
@@ -25,6 +25,8 @@ _WHERE = {
     "LayerPlan": "moe.plan",
     "MoELayer": "moe.layer",
     "MoeConfig": "moe.config",
+    "audit_aux_loss": "moe.examine",
+    "audit_gradients": "moe.examine",
     "doctor": "moe.examine",
     "expert_layers": "moe.parallel",
     "parallelize": "moe.parallel",
@@ -36,6 +38,8 @@ __all__ = [
     "LayerPlan",
     "MoELayer",
     "MoeConfig",
+    "audit_aux_loss",
+    "audit_gradients",
     "doctor",
     "expert_layers",
     "parallelize",

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.errors import MoeConfigError
 from moe.experts import slice_inner
 from moe.parallel import ParallelExperts, expert_layers
+from moe.prints import print_of
 
 _SCALE_TOLERANCE = 0.05
 
@@ -35,12 +35,19 @@ class Finding:
         return f"{self.check}: {self.where}: {self.message}"
 
 
-def doctor(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
+def doctor(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    reference: Iterable[tuple[str, nn.Parameter]] | None = None,
+) -> list[Finding]:
     """Return what is wrong with a parallelized model, best asked after a forward and backward; none is good.
 
     Looks for: experts inside DDP, expert parameters that are not marked or are twice in the optimizer, experts that are
-    copies of each other, experts that no rank sent a row to, NaN or infinite rows in weights and gradients, and experts
-    whose copies on the `dp` axis differ. For the scale of gradients see `audit_gradients`. Every rank calls.
+    copies of each other, experts that no rank sent a row to, NaN or infinite rows in weights and gradients, experts
+    whose copies on the `dp` axis differ, and routers whose gradient is zero. With `reference`, also for gradients of
+    another scale than one process has: see `audit_gradients`. For an auxiliary loss see `audit_aux_loss`. Every rank
+    calls.
     """
     layers = expert_layers(model)
     if not layers:
@@ -52,9 +59,13 @@ def doctor(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) 
         *(finding for name, layer in layers.items() for finding in _bad_rows(name, layer)),
     ]
     found = dict.fromkeys(_from_all_ranks(own))
+    idle = [set(part) for part in _gather([one for name in layers for one in _idle_router(model, name)])]
+    found |= dict.fromkeys(sorted(set.intersection(*idle), key=str))  # a rank without tokens has no gradient of its own
     for name, layer in layers.items():
         found |= dict.fromkeys(_copies(name, layer))
         found |= dict.fromkeys(_dead(name, layer))
+    if reference is not None:
+        found |= dict.fromkeys(audit_gradients(model, reference))
     return list(found)
 
 
@@ -154,12 +165,25 @@ def _bad_rows(name: str, layer: ParallelExperts) -> list[Finding]:
     return found
 
 
+def _idle_router(model: nn.Module, name: str) -> list[Finding]:
+    """The router beside some experts, where backward gave it a gradient of zeros only."""
+    gate = getattr(model.get_submodule(name.rpartition(".")[0]), "gate", None)
+    weight = getattr(gate, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.grad is None or bool(weight.grad.any()):
+        return []
+    message = (
+        "its gradient is zero, so it learns nothing; with one expert a token whose weights add up to one that is so: "
+        "take two, or an auxiliary loss"
+    )
+    return [Finding("idle router", f"{name.rpartition('.')[0]}.gate", message)]
+
+
 def _copies(name: str, layer: ParallelExperts) -> list[Finding]:
     """Experts of one layer that are equal, and copies of one expert on different ranks that are not."""
     prints: dict[tuple[int, int], list[str]] = {}
     first = layer.runner.lanes.position * layer.num_experts
     member = layer.runner.lanes.member
-    own = {(first + e, member): _print(layer, e) for e in range(layer.num_experts)}
+    own = {(first + e, member): print_of(*(p[e] for p in layer.parameters())) for e in range(layer.num_experts)}
     for part in _gather(own):
         for key, value in part.items():
             prints.setdefault(key, []).append(value)
@@ -184,13 +208,6 @@ def _dead(name: str, layer: ParallelExperts) -> list[Finding]:
     total = torch.tensor(every).sum(0)
     message = "no rank sent it a row in the last forward; look at the router's balance"
     return [Finding("dead expert", f"{name}, expert {e}", message) for e in (total == 0).nonzero().flatten().tolist()]
-
-
-def _print(layer: ParallelExperts, e: int) -> str:
-    digest = xxhash.xxh3_128()
-    for param in layer.parameters():
-        digest.update(param.detach()[e].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _own_part(layer: ParallelExperts, stack: str, whole: Tensor | None) -> Tensor | None:

@@ -60,3 +60,19 @@ def test_what_ranks_save_is_the_whole(tmp_path, world_size):
             for name in SHAPES:
                 for n in (0, 1):
                     assert torch.equal(back.loaded[f"{name}.{n}"], whole_of(name, n)), (seed, name)
+
+
+def odd_strides(info):
+    """Ranks hold one element each of a row of three, whose stride is not 1."""
+    mine = Range((1, 3), info.rank, 1)
+    exchange = RowExchange({"row": mine}, dist.group.WORLD)
+    value = torch.arange(9.0)[3 * info.rank :: 4][:1]
+    assert value.stride() == (4,)
+    tail = exchange.tails({"row": [value]})["row"][0]
+    made = provider_of(mine, value, tail, Mutability.STEP) if mine.last > mine.first else None
+    return None if made is None else b"".join(bytes(part) for part in made.chunks())
+
+
+def test_one_element_of_an_odd_stride_is_saved():
+    expected = torch.tensor([0.0, 3.0, 6.0]).numpy().tobytes()
+    assert run_ranks(odd_strides, 3) == [expected, None, None]

@@ -70,10 +70,12 @@ def scales(info):
     model = trained(info, 2)
     average_gradients(model)
     right = texts(audit_gradients(model, whole.named_parameters()))
+    assert right == texts(moe.doctor(model, reference=whole.named_parameters()))
     for layer in expert_layers(model).values():
         for param in layer.parameters():
             param.grad *= 2  # as if divided by dp only
     wrong = texts(audit_gradients(model, whole.named_parameters()))
+    assert wrong == texts(moe.doctor(model, reference=whole.named_parameters()))
     model.zero_grad()
     return right, wrong, texts(audit_gradients(model, whole.named_parameters()))
 
@@ -119,6 +121,28 @@ def upcycled(info):
 def test_upcycled_experts_are_called_copies_until_they_are_trained():
     found = run_ranks(upcycled, 1)[0]
     assert sum("it equals expert 0, which is so right after upcycling" in line for line in found) == 6
+
+
+def idle(info):
+    """One expert a token: Mixtral's weight of it is one whatever the router says. Rank 1 alone has no gradient of 0."""
+    found = []
+    for family, top_k in (("mixtral", 1), ("olmoe", 1), ("mixtral", 2)):
+        model = trained(info, 2, tiny_moe(family, num_experts_per_tok=top_k))
+        found.append([line for line in texts(moe.doctor(model)) if line.startswith("idle router")])
+        if family == "mixtral" and top_k == 1 and info.rank == 1:
+            model.model.layers[0].mlp.gate.weight.grad += 1
+        found.append([line for line in texts(moe.doctor(model)) if line.startswith("idle router")])
+    return found
+
+
+def test_routers_that_learn_nothing_are_found():
+    for one, other, *fine in run_ranks(idle, 2):
+        assert [line.partition(":")[2].split(":")[0] for line in one] == [
+            " model.layers.0.mlp.gate", " model.layers.1.mlp.gate",
+        ]  # fmt: skip
+        assert "with one expert a token whose weights add up to one" in one[0]
+        assert other == one[1:]
+        assert fine == [[]] * 4
 
 
 def aux_losses(scale):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from moe.errors import MoeError
 from moe.parallel import expert_layers
+from moe.prints import print_of
 from moe.state import state_dict
 from moe.sync import placement_of
 
@@ -135,5 +135,4 @@ def _canonical(name: str) -> str:
 
 
 def _print(value: Tensor) -> tuple[tuple[int, ...], str]:
-    octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tuple(value.shape), xxhash.xxh3_128_hexdigest(octets.data)
+    return tuple(value.shape), print_of(value)

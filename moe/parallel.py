@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe.alike import require_alike
 from moe.config import MoeConfig
 from moe.errors import MoeConfigError
 from moe.experts import INNER, StackedExperts, slice_inner
@@ -86,13 +88,20 @@ def parallelize(
     gradients, leaves them out over `ep` and `esp` (see `moe.sync`); DDP must be told to ignore them. `on_span` gets the
     measured timeline, for `moe.tracing.from_spans`.
 
-    Raises MoeConfigError, and leaves the model as it was, when it has no such experts, or when experts do not divide.
+    Raises MoeConfigError, on every rank, and leaves the model as it was, when it has no such experts, when experts do
+    not divide, or when ranks were given other models, plans or settings.
     """
     config = config or MoeConfig()
+    groups = _axes(mesh, ep, esp, dp)
     blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
-    sizes = _check(model, blocks, mesh, ep, esp, dp)
     plans = {name: plan if isinstance(plan, LayerPlan) else (plan or {}).get(name, PLAIN) for name in blocks}
-    _check_plans(plan, blocks)
+    sizes, problem = {}, None
+    try:
+        sizes = _check(model, blocks, mesh, ep, esp)
+        _check_plans(plan, blocks)
+    except MoeConfigError as error:
+        problem = str(error)
+    require_alike(problem, _facts(blocks, plans, config), groups)
     lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span)
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
@@ -112,8 +121,29 @@ def _is_stacked(module: nn.Module) -> bool:
     return all(isinstance(w, Tensor) and w.dim() == 3 for w in weights) and not isinstance(module, StackedExperts)
 
 
+def _axes(mesh: DeviceMesh, ep: str, esp: str | None, dp: str) -> list[dist.ProcessGroup]:
+    """Return the groups of the axes that have more than one rank."""
+    names, axes = mesh.mesh_dim_names or (), [axis for axis in (ep, esp, dp) if axis is not None]
+    for axis in axes:
+        if axis not in names:
+            raise MoeConfigError(f"the mesh has the axes {', '.join(names) or 'without names'}, but no {axis!r}")
+    if len(set(axes)) < len(axes):
+        raise MoeConfigError(f"ep, esp and dp are the axes {', '.join(axes)}; each must be an axis of its own")
+    return [mesh.get_group(axis) for axis in axes if mesh[axis].size() > 1]
+
+
+def _facts(blocks: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan], config: MoeConfig) -> dict[str, str]:
+    """Return what every rank must have alike."""
+    facts = {"settings": str(config)}
+    for name, module in blocks.items():
+        weights = [module.get_parameter(stack) for stack in INNER]
+        facts[f"experts of {name}"] = " and ".join(f"{list(w.shape)} of {w.dtype}" for w in weights)
+        facts[f"plan of {name}"] = str(plans[name].schedule)
+    return {"layers": ", ".join(blocks), **facts}
+
+
 def _check(
-    model: nn.Module, blocks: Mapping[str, nn.Module], mesh: DeviceMesh, ep: str, esp: str | None, dp: str
+    model: nn.Module, blocks: Mapping[str, nn.Module], mesh: DeviceMesh, ep: str, esp: str | None
 ) -> dict[str, int]:
     """Return the number of experts of each layer."""
     if expert_layers(model):
@@ -123,10 +153,6 @@ def _check(
             f"{type(model).__name__} has no stacked experts (gate_up_proj, down_proj); parallelize takes the Mixtral, "
             "Qwen3-MoE, DeepSeek-V3 and OLMoE models of transformers 5. To make one from a dense model: moe.upcycle"
         )
-    names = mesh.mesh_dim_names or ()
-    for axis in (ep, esp, dp):
-        if axis is not None and axis not in names:
-            raise MoeConfigError(f"the mesh has the axes {', '.join(names) or 'without names'}, but no {axis!r}")
     ranks, members = mesh[ep].size(), 1 if esp is None else mesh[esp].size()
     return {name: _check_block(name, module, ranks, members) for name, module in blocks.items()}
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from moe.config import MoeConfig
 from moe.convert import hf
 from moe.errors import MoeConfigError, MoeError
 from moe.parallel import expert_layers, parallelize
@@ -217,6 +218,48 @@ def refusals(info):
         load_state_dict(model, {**{n: v for n, v in before.items() if n != "lm_head.weight"}, "x": 1})
     dist.barrier()
     return [*said, str(caught.value)]
+
+
+def differing(info):
+    """One rank after another is given something else; what every rank gets to hear, and that nothing was changed."""
+    mesh, said = make_mesh(4, 2, 1), []
+    for family, theirs, options in (
+        ("mixtral", {"num_local_experts": 8}, {}),
+        ("mixtral", {"num_local_experts": 5}, {}),
+        ("mixtral", {"dtype": torch.float32}, {}),
+        ("olmoe", {"num_hidden_layers": 3}, {}),
+        ("mixtral", {}, {"plan": PLAN}),
+        ("mixtral", {}, {"config": MoeConfig(exchange="2d", node_ranks=2)}),
+        ("mixtral", {}, {"plan": {"nowhere": PLAN}}),
+    ):
+        odd = info.rank == len(said) % 4
+        model = tiny_moe(family, **(theirs if odd else {}))
+        before = {n: v.clone() for n, v in model.state_dict().items()}
+        with pytest.raises(MoeConfigError) as caught:
+            parallelize(model, mesh, ep="ep", dp="dp", **(options if odd else {}))
+        said.append(str(caught.value))
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    for axes in ({"ep": "ep", "dp": "ep"}, {"ep": "ep", "esp": "dp", "dp": "dp"}):
+        with pytest.raises(MoeConfigError, match="each must be an axis of its own"):
+            parallelize(model, mesh, **axes)
+    return said
+
+
+def test_ranks_with_other_models_plans_or_settings_all_hear_of_it():
+    every = run_ranks(differing, 4)
+    assert all(said == every[0] for said in every)
+    name = "model.layers.0.mlp.experts"
+    texts = (
+        f"ranks 0 and 1 differ in experts of {name}: [8, 16, 16] of torch.float64 and [8, 16, 8] of torch.float64 and ",
+        f"on rank 1: {name}: 5 experts do not split over 2 ranks",
+        f"ranks 0 and 2 differ in experts of {name}: [4, 16, 16] of torch.float64",
+        f"ranks 0 and 3 differ in layers: {name}, model.layers.1.mlp.experts and {name}, ",
+        f"ranks 0 and 1 differ in plan of {name}: (2, 3, 'fifo', 1, 1, 0) and (1, 1, 'fifo', 1, 1, 0); give every",
+        "ranks 0 and 1 differ in settings: MoeConfig(exchange='direct'",
+        "on rank 2: there are plans for nowhere",
+    )
+    for said, text in zip(every[0], texts, strict=True):
+        assert said.startswith(text), said
 
 
 def test_bad_input_is_one_clear_error_and_changes_nothing():

@@ -152,8 +152,10 @@ class Stack:
         traffic = Traffic(rows_SPE, lanes.member, lanes.position)
         return LayerRun(experts, traffic, plan, lanes, Hooks(), name, lambda layer, p: self._drain(layer, p))
 
-    def _drain(self, layer: str, plan: LayerPlan) -> None:
+    def _drain(self, layer: str, plan: LayerPlan) -> int:
+        left = self._left
         self._send(plan.gradient_bytes, layer)
+        return left - self._left
 
     def _send(self, nbytes: int, layer: str) -> None:
         while nbytes > 0 and self._left > 0:

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from launch.errors import ConfigError
-from launch.files import write_json
+from launch.files import RunFolder, write_json
 from moe.calibrate import measure_layer, with_overheads
 from moe.config import ExpertsConfig
 from moe.cost import LayerLoad, Profile
-from moe.drift import replan_reason
+from moe.drift import LayerWatch, replan_reason
 from moe.gradients import GradientReducer
 from moe.issue import IssueQueue, own_group
 from moe.measuring import ExpertShape, expert_jobs, made_experts
@@ -28,11 +28,13 @@ from moe.plan import LayerPlan
 from moe.planner import plan_layer
 from moe.profiler import MIN_BYTES, Links, ProfileConfig, agree_on_plans, make_profile
 from moe.sliced import backward_order, ready_amounts, use_plans
-from moe.spread import plan_model
+from moe.spread import QUANTA, plan_model
 
 MEASURE = "measure"
 _MEMORY = 0.9
 """How much of the mean load of the steps before stays in it: one step's load is too uneven to plan by."""
+_MOST_BYTES = 256 << 20
+"""Nothing larger is measured, which would take minutes and the memory of the step: beyond, costs go on as they rise."""
 
 
 def first_plan(config: ExpertsConfig) -> LayerPlan | dict[str, LayerPlan] | None:
@@ -59,7 +61,8 @@ class ExpertPlanner:
     """Plans the layers of an expert-parallel model from a measured profile, and again when their loads drift.
 
     Made on every rank, with the profile of rank 0 for all; every rank calls `after_step`. The first step shows when
-    dense gradients are ready, so from the second one on layers hide them.
+    dense gradients are ready, so from the second one on layers hide them. Where layers no longer take the time that
+    the profile says, it is measured anew.
     """
 
     def __init__(
@@ -70,10 +73,10 @@ class ExpertPlanner:
         tokens: int,
         slice_bytes: int,
         dtype: torch.dtype,
-        path: Path,
+        folder: RunFolder,
     ) -> None:
         """`dtype` is that of the experts' products, and of the rows that travel."""
-        self._model, self._reducer, self._path = model, reducer, path
+        self._model, self._reducer, self._folder = model, reducer, folder
         self._names = backward_order(model)
         self._layers = expert_layers(model)
         self._slice_bytes, self._dtype = slice_bytes, dtype
@@ -89,11 +92,20 @@ class ExpertPlanner:
         self._ready: list[int] | None = None
         even = torch.ones(len(self._layers), first.placement.num_experts)
         self._planned = self._loads(even)
-        self._profile = _profile(first, self._planned[self._names[0]], self._rows, dtype)
+        self._gradients = own_group(None, timeout_s=first.runner.lanes.timeout_s)
+        self._profile = self._measure()
+        runners = {name: layer.runner for name, layer in self._layers.items()}
+        self._watch = LayerWatch(runners, self._profile, slice_bytes=slice_bytes)
+        self.ratio: float | None = None
+        """What layers took over what was predicted, where the last step ended a comparison."""
+        self._told = False
         self._plan()
 
     def describe(self) -> list[str]:
-        """Return the plans in words, equal ones once."""
+        """Return what was measured and the plans in words, equal ones once."""
+        return [*self._profile.describe(), *self._plans()]
+
+    def _plans(self) -> list[str]:
         return list(dict.fromkeys(str(self._layers[name].runner.plan) for name in self._names))
 
     def after_step(self, rows_LE: Tensor) -> tuple[str, ...]:
@@ -106,21 +118,52 @@ class ExpertPlanner:
         if self._ready is None:
             self._ready = _least(ready_amounts(self._reducer))
             reasons = [f"dense gradients of {sum(self._ready):,} bytes are ready as backward reaches the layers"]
+        told, why = self._compare(loads)
+        if why is not None:
+            reasons = [why, *reasons]
         if not reasons:
-            return ()
+            return told
         self._planned = loads
         self._plan()
-        plans = {name: json.loads(self._layers[name].runner.plan.to_json()) for name in self._layers}
+        self._write()
+        path, measured = self._folder.expert_plans, [] if why is None else self._profile.describe()
+        anew = f"Experts planned anew: {reasons[0]}; {len(reasons)} reasons, plans in {path}"
+        return (*told, anew, *measured, *self._plans())
+
+    def _compare(self, loads: dict[str, LayerLoad]) -> tuple[tuple[str, ...], str | None]:
+        """Return what there is to say of the profile; and, where it no longer held and was made anew, why."""
+        compared = self._watch.after_step()
+        self.ratio = None if compared is None else compared.ratio
+        if compared is None:
+            return (), None
+        if compared.reason is not None:
+            self._planned, self._told = loads, False
+            self._profile = self._measure()
+            self._watch.renew(self._profile)
+            return (), f"{compared.reason}: links and experts were measured again"
+        if self._told:
+            return (), None
+        self._told = True
+        return (f"Layers of experts take {compared.ratio:.2f} times what was predicted, in the median",), None
+
+    def _write(self) -> None:
         if dist.get_rank() == 0:
-            write_json(self._path, plans)
-        return (f"Experts planned anew: {reasons[0]}; {len(reasons)} reasons, plans in {self._path}", *self.describe())
+            plans = {name: json.loads(layer.runner.plan.to_json()) for name, layer in self._layers.items()}
+            write_json(self._folder.expert_plans, plans)
+            write_json(self._folder.expert_profile, json.loads(self._profile.to_json()))
+
+    def _measure(self) -> Profile:
+        with torch.random.fork_rng(devices=[]):  # in the middle of a run its dropout must not feel it
+            first = self._names[0]
+            return _profile(self._layers[first], self._planned[first], self._rows, self._dtype, self._gradients)
 
     def _plan(self) -> None:
         loads = [self._planned[name] for name in self._names]
         if self._ready is None:
             plans = [plan_layer(self._profile, load) for load in loads]
         else:
-            plans = plan_model(self._profile, loads, self._ready, quantum=self._slice_bytes)
+            slices = -(-sum(self._ready) // (QUANTA * self._slice_bytes))  # whole ones, and few enough to plan with
+            plans = plan_model(self._profile, loads, self._ready, quantum=max(1, slices) * self._slice_bytes)
         use_plans(self._model, agree_on_plans(dict(zip(self._names, plans, strict=True))))
 
     def _loads(self, rows_LE: Tensor) -> dict[str, LayerLoad]:
@@ -143,7 +186,9 @@ class ExpertPlanner:
         )
 
 
-def _profile(layer: ParallelExperts, load: LayerLoad, rows: int, dtype: torch.dtype) -> Profile:
+def _profile(
+    layer: ParallelExperts, load: LayerLoad, rows: int, dtype: torch.dtype, gradients: dist.ProcessGroup
+) -> Profile:
     """Measure links, experts of this layer's sizes, and the executor. Every rank calls."""
     lanes = layer.runner.lanes
     assert isinstance(lanes.inter, IssueQueue), "the settings refuse to measure where nothing moves between ranks"
@@ -156,9 +201,10 @@ def _profile(layer: ParallelExperts, load: LayerLoad, rows: int, dtype: torch.dt
         ep=lanes.ep,
         intra=lanes.intra if isinstance(lanes.intra, IssueQueue) else None,
         esp=lanes.esp,
-        gradients=own_group(None, timeout_s=lanes.timeout_s),
+        gradients=gradients,
     )
-    most_bytes, most_rows = max(2 * int(load.exchange_bytes), 1 << 17), max(2 * int(load.expert_rows), 256)
+    most_bytes = min(max(2 * int(load.exchange_bytes), 1 << 17), _MOST_BYTES)
+    most_rows = min(max(2 * int(load.expert_rows), 256), max(256, _MOST_BYTES // (width * dtype.itemsize)))
     config = ProfileConfig(
         least_bytes=min(MIN_BYTES, most_bytes // 4), most_bytes=most_bytes, least_rows=16, most_rows=most_rows
     )

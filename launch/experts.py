@@ -31,6 +31,12 @@ from moe.sliced import attach_reducer
 from moe.state import state_dict, to_global, to_local
 
 
+_IDLE = (
+    "Routers stay as they are made: with moe.top_k 1 the weight of a token's only expert is always one, so they get no "
+    "gradient; 2 trains them",
+)
+
+
 def with_experts(model: PreTrainedModel, config: ExpertsConfig, *, seed: int) -> PreTrainedModel:
     """Return the model to train: `model`, or a mixture of experts made of it. The same on every rank.
 
@@ -100,7 +106,8 @@ class ExpertRunner:
         self.model, self.whole = model, WholeModel.of(model)
         esp = "esp" if settings.esp > 1 else None
         plan, layers = first_plan(settings), settings.layers
-        moe.parallelize(model, place.mesh, ep="ep", esp=esp, dp="dp", plan=plan, config=layers)
+        on_span = place.times.experts.append
+        moe.parallelize(model, place.mesh, ep="ep", esp=esp, dp="dp", plan=plan, config=layers, on_span=on_span)
         reducer = attach_reducer(model, slice_bytes=settings.slice_bytes, average=False)
         self._engine = ExpertEngine(place.data_group, model, reducer)
         self._precision = partial(autocast, config.model.precision, model.device)
@@ -122,8 +129,9 @@ class ExpertRunner:
                 tokens=config.chunks.chunk_tokens,
                 slice_bytes=settings.slice_bytes,
                 dtype=dtype_of(config.model.precision),
-                path=RunFolder(Path(config.run.folder)).expert_plans,
+                folder=RunFolder(Path(config.run.folder)),
             )
+        self._idle = _IDLE if settings.num_experts is not None and settings.top_k == 1 else ()
         self.loads: dict[str, float] = {}
         """Of the last step: how evenly the experts of each layer were loaded, and each expert's share."""
         self.notes: tuple[str, ...] = ()
@@ -136,10 +144,9 @@ class ExpertRunner:
         first = next(iter(layers.values()))
         sizes = " x ".join(f"{axis} {self._mesh[axis].size()}" for axis in ("dp", "ep", "esp"))
         text = f"{len(layers)} layers of {first.placement.num_experts} experts over {sizes}"
-        if self._planner is not None:
-            return "\n".join([text, *self._planner.describe()])
         plans = dict.fromkeys(str(layer.runner.plan) for layer in layers.values())
-        return "\n".join([text, *plans])
+        told = plans if self._planner is None else self._planner.describe()
+        return "\n".join([text, *told, *self._idle])
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
         """Run one step; return its mean loss. Every rank calls."""
@@ -147,7 +154,10 @@ class ExpertRunner:
             loss = self._runner.forward_backward(batch)
         rows_LE = self._engine.take_rows()
         self.loads = _loads(rows_LE)
-        self.notes = () if self._planner is None else self._planner.after_step(rows_LE)
+        if self._planner is not None:
+            self.notes = self._planner.after_step(rows_LE)
+            if self._planner.ratio is not None:
+                self.loads["moe/measured_over_predicted"] = self._planner.ratio
         return loss
 
     def evaluate(self, batch: StepBatch) -> Tensor:

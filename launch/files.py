@@ -39,7 +39,8 @@ class RunFolder:
 
     @property
     def trace(self) -> Path:
-        """What ran when in the last step that was evaluated: a file a rank, and a pipeline's schedule."""
+        """What ran when in the last step that was evaluated: a file a rank, and a pipeline's schedule; of layers whose
+        experts are spread another file a rank."""
         return self.path / "trace"
 
     def trace_of(self, rank: int) -> Path:
@@ -70,6 +71,11 @@ class RunFolder:
     def expert_plans(self) -> Path:
         """The last measured plans of expert-parallel layers, readable as `moe.plan`."""
         return self.path / "moe_plan.json"
+
+    @property
+    def expert_profile(self) -> Path:
+        """What those were made from, readable by `python -m moe plan` and `simulate`."""
+        return self.path / "moe_profile.json"
 
     @property
     def model(self) -> Path:

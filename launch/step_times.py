@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from chunkflow.records import Chunk
 from launch.files import write_lines
+from moe.issue import Span
+from moe.tracing import from_spans
 from pipeline.schedule import Schedule
 from pipeline.tracing import Trace, TraceEvent
 
@@ -41,6 +43,8 @@ class StepTimes:
         """Waits until a save under way has copied what the optimizer is about to change."""
         self.schedule: Schedule | None = None
         """Of the last step, in a pipeline."""
+        self.experts: list[Span] = []
+        """Of the last step: what moved and computed in expert-parallel layers."""
         self._rank, self._step = rank, 0
         self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._events: list[TraceEvent] = []
@@ -61,6 +65,7 @@ class StepTimes:
         """Surround forward and backward of a step."""
         self._step, self._events, self._work = step, [], []
         self.pipeline.events.clear()
+        self.experts.clear()
         begun = time.monotonic_ns()
         yield
         ended, own = time.monotonic_ns(), self._events
@@ -99,6 +104,12 @@ class StepTimes:
             events = [replace(e, predicted_ns=round(scale * c)) for e, c in zip(events, costs, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, [json.dumps(asdict(event)) for event in events])
+        experts = path.with_name(f"experts-{self._rank:05}.jsonl")
+        if self.experts:
+            spans = from_spans(self.experts, rank=self._rank, step=self._step)
+            write_lines(experts, [json.dumps(asdict(one)) for one in spans])
+        else:
+            experts.unlink(missing_ok=True)  # of a run that went on without
         if self._rank == 0:
             schedule = path.with_name("schedule.json")
             if self.schedule is None:

@@ -4,6 +4,7 @@
     python -m moe plan --profile profile.json --exchange-bytes 4e6 --expert-rows 4096 --gradient-bytes 3e6
     python -m moe simulate --profile profile.json --exchange-bytes 4e6 --expert-rows 4096 --events predicted.jsonl
     python -m moe trace measured.jsonl --predicted predicted.jsonl --svg lanes.svg --perfetto lanes.json
+    python -m moe trace runs/x/trace/experts-00000.jsonl --layer model.layers.0.mlp.experts --way backward --svg a.svg
     sudo python -m moe netns up --inter-mbit 400 --intra-mbit 2000
 
 Exits 0 when all is well, 1 when a check failed, 2 for bad input.
@@ -70,12 +71,12 @@ def profile(
     rank, found = profile_here(config, esp=esp, experts=ExpertShape(width=width, inner=inner, count=experts))
     if rank:
         return
-    if out is not None:
-        out.write_text(found.to_json() + "\n")
     if as_json:
         print(found.to_json())
     else:
-        _print_profile(found)
+        print("\n".join(found.describe()))
+    if out is not None:
+        _write(out, found.to_json())
 
 
 @app.command()
@@ -96,7 +97,7 @@ def plan(
     load = _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
     made = plan_layer(_read_profile(profile), load, memory_bytes=memory_bytes)
     if out is not None:
-        out.write_text(made.to_json() + "\n")
+        _write(out, made.to_json())
     print(made.to_json() if as_json else made)
 
 
@@ -121,7 +122,7 @@ def simulate(
     from moe.tracing import from_timeline, write_events
 
     known, load = _read_profile(profile), _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
-    made = LayerPlan.from_json(plan.read_text()) if plan else plan_layer(known, load)
+    made = LayerPlan.from_json(_read(plan)) if plan else plan_layer(known, load)
     backward = way == "backward"
     r, lag = made.chunks(backward=backward), made.backward_lag if backward else made.forward_lag
     times = stage_times(known, load, r, backward=backward, pieces=made.pieces)
@@ -146,6 +147,9 @@ def trace(
     perfetto: Annotated[Path | None, typer.Option(help="Write this, for ui.perfetto.dev.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write this picture.")] = None,
     rank: Annotated[int, typer.Option(help="Whose lanes to draw.")] = 0,
+    layer: Annotated[str | None, typer.Option(help="Only this layer, by its name.")] = None,
+    way: Annotated[Literal["forward", "backward"] | None, typer.Option(help="Only this direction.")] = None,
+    mb: Annotated[int | None, typer.Option(help="Only this pass of a layer in a direction, from 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put a predicted timeline over a measured one."""
@@ -153,7 +157,8 @@ def trace(
 
     if perfetto is None and svg is None:
         raise MoeConfigError("nothing to write; give --perfetto FILE, --svg FILE or both")
-    events, plan_events = tracing.read_events(measured), tracing.read_events(predicted) if predicted else []
+    events = tracing.chosen(tracing.read_events(measured), layer=layer, way=way, mb=mb)
+    plan_events = tracing.read_events(predicted) if predicted else []
     if svg is not None and rank not in {e.rank for e in events}:
         raise MoeConfigError(
             f"{measured} has no events of rank {rank}; it has ranks {sorted({e.rank for e in events})}"
@@ -198,7 +203,19 @@ def _fail(text: str, code: int) -> NoReturn:
 def _read_profile(path: Path) -> Profile:
     from moe.cost import Profile
 
-    return Profile.from_json(path.read_text())
+    return Profile.from_json(_read(path))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON either, and said to be none
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        print(text)  # measuring it took a while
+        raise MoeConfigError(f"{error}; what was to be written there is printed instead") from error
 
 
 def _load(exchange: float, rows: float, gather: float, gradient: float, part: float) -> LayerLoad:
@@ -207,23 +224,3 @@ def _load(exchange: float, rows: float, gather: float, gradient: float, part: fl
     return LayerLoad(
         exchange_bytes=exchange, gather_bytes=gather, expert_rows=rows, gradient_bytes=gradient, slice_bytes=part
     )
-
-
-def _print_profile(found: Profile) -> None:
-    from moe.cost import OPERATIONS, Line
-
-    table = Table(title="t(n) = alpha + n * beta; n in bytes, rows for experts; pieces are what the executor adds")
-    for column in ("operation", "alpha ms", "beta us / 1000", "largest residual"):
-        table.add_column(column, justify="left" if column == "operation" else "right")
-    for name in OPERATIONS:
-        cost = getattr(found, name)
-        is_line = isinstance(cost, Line)
-        cells = (
-            (f"{cost.alpha_s * 1e3:.3f}", f"{cost.beta_s * 1e9:.3f}") if is_line else ("table", f"{len(cost.sizes)}")
-        )
-        residual = found.residuals.get(name)
-        table.add_row(name, *cells, "-" if residual is None else f"{residual:.1%}")
-    Console().print(table)
-    print(f"the executor itself: {found.layer_s * 1e3:.3f} ms a layer and direction, beside the pieces")
-    for pair, factor in found.slowdowns.items():
-        print(f"{pair} together: {factor:.2f}x")

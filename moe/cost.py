@@ -10,6 +10,8 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,21 @@ from moe.plan import COMPUTE, INTER, INTRA
 MAX_CHUNKS = 16
 
 
+def _require_costs(*values: float) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+            raise PlanError(f"{value!r} is no cost; sizes and seconds are numbers of at least 0")
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """alpha + n * beta; nothing to do costs nothing."""
 
     alpha_s: float
     beta_s: float
+
+    def __post_init__(self) -> None:
+        _require_costs(self.alpha_s, self.beta_s)
 
     def __call__(self, n: float) -> float:
         """Return the seconds of `n` bytes or rows."""
@@ -38,6 +49,12 @@ class Table:
 
     sizes: tuple[float, ...]
     times_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require_costs(*self.sizes, *self.times_s)
+        ascending = all(a < b for a, b in pairwise(self.sizes)) and all(a <= b for a, b in pairwise(self.times_s))
+        if not self.sizes or len(self.sizes) != len(self.times_s) or not ascending:
+            raise PlanError(f"sizes {self.sizes} and times {self.times_s} are no table: as many of both, ascending")
 
     def __call__(self, n: float) -> float:
         """Return the seconds of `n` bytes or rows."""
@@ -83,16 +100,23 @@ class Profile:
     """Largest relative residual of each fit; an operation with a table shows what its line would have had."""
 
     def __post_init__(self) -> None:
-        if not self.layer_s >= 0:
+        if not 0 <= self.layer_s < inf:
             raise PlanError(f"layer_s is {self.layer_s!r}; give seconds of at least 0")
         known = {"+".join(pair) for pair in PAIRS}
         for name, value in self.slowdowns.items():
-            if name not in known or not value >= 1.0:
+            if name not in known or not 1.0 <= value < inf:
                 raise PlanError(f"slowdown {name!r} is {value!r}; give a factor of at least 1 for {sorted(known)}")
 
     def slowdown(self, one: str, other: str) -> float:
         """Return how much longer lanes `one` and `other` take together."""
         return self.slowdowns.get("+".join(sorted((one, other))), 1.0)
+
+    def describe(self) -> list[str]:
+        """Return what was measured in words, a line an operation, and why a table stands where no line fits."""
+        lines = [_words(name, getattr(self, name), self.residuals.get(name)) for name in OPERATIONS]
+        lines = [line for line, name in zip(lines, OPERATIONS, strict=True) if getattr(self, name) != FREE]
+        lines.append(f"the executor itself: {self.layer_s * 1e3:.3f} ms a layer and direction, beside the pieces")
+        return lines + [f"{pair} together: {factor:.2f}x" for pair, factor in self.slowdowns.items()]
 
     def to_json(self) -> str:
         """Write the profile as one JSON object."""
@@ -107,6 +131,15 @@ class Profile:
             return cls(**costs, **values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"not a profile: {error!r}; make one with `python -m moe profile`") from None
+
+
+def _words(name: str, cost: Cost, residual: float | None) -> str:
+    if isinstance(cost, Table):
+        why = "" if residual is None else f", for a line would be off by {residual:.0%}"
+        return f"{name}: a table of {len(cost.sizes)} sizes{why}"
+    count, unit = (1e3, "for 1000 rows") if name.startswith("expert") else (1e6, "a MB")
+    off = "" if residual is None else f", off by {residual:.0%} at most"
+    return f"{name}: {cost.alpha_s * 1e3:.3f} ms and {cost.beta_s * count * 1e3:.3f} ms {unit}{off}"
 
 
 def _cost(values: dict[str, Any]) -> Cost:
@@ -131,9 +164,9 @@ class LayerLoad:
 
     def __post_init__(self) -> None:
         for name in ("exchange_bytes", "gather_bytes", "expert_rows", "gradient_bytes"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < inf:
                 raise PlanError(f"{name} is {getattr(self, name)!r}; a load is a number of at least 0")
-        if not self.slice_bytes > 0:
+        if not 0 < self.slice_bytes < inf:
             raise PlanError(f"slice_bytes is {self.slice_bytes!r}; a slice has more than no bytes")
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,19 @@ class Experts(Protocol):
         ...
 
 
+class Pass(NamedTuple):
+    """What one pass of a layer moved and took on this rank."""
+
+    layer: str
+    backward: bool
+    plan: LayerPlan
+    traffic: Traffic
+    row_bytes: int
+    gradient_bytes: int
+    """Dense gradients that it hid."""
+    seconds: float
+
+
 @dataclass(frozen=True)
 class LayerRun:
     """One pass of one layer: everything but the tensors."""
@@ -53,8 +66,11 @@ class LayerRun:
     lanes: Lanes
     hooks: Hooks
     layer: str
-    drain: Callable[[str, LayerPlan], None] | None = None
-    """Called in backward, between the last dispatch and the first combine: submits dense gradients to `lanes.inter`."""
+    drain: Callable[[str, LayerPlan], int] | None = None
+    """Called in backward, between the last dispatch and the first combine: submits dense gradients to `lanes.inter` and
+    returns their bytes."""
+    on_pass: Callable[[Pass], None] | None = None
+    """Told what each pass took."""
 
 
 Compute = Callable[[Tensor, Any, list[int], Fraction], Tensor]
@@ -62,6 +78,7 @@ Compute = Callable[[Tensor, Any, list[int], Fraction], Tensor]
 
 def run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bool) -> Tensor:
     """Move every chunk to its experts, compute its pieces, and move the results back to where the rows came from."""
+    began = time.perf_counter()
     every = cuts(run.plan.forward_chunks, run.plan.backward_chunks)
     r = run.plan.chunks(backward=backward)
     chunks = [run.traffic.chunk(Fraction(c, r), Fraction(c + 1, r)) for c in range(r)]
@@ -82,6 +99,10 @@ def run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bo
         part = run.hooks.after_combine(flow.combined.pop(c).result(), infos[c])
         output_RD = _put(rows_RD, output_RD, chunk.send_index, part)
     assert output_RD is not None
+    if run.on_pass is not None:
+        row_bytes = rows_RD.shape[-1] * rows_RD.element_size()
+        seconds = time.perf_counter() - began
+        run.on_pass(Pass(run.layer, backward, run.plan, run.traffic, row_bytes, flow.drained, seconds))
     # Experts that return what they got, on one rank: the function's output must not be its input in disguise.
     return output_RD.clone() if output_RD.data_ptr() == rows_RD.data_ptr() else output_RD
 
@@ -123,8 +144,9 @@ class _Flow:
             else:
                 scatter = partial(scatter_sum, sizes=sizes, group=esp)
                 scattered[op.chunk] = submit("scatter", op.chunk, scatter, computed[op.chunk])
+        self.drained = 0
         if infos[0].backward and run.drain is not None:
-            run.drain(run.layer, run.plan)
+            self.drained = run.drain(run.layer, run.plan)
         for c, chunk in enumerate(chunks):
             self.combined[c] = submit("combine", c, self._combine(chunk), scattered[c])
 

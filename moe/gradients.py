@@ -128,19 +128,20 @@ class GradientReducer:
         finally:
             self._armed = before
 
-    def drain(self, layer: str, plan: LayerPlan) -> None:
-        """Issue the next slices, whole ones of at most `plan.gradient_bytes` together. Does not wait.
+    def drain(self, layer: str, plan: LayerPlan) -> int:
+        """Issue the next slices, whole ones of at most `plan.gradient_bytes` together; return their bytes, not waiting.
 
         Called by the backward of an MoE layer between its last dispatch and its first combine, on every rank: give it
         to the layer as `runner.drain`.
         """
         if not self._armed:
-            return
+            return 0
         self._drained_ready.append(self._ready_prefix())
         used = 0
         while self._next < len(self.slices) and used + self.slices[self._next].nbytes <= plan.gradient_bytes:
             used += self.slices[self._next].nbytes
             self._send(self.slices[self._next], layer)
+        return used
 
     def flush(self) -> None:
         """Send the rest, wait for everything, and put the results into `.grad`. Every rank calls, once a step.

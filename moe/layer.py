@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.agree import Problem, agree, problem_of
-from moe.flow import Experts, LayerRun
+from moe.flow import Experts, LayerRun, Pass
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
 from moe.order import Order, SparseOrder
@@ -18,13 +18,13 @@ from moe.plan import PLAIN, LayerPlan
 from moe.precision import narrowed
 from moe.records import MoeOutput, Routing
 
-Drain = Callable[[str, LayerPlan], None]
+Drain = Callable[[str, LayerPlan], int]
 
 
 class ExpertRunner:
     """What a layer needs beside its parameters to run its experts; the same on every rank but for the lanes.
 
-    `plan`, `hooks` and `drain` may be replaced between steps, on all ranks alike.
+    `plan`, `hooks` and `drain` may be replaced between steps, on all ranks alike; `on_pass` at any time.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class ExpertRunner:
     ) -> None:
         self.lanes, self.plan, self.hooks, self.name = lanes, plan, hooks or Hooks(), name
         self.drain: Drain | None = None
+        self.on_pass: Callable[[Pass], None] | None = None
 
     def run(self, x_TD: Tensor, routing: Routing, order: Order, experts: Experts) -> tuple[Tensor, Tensor]:
         """Return the output `[T, D]` and the rows this rank sent to each expert, `[E]`. Every rank calls.
@@ -50,7 +51,7 @@ class ExpertRunner:
         if not fits:
             problem, counts_E = Problem.TOKENS, torch.zeros(num_experts, dtype=torch.int64)
         traffic = agree(counts_E, rows_RD.shape[-1], rows_RD.dtype, problem, self.plan, self.lanes, self.name)
-        run = LayerRun(experts, traffic, self.plan, self.lanes, self.hooks, self.name, self.drain)
+        run = LayerRun(experts, traffic, self.plan, self.lanes, self.hooks, self.name, self.drain, self.on_pass)
         return ordered.inverse(run_experts(rows_RD, run)), counts_E
 
 

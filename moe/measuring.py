@@ -29,6 +29,11 @@ class ExpertShape:
     dtype: torch.dtype = torch.float32
     """Of products and of rows that travel."""
 
+    def __post_init__(self) -> None:
+        for name in ("width", "inner", "count"):
+            if getattr(self, name) < 1:
+                raise MoeConfigError(f"experts have {name} {getattr(self, name)}; it must be at least 1")
+
 
 def profile_here(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> tuple[int, Profile]:
     """Join the world that torchrun describes, profile it, leave; return this process's rank and the profile.

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 
 from moe.errors import MoeConfigError, MoeError
 
@@ -35,7 +36,7 @@ class TwoHosts:
         if not (self.name.isalnum() and len(self.name) <= 8):
             raise MoeConfigError(f"name is {self.name!r}; use at most 8 letters and digits (interface names are short)")
         for speed in ("inter_mbit", "intra_mbit"):
-            if not getattr(self, speed) >= 1:
+            if not 1 <= getattr(self, speed) < inf:
                 raise MoeConfigError(f"{speed} is {getattr(self, speed)!r}; give at least 1 Mbit/s")
 
     @property

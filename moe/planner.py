@@ -54,6 +54,13 @@ def direction_time(
     return _time(profile, t, chunks, "fifo", 1)
 
 
+def planned_time(profile: Profile, load: LayerLoad, plan: LayerPlan, *, backward: bool) -> float:
+    """Return what one direction takes under a plan, with the load's own gradients."""
+    r, lag = plan.chunks(backward=backward), plan.backward_lag if backward else plan.forward_lag
+    t = stage_times(profile, load, r, backward=backward, pieces=plan.pieces)
+    return _time(profile, t, r, plan.order, lag)
+
+
 def best_choice(
     profile: Profile,
     load: LayerLoad,
@@ -171,6 +178,8 @@ def plan_layer(
     `load` holds the measured maxima over ranks. Falls back to the best single r where the plan promises less than 3%
     over it, and to r = 1 where nothing promises 3% over no overlap. Raises PlanError where no r fits in memory.
     """
+    if memory_bytes is not None and not memory_bytes > 0:
+        raise PlanError(f"memory_bytes is {memory_bytes!r}; give more than 0, or leave it out")
     if not load.exchange_bytes and not load.expert_rows:
         return LayerPlan(1, 1, reasons=("nothing is exchanged or computed: r = 1",))
     serial_s = serial_time(profile, load, backward=False) + serial_time(profile, load, backward=True)

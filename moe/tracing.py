@@ -42,13 +42,48 @@ class TraceEvent:
     predicted_ns: int | None = None
 
 
-def from_spans(spans: Iterable[Span], *, rank: int, step: int = 0, mb: int = 0) -> list[TraceEvent]:
-    """Return what the issue queues recorded as events."""
-    return [
-        TraceEvent(rank=rank, lane=s.link, name=f"{s.op} {s.layer}".strip(), step=step, mb=mb, t0_ns=s.t0_ns,
-                   t1_ns=s.t1_ns)
-        for s in spans
-    ]  # fmt: skip
+def from_spans(spans: Iterable[Span], *, rank: int, step: int = 0) -> list[TraceEvent]:
+    """Return what the lanes recorded as events, by start; `mb` counts the passes of a layer in one direction."""
+    events, passes = [], dict[tuple[str, bool], int]()
+    seen: dict[tuple[str, bool], set[tuple[str, str]]] = {}
+    for s in sorted(spans, key=lambda s: s.t0_ns):
+        key = (s.layer, _is_backward(s.op))
+        if (s.link, s.op) in seen.setdefault(key, set()):  # within a pass every operation is there once
+            passes[key] = passes.get(key, 0) + 1
+            seen[key].clear()
+        seen[key].add((s.link, s.op))
+        name, mb = f"{s.op} {s.layer}".strip(), passes.get(key, 0)
+        events.append(
+            TraceEvent(rank=rank, lane=s.link, name=name, step=step, mb=mb, t0_ns=s.t0_ns, t1_ns=s.t1_ns)
+        )
+    return events
+
+
+def chosen(
+    events: Sequence[TraceEvent], *, layer: str | None = None, way: str | None = None, mb: int | None = None
+) -> list[TraceEvent]:
+    """Return the events of one layer, direction or pass. Raises MoeConfigError, with the layers, where there are none.
+
+    The gradients that a backward hides belong to it; those of the end of a step belong to no layer.
+    """
+    found = [
+        e
+        for e in events
+        if (layer is None or e.name.endswith(f" {layer}"))
+        and (way is None or _is_backward(e.name) == (way == "backward"))
+        and (mb is None or e.mb == mb)
+    ]
+    if not found:
+        layers = sorted({last for e in events if not (last := e.name.rpartition(" ")[2]).isdigit()})
+        raise MoeConfigError(
+            f"there is no event of layer {layer or 'any'}, {way or 'either way'}, pass {'any' if mb is None else mb}; "
+            f"the layers are {', '.join(layers) or 'without names'}"
+        )
+    return found
+
+
+def _is_backward(name: str) -> bool:
+    return name.startswith(("backward ", "gradient"))
 
 
 def from_timeline(events: Iterable[Event], *, start_ns: int = 0) -> list[TraceEvent]:
@@ -70,7 +105,7 @@ def read_events(path: Path) -> list[TraceEvent]:
     """Read what `write_events` wrote, also with fields of others; MoeConfigError names the line that is wrong."""
     known = {f.name for f in fields(TraceEvent)}
     events = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:

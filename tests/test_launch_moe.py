@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
 from launch.recipe import read_config
 from moe.config import ExpertsConfig
+from moe.cost import OPERATIONS, Line, Profile, Table
 from moe.errors import MoeConfigError, PlanError
 from moe.plan import LayerPlan
 from tests.launch_jobs import run_job, settings, write_corpus
@@ -94,8 +96,10 @@ def assert_same(ours, theirs, tolerance=1e-9):
         ("mixtral", [(2, 2, 1), (2, 1, 2), (1, 1, 1), (2, 1, 1)], {}),
         ("qwen3_moe", [(4, 2, 1), (2, 2, 1)], {"chunks": 3}),
         ("mixtral", [(4, 2, 2), (4, 4, 1)], {"exchange": "2d", "node_ranks": 2}),
+        ("deepseek_v3", [(2, 2, 1), (1, 1, 1)], {}),
+        ("olmoe", [(2, 1, 2), (2, 2, 1)], {"chunks": 2}),
     ],
-    ids=["mixtral", "qwen3", "two levels"],
+    ids=["mixtral", "qwen3", "two levels", "deepseek", "olmoe"],
 )
 def test_any_spread_trains_as_one_process_and_resumes_another(tmp_path, family, legs, changes):
     """Two steps on each (ranks, ep, esp): losses, norms, scores, weights, moments are those of plain transformers."""
@@ -155,6 +159,55 @@ def test_measured_plans_are_agreed_written_and_change_no_loss(tmp_path):
     assert {name: plan.to_json() for name, plan in written.items()} == plans
 
 
+def scaled(cost, factor):
+    return Line(cost.alpha_s * factor, cost.beta_s * factor) if isinstance(cost, Line) else Table(
+        cost.sizes, tuple(t * factor for t in cost.times_s)
+    )  # fmt: skip
+
+
+def rank_drifts(info, folder):
+    """A job whose links and experts are a thousand times slower than when they were measured, as far as it knows."""
+    losses, notes, loads = [], [], []
+    for plan in (None, "measure"):
+        model = tiny_moe("mixtral", dtype=torch.float32).train()
+        runner = spread_runner(info, model, 2, 1, folder, plan=plan)
+        planner = runner._planner
+        with loader_of(info.rank, 2) as loader:
+            for n, batch in zip(range(3), loader, strict=False):
+                if planner is not None and n:
+                    planner._watch._left = 1
+                if planner is not None and n == 1:
+                    fast = {op: scaled(getattr(planner._profile, op), 1e-3) for op in OPERATIONS}
+                    planner._watch._profile = replace(planner._profile, **fast, layer_s=planner._profile.layer_s / 1e3)
+                before = torch.get_rng_state()
+                losses.append(float(runner.forward_backward(batch)))
+                notes.append(runner.notes)
+                loads.append(runner.loads)
+                assert torch.equal(before, torch.get_rng_state())
+                model.zero_grad()
+    plans = {name: layer.runner.plan.to_json() for name, layer in moe.expert_layers(model).items()}
+    return losses, notes[3:], loads[3:], plans, planner._profile.to_json()
+
+
+def test_a_job_whose_layers_take_longer_than_was_measured_measures_again_and_says_so(tmp_path):
+    found = run_ranks(rank_drifts, 2, str(tmp_path))
+    losses, notes, loads, plans, profile = found[0]
+    assert all((plans, profile, notes[1:]) == (p, q, n[1:]) for _, n, _, p, q in found)
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+    anew, *words = notes[1]
+    assert anew.startswith("Experts planned anew: layers take ")
+    assert "times what the profile says, more than 25% apart: links and experts were measured again; " in anew
+    assert any(line.startswith("all_to_all: ") for line in words)
+    assert loads[1]["moe/measured_over_predicted"] > 1.25
+    # What the new profile does not explain is told once, and is no reason for the next.
+    ratio = loads[2]["moe/measured_over_predicted"]
+    assert f"Layers of experts take {ratio:.2f} times what was predicted, in the median" in notes[2]
+    assert "moe/measured_over_predicted" not in loads[0]
+    written = Profile.from_json((tmp_path / "moe_profile.json").read_text())
+    assert written.to_json() == profile
+    assert {name: plan.to_json() for name, plan in read_plans(tmp_path / "moe_plan.json").items()} == plans
+
+
 def rank_refuses(info, folder):
     """What is refused, on every rank alike, and nothing hangs."""
     errors = []
@@ -206,6 +259,26 @@ def test_an_upcycled_model_has_no_auxiliary_loss():
     assert_same(made.state_dict(), again.state_dict(), 0)
     dense = tiny_model("llama")
     assert with_experts(dense, ExpertsConfig(), seed=0) is dense
+
+
+def rank_idles(info, folder):
+    """One step with one expert a token, and one with two: what the job says, and whether routers have a gradient."""
+    found = []
+    for top_k in (1, 2):
+        changes = {"num_experts": 2, "top_k": top_k}
+        model = with_experts(tiny_model("llama", dtype=torch.float32), ExpertsConfig(ep=1, **changes), seed=0)
+        runner = spread_runner(info, model, 1, 1, folder, **changes)
+        with loader_of(0, 1) as loader:
+            runner.forward_backward(next(iter(loader)))
+        found.append((runner.description, bool(model.model.layers[0].mlp.gate.weight.grad.any())))
+    return found
+
+
+def test_routers_that_get_no_gradient_are_told(tmp_path):
+    (one, learns), (two, learns_too) = run_ranks(rank_idles, 1, str(tmp_path))[0]
+    assert "Routers stay as they are made: with moe.top_k 1 " in one
+    assert "Routers stay" not in two
+    assert (learns, learns_too) == (False, True)
 
 
 @pytest.mark.parametrize(

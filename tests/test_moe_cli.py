@@ -16,7 +16,7 @@ from moe.measuring import ExpertShape, profile_world
 from moe.metrics import covered, load_balance, union
 from moe.plan import LayerPlan
 from moe.profiler import ProfileConfig
-from moe.tracing import from_spans, read_events, write_events
+from moe.tracing import chosen, from_spans, read_events, write_events
 from tests.spawn import ROOT, run_ranks
 
 LOAD = ["--exchange-bytes", "4e6", "--expert-rows", "2000", "--gather-bytes", "8e6", "--gradient-bytes", "6e6"]
@@ -106,8 +106,66 @@ def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, caps
     assert "events.jsonl line 1 is no trace event" in said
     code, said = failing(monkeypatch, capsys, "trace", str(tmp_path / "events.jsonl"))
     assert (code, "give --perfetto FILE, --svg FILE or both" in said) == (2, True)
+    for option, value in (("--exchange-bytes", "nan"), ("--expert-rows", "inf"), ("--memory-bytes", "0")):
+        code, said = failing(monkeypatch, capsys, "plan", "--profile", profile, *LOAD, option, value)
+        assert code == 2
+        assert f"{option[2:].replace('-', '_')} is {float(value)}" in said
+    (tmp_path / "bad.json").write_bytes(bytes(range(256)))
+    for command in (
+        ["plan", "--profile", str(tmp_path / "bad.json"), *LOAD],
+        ["simulate", "--profile", profile, *LOAD, "--plan", str(tmp_path / "bad.json")],
+        ["trace", str(tmp_path / "bad.json"), "--svg", str(tmp_path / "x.svg")],
+    ):
+        code, said = failing(monkeypatch, capsys, *command)
+        assert (code, said.startswith("error: "), said.count("\n")) == (2, True, 1)
+    code, said = failing(monkeypatch, capsys, "profile", "--experts", "0")
+    assert (code, "experts have count 0; it must be at least 1" in said) == (2, True)
     assert run("plan", "--profile", profile).exit_code == 2
     assert run("netns", "up", "--inter-mbit", "fast").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"all_to_all": {"alpha_s": -1, "beta_s": 0}}, "-1 is no cost"),
+        ({"all_to_all": {"alpha_s": "1", "beta_s": 0}}, "'1' is no cost"),
+        ({"expert_forward": {"sizes": [], "times_s": []}}, "are no table"),
+        ({"expert_forward": {"sizes": [2, 1], "times_s": [1, 2]}}, "are no table"),
+        ({"expert_forward": {"sizes": [1, 2], "times_s": [1]}}, "are no table"),
+        ({"layer_s": "x"}, "not a profile"),
+        ({"slowdowns": {"inter+intra": float("inf")}}, "give a factor of at least 1"),
+    ],
+)
+def test_a_profile_that_was_changed_by_hand_is_refused(profile, tmp_path, monkeypatch, capsys, change, text):
+    (tmp_path / "changed.json").write_text(json.dumps(json.loads(Path(profile).read_text()) | change))
+    code, said = failing(monkeypatch, capsys, "plan", "--profile", str(tmp_path / "changed.json"), *LOAD)
+    assert (code, text in said) == (2, True), said
+
+
+def test_a_plan_that_cannot_be_written_is_printed(profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moe", "plan", "--profile", profile, *LOAD, "--out", str(tmp_path / "no" / "p")])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capsys.readouterr()
+    assert "No such file" in said.err
+    assert LayerPlan.from_json(said.out.splitlines()[-1]).reasons
+
+
+def test_one_pass_of_one_layer_is_taken_from_a_timeline(tmp_path, monkeypatch, capsys):
+    ops = ["exchange of counts", "dispatch 0", "backward dispatch 0", "gradient 3", "dispatch 0", "dispatch 1"]
+    spans = [Span("inter", "a.1", op, 10 * n, 10 * n + 5) for n, op in enumerate(ops)]
+    spans += [Span("intra", "a.1", "exchange of counts", 5, 9), Span("inter", "flush", "gradient 4", 90, 99)]
+    events = from_spans(reversed(spans), rank=0)
+    assert [e.mb for e in events] == [0, 0, 0, 0, 0, 1, 1, 0]
+    assert [e.t0_ns for e in chosen(events, layer="a.1", way="forward", mb=1)] == [40, 50]
+    backward = chosen(events, layer="a.1", way="backward")
+    assert [e.name for e in backward] == ["backward dispatch 0 a.1", "gradient 3 a.1"]
+    path = tmp_path / "measured.jsonl"
+    write_events(path, events)
+    wanted = ["trace", str(path), "--perfetto", str(tmp_path / "x.json"), "--layer"]
+    assert json.loads(run(*wanted, "a.1", "--way", "forward", "--mb", "0", "--json").stdout)["events"] == 3
+    code, said = failing(monkeypatch, capsys, *wanted, "a.2", "--way", "forward")
+    assert (code, "no event of layer a.2, forward, pass any; the layers are a.1, flush" in said) == (2, True)
 
 
 def test_help_names_every_command():

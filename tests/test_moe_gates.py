@@ -82,6 +82,18 @@ def test_layer_with_every_gate_and_order_equals_the_loop_in_values_and_gradients
         assert torch.allclose(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("order", [SparseOrder(), EinsumOrder()], ids=["sparse", "einsum"])
+@pytest.mark.parametrize("kind", GATES)
+def test_no_tokens_are_no_trouble(kind, order):
+    if kind == "soft" and isinstance(order, SparseOrder):
+        return
+    layer = MoELayer(gate_of(kind), ModuleExperts(Twist(e) for e in range(E)), order=order, plan=LayerPlan(2, 3))
+    x = tokens(0).requires_grad_()
+    y = layer(x).hidden
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, D)
+
+
 def spread_gates(info):
     """Every gate in every order, its experts spread over two ranks: the largest difference from the loop, by name."""
     lanes, errors = lanes_of(make_mesh(2, 2, 1)), {}
@@ -227,7 +239,12 @@ def test_soft_sequences_do_not_see_each_other():
         (lambda: SoftmaxGate(D, E, 7), "top_k is 7 of 6 experts; it must be between 1 and 6"),
         (lambda: XMoEGate(D, E, 0, routing_width=3), "top_k is 0 of 6 experts"),
         (lambda: GShardGate(D, E, 2, capacity_factor=0), "the capacity factor is 0; it must be positive"),
+        (lambda: GShardGate(D, E, 2, capacity_factor=math.inf), "the capacity factor is inf; it must be positive"),
+        (lambda: GShardGate(D, E, 2, capacity_factor=math.nan), "the capacity factor is nan"),
         (lambda: DeepSeekV3Gate(D, E, 2, num_groups=4), "6 experts in 4 groups"),
+        (lambda: DeepSeekV3Gate(D, E, 3, num_groups=3), "top_k is 3, but the 1 groups that are searched have only 2"),
+        (lambda: XMoEGate(D, E, 2, routing_width=0), "routing_width is 0; it must be at least 1"),
+        (lambda: SoftGate(D, E, slots=0), "6 experts of 0 slots; there must be at least 1 of each"),
     ],
 )
 def test_gates_that_cannot_be_are_refused(make, text):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from moe.calibrate import CHUNKS, LayerTimes, with_overheads
 from moe.cost import LayerLoad, Line, Profile, lane_bound, layer_time, serial_time, stage_times
-from moe.drift import refit_reason, replan_reason
 from moe.errors import PlanError
 from moe.plan import intra_order, pieces
 from moe.planner import best_choice, best_fixed, best_pair, direction_time, plan_layer
@@ -152,15 +151,6 @@ def test_more_work_never_takes_less(profile, load):
     for backward in (False, True):
         one = best_choice(profile, load, backward=backward).time_s
         assert best_choice(profile, more, backward=backward).time_s >= one / 1.01
-
-
-def test_drift():
-    assert replan_reason(LOAD, replace(LOAD, exchange_bytes=4.9e6)) is None
-    assert replan_reason(LOAD, replace(LOAD, expert_rows=2600)) == "expert_rows went from 2000 to 2600, more than 25%"
-    assert refit_reason(0.1, [0.11, 0.12, 5.0]) is None
-    assert refit_reason(0.1, [0.2, 0.13, 0.14]) == (
-        "layers take 140.00 ms in the median, 100.00 ms were predicted: profile again"
-    )
 
 
 EVEN = Profile(

@@ -14,8 +14,11 @@ from moe.records import Assignments
 
 def capacity_rows(num_tokens: int, per_token: int, num_experts: int, factor: float) -> int:
     """Return how many rows of one rank an expert takes: `factor` times its even share, rounded up."""
-    if not factor > 0:
-        raise MoeConfigError(f"the capacity factor is {factor}; it must be positive, 1.0 is an even share")
+    if not 0 < factor < math.inf:
+        raise MoeConfigError(
+            f"the capacity factor is {factor}; it must be positive, 1.0 is an even share, and the number of experts "
+            "drops nothing"
+        )
     return math.ceil(factor * num_tokens * per_token / num_experts)
 
 

@@ -74,6 +74,8 @@ class XMoEGate(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise MoeConfigError(f"top_k is {top_k} of {num_experts} experts; it must be between 1 and {num_experts}")
+        if routing_width < 1:
+            raise MoeConfigError(f"routing_width is {routing_width}; it must be at least 1")
         self.num_experts, self.top_k = num_experts, top_k
         self.projection = nn.Linear(width, routing_width, bias=False)
         self.embeddings = nn.Parameter(torch.empty(num_experts, routing_width))
@@ -116,6 +118,11 @@ class DeepSeekV3Gate(Router):
                 f"{num_experts} experts in {num_groups} groups of which {top_groups} are searched; "
                 "the groups must divide the experts and be at least as many as are searched"
             )
+        if top_k > top_groups * num_experts // num_groups:
+            raise MoeConfigError(
+                f"top_k is {top_k}, but the {top_groups} groups that are searched have only "
+                f"{top_groups * num_experts // num_groups} experts; search more groups"
+            )
         self.num_groups, self.top_groups, self.normalise, self.scale = num_groups, top_groups, normalise, scale
         self.register_buffer("bias_E", torch.zeros(num_experts))
 
@@ -129,7 +136,7 @@ class DeepSeekV3Gate(Router):
         return top_k_assignments(experts_TK, weights_TK * self.scale, self.num_experts)
 
     def _select(self, choice_TE: Tensor) -> Tensor:
-        groups_TGe = choice_TE.view(len(choice_TE), self.num_groups, -1)
+        groups_TGe = choice_TE.unflatten(1, (self.num_groups, self.num_experts // self.num_groups))
         best_TG = groups_TGe.topk(min(2, groups_TGe.shape[-1]), dim=-1).values.sum(-1)
         kept_TG = torch.zeros_like(best_TG, dtype=torch.bool)
         kept_TG.scatter_(1, best_TG.topk(self.top_groups, dim=-1).indices, True)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.errors import MoeConfigError
 from moe.gates.capacity import capacity_rows
 from moe.gates.router import Router, widened
 from moe.precision import in_full
@@ -42,6 +43,8 @@ class SoftGate(nn.Module):
 
     def __init__(self, width: int, num_experts: int, *, slots: int) -> None:
         super().__init__()
+        if num_experts < 1 or slots < 1:
+            raise MoeConfigError(f"{num_experts} experts of {slots} slots; there must be at least 1 of each")
         self.num_experts, self.slots = num_experts, slots
         self.phi = nn.Parameter(torch.empty(width, num_experts * slots))
         nn.init.normal_(self.phi, std=width**-0.5)

@@ -21,6 +21,8 @@ from moe.parallel import ParallelExperts, expert_layers
 from moe.prints import print_of
 
 _SCALE_TOLERANCE = 0.05
+_ROUNDING = 1e-6
+"""Weights that add up to one give routers what rounding leaves of their gradient: some 1e-8 of that of the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def doctor(
 
     Looks for: experts inside DDP, expert parameters that are not marked or are twice in the optimizer, experts that are
     copies of each other, experts that no rank sent a row to, NaN or infinite rows in weights and gradients, experts
-    whose copies on the `dp` axis differ, and routers whose gradient is zero. With `reference`, also for gradients of
+    whose copies on the `dp` axis differ, and routers without a gradient. With `reference`, also for gradients of
     another scale than one process has: see `audit_gradients`. For an auxiliary loss see `audit_aux_loss`. Every rank
     calls.
     """
@@ -59,7 +61,9 @@ def doctor(
         *(finding for name, layer in layers.items() for finding in _bad_rows(name, layer)),
     ]
     found = dict.fromkeys(_from_all_ranks(own))
-    idle = [set(part) for part in _gather([one for name in layers for one in _idle_router(model, name)])]
+    idle = [
+        set(part) for part in _gather([f for name, layer in layers.items() for f in _idle_router(model, name, layer)])
+    ]
     found |= dict.fromkeys(sorted(set.intersection(*idle), key=str))  # a rank without tokens has no gradient of its own
     for name, layer in layers.items():
         found |= dict.fromkeys(_copies(name, layer))
@@ -165,15 +169,18 @@ def _bad_rows(name: str, layer: ParallelExperts) -> list[Finding]:
     return found
 
 
-def _idle_router(model: nn.Module, name: str) -> list[Finding]:
-    """The router beside some experts, where backward gave it a gradient of zeros only."""
+def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Finding]:
+    """The router beside some experts, where backward gave it no gradient but rounding."""
     gate = getattr(model.get_submodule(name.rpartition(".")[0]), "gate", None)
     weight = getattr(gate, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.grad is None or bool(weight.grad.any()):
+    if not isinstance(weight, nn.Parameter) or weight.grad is None:
+        return []
+    beside = max((float(p.grad.abs().max()) for p in layer.parameters() if p.grad is not None), default=0.0)
+    if not float(weight.grad.abs().max()) <= _ROUNDING * beside:
         return []
     message = (
-        "its gradient is zero, so it learns nothing; with one expert a token whose weights add up to one that is so: "
-        "take two, or an auxiliary loss"
+        "its gradient is zero, so it learns nothing, which is so right after upcycling; with one expert a token, whose "
+        "weight is always one, it stays so: take two, or an auxiliary loss"
     )
     return [Finding("idle router", f"{name.rpartition('.')[0]}.gate", message)]
 

@@ -53,9 +53,7 @@ def from_spans(spans: Iterable[Span], *, rank: int, step: int = 0) -> list[Trace
             seen[key].clear()
         seen[key].add((s.link, s.op))
         name, mb = f"{s.op} {s.layer}".strip(), passes.get(key, 0)
-        events.append(
-            TraceEvent(rank=rank, lane=s.link, name=name, step=step, mb=mb, t0_ns=s.t0_ns, t1_ns=s.t1_ns)
-        )
+        events.append(TraceEvent(rank=rank, lane=s.link, name=name, step=step, mb=mb, t0_ns=s.t0_ns, t1_ns=s.t1_ns))
     return events
 
 

@@ -140,7 +140,7 @@ def test_routers_that_learn_nothing_are_found():
         assert [line.partition(":")[2].split(":")[0] for line in one] == [
             " model.layers.0.mlp.gate", " model.layers.1.mlp.gate",
         ]  # fmt: skip
-        assert "with one expert a token whose weights add up to one" in one[0]
+        assert "with one expert a token, whose weight is always one, it stays so" in one[0]
         assert other == one[1:]
         assert fine == [[]] * 4
 

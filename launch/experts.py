@@ -32,8 +32,8 @@ from moe.state import state_dict, to_global, to_local
 
 
 _IDLE = (
-    "Routers stay as they are made: with moe.top_k 1 the weight of a token's only expert is always one, so they get no "
-    "gradient; 2 trains them",
+    "Routers learn nothing: with moe.top_k 1 the weight of a token's only expert is always one, so their gradient is "
+    "zero; 2 trains them",
 )
 
 

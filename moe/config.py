@@ -17,8 +17,8 @@ class ExpertsConfig:
     num_experts: int | None = None
     """Make a mixture of so many experts of each MLP of a dense Llama or Qwen3 model; null trains the model as it is."""
     top_k: int = 2
-    """Experts of one token in a model made so; a model that has experts already keeps its own. With 1 routers stay as
-    they are made, for the weight of a token's only expert is always one."""
+    """Experts of one token in a model made so; a model that has experts already keeps its own. With 1 routers
+    learn nothing, for the weight of a token's only expert is always one."""
     ep: int | None = None
     """Ranks that divide the experts among them; null: 1 for a model made here, and a model with experts of its own
     keeps its layers as they are, whole on every rank."""

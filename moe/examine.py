@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.errors import MoeConfigError
@@ -61,9 +63,7 @@ def doctor(
         *(finding for name, layer in layers.items() for finding in _bad_rows(name, layer)),
     ]
     found = dict.fromkeys(_from_all_ranks(own))
-    idle = [
-        set(part) for part in _gather([f for name, layer in layers.items() for f in _idle_router(model, name, layer)])
-    ]
+    idle = _gather({finding for name, layer in layers.items() for finding in _idle_router(model, name, layer)})
     found |= dict.fromkeys(sorted(set.intersection(*idle), key=str))  # a rank without tokens has no gradient of its own
     for name, layer in layers.items():
         found |= dict.fromkeys(_copies(name, layer))
@@ -175,14 +175,19 @@ def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Fi
     weight = getattr(gate, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.grad is None:
         return []
-    beside = max((float(p.grad.abs().max()) for p in layer.parameters() if p.grad is not None), default=0.0)
-    if not float(weight.grad.abs().max()) <= _ROUNDING * beside:
+    grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    beside = max((_largest(p.grad) for p in layer.parameters() if p.grad is not None), default=0.0)
+    if not (isfinite(beside) and _largest(grad) <= _ROUNDING * beside):
         return []
     message = (
         "its gradient is zero, so it learns nothing, which is so right after upcycling; with one expert a token, whose "
         "weight is always one, it stays so: take two, or an auxiliary loss"
     )
     return [Finding("idle router", f"{name.rpartition('.')[0]}.gate", message)]
+
+
+def _largest(value: Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
 
 
 def _copies(name: str, layer: ParallelExperts) -> list[Finding]:

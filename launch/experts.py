@@ -30,7 +30,6 @@ from moe.parallel import ParallelExperts
 from moe.sliced import attach_reducer
 from moe.state import state_dict, to_global, to_local
 
-
 _IDLE = (
     "Routers learn nothing: with moe.top_k 1 the weight of a token's only expert is always one, so their gradient is "
     "zero; 2 trains them",

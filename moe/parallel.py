@@ -137,9 +137,14 @@ def _facts(blocks: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan], conf
     facts = {"settings": str(config)}
     for name, module in blocks.items():
         weights = [module.get_parameter(stack) for stack in INNER]
-        facts[f"experts of {name}"] = " and ".join(f"{list(w.shape)} of {w.dtype}" for w in weights)
+        facts[f"experts of {name}"] = " and ".join(map(_describe, weights))
         facts[f"plan of {name}"] = str(plans[name].schedule)
     return {"layers": ", ".join(blocks), **facts}
+
+
+def _describe(weight: nn.Parameter) -> str:
+    # A frozen one has another backward pass, in which another rank would wait for this one.
+    return f"{list(weight.shape)} of {weight.dtype}{'' if weight.requires_grad else ', frozen'}"
 
 
 def _check(

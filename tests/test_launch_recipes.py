@@ -16,7 +16,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 NEEDS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron"}
 SAID = {
     "deepspeed_zero": "ZeRO-2", "megatron_gpt": "GPTModel of",
-    "moe_quickstart": "2 layers of 4 experts over dp 1 x ep 2", "moe_upcycled": "layers of 2 experts over dp 1 x ep 2",
+    "moe_quickstart": "2 layers of 4 experts over dp 1 x ep 2", "moe_upcycled": "layers of 4 experts over dp 1 x ep 2",
     "pipeline_1f1b": "pipeline state_aware_1f1b of 2 ranks",
     "roundpipe": "pipeline roundpipe of 2 ranks",
 }  # fmt: skip

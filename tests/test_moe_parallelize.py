@@ -231,9 +231,11 @@ def differing(info):
         ("mixtral", {}, {"plan": PLAN}),
         ("mixtral", {}, {"config": MoeConfig(exchange="2d", node_ranks=2)}),
         ("mixtral", {}, {"plan": {"nowhere": PLAN}}),
+        ("frozen", {}, {}),
     ):
         odd = info.rank == len(said) % 4
-        model = tiny_moe(family, **(theirs if odd else {}))
+        model = tiny_moe("mixtral" if family == "frozen" else family, **(theirs if odd else {}))
+        model.requires_grad_(not odd or family != "frozen")
         before = {n: v.clone() for n, v in model.state_dict().items()}
         with pytest.raises(MoeConfigError) as caught:
             parallelize(model, mesh, ep="ep", dp="dp", **(options if odd else {}))
@@ -257,6 +259,7 @@ def test_ranks_with_other_models_plans_or_settings_all_hear_of_it():
         f"ranks 0 and 1 differ in plan of {name}: (2, 3, 'fifo', 1, 1, 0) and (1, 1, 'fifo', 1, 1, 0); give every",
         "ranks 0 and 1 differ in settings: MoeConfig(exchange='direct'",
         "on rank 2: there are plans for nowhere",
+        f"ranks 0 and 3 differ in experts of {name}: [4, 16, 16] of torch.float64 and [4, 16, 8] of torch.float64 and ",
     )
     for said, text in zip(every[0], texts, strict=True):
         assert said.startswith(text), said

@@ -5,8 +5,8 @@
 Two ranks of one thread train SmolLM2-135M's shape, as in `benchmarks.checkpoint --only blocked --window 1`; beside a
 step, a plain thread of each does one part of what a save has to do with the bytes of its half of the state: copy
 them into buffers, hash, write buffers past the page cache, all three, or hash and write memory where it lies, without a
-copy. Nothing of this library is in it. Parts take turns, round by round; what is lost is how much longer the slower
-rank's step is than the slower rank's step without a part beside it.
+copy. Nothing of this library is in those; a save of it is the last part. Parts take turns, round by round; what is lost
+is how much longer the slower rank's step is than the slower rank's step without a part beside it.
 """
 
 from __future__ import annotations

@@ -8,11 +8,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,16 @@ import xxhash
 
 from benchmarks.checkpoint_raw import PART_BYTES, warm_buffers
 from benchmarks.checkpoint_state import Work, smollm
+from checkpointing import Checkpointer, KeepLast
 
 RANKS = 2
 TOKENS = 128
 """Of a step and rank, as in `benchmarks.checkpoint --only blocked`."""
 SECTOR = 512
 Part = Callable[[int, int], object]
-PARTS = ("nothing", "copy", "hash", "write", "copy and hash", "copy, hash and write", "hash and write in place")
+PLAIN = ("nothing", "copy", "hash", "write", "copy and hash", "copy, hash and write", "hash and write in place")
+SAVE = "a save of this library"
+PARTS = (*PLAIN, SAVE)
 
 
 def parts(source: torch.Tensor, fd: int) -> dict[str, Part]:
@@ -58,7 +64,7 @@ def parts(source: torch.Tensor, fd: int) -> dict[str, Part]:
         hash_(i, at)
         os.pwrite(fd, memory[at + skew : at + skew + PART_BYTES], at)
 
-    return dict(zip(PARTS, (lambda i, at: None, copy, hash_, write, copied, everything, in_place), strict=True))
+    return dict(zip(PLAIN, (lambda i, at: None, copy, hash_, write, copied, everything, in_place), strict=True))
 
 
 def step_beside(part: Part, num_bytes: int, work: Work) -> float:
@@ -73,6 +79,20 @@ def step_beside(part: Part, num_bytes: int, work: Work) -> float:
     return time.perf_counter() - began
 
 
+def step_beside_save(saves: Checkpointer, numbers: Iterator[int], work: Work) -> float:
+    """Return the seconds of a training step at whose beginning a save begins."""
+    began = time.perf_counter()
+    handle = saves.save(next(numbers), work)
+    work.step(saves.fence)
+    took = time.perf_counter() - began
+    folder = handle.wait(300)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+        os.sync()
+    return took
+
+
 def measure(rank: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """Run every part in turn, round by round; return how long this rank's steps beside them were."""
     work = smollm(rank, RANKS, tokens=TOKENS)
@@ -82,12 +102,16 @@ def measure(rank: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
     fd = os.open(folder / f"bytes-{rank}", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
     try:
         os.posix_fallocate(fd, 0, num_bytes)
-        for round_ in range(-1, rounds):  # one to warm up
-            for name, part in parts(source, fd).items():
+        saves = Checkpointer(folder / "run", keep=KeepLast(1000))
+        steps = {name: partial(step_beside, part, num_bytes, work) for name, part in parts(source, fd).items()}
+        steps[SAVE] = partial(step_beside_save, saves, count(1), work)
+        for round_ in range(-2, rounds):  # two to warm up: before the first step a save does not know the optimizer
+            for name in PARTS:
                 dist.barrier()
-                step_s = step_beside(part, num_bytes, work)
+                step_s = steps[name]()
                 row = {"rank": rank, "round": round_, "part": name, "step_s": step_s, "num_bytes": num_bytes}
                 rows += [row] if round_ >= 0 else []
+        saves.close()
     finally:
         os.close(fd)
     return rows

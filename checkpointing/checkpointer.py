@@ -156,9 +156,9 @@ class Checkpointer:
         self._check_open(what)
         self._engine.idle()  # the saves before this call, as on every other rank
         self._control.begin(what)
-        torn = Torn()
+        torn, ring = Torn(), self._engine.ring
         try:
-            info = restore(self._control, self._exchange, self._folder, self._committer, what, state, step, torn)
+            info = restore(self._control, self._exchange, self._folder, self._committer, what, state, step, torn, ring)
         except BaseException as error:
             if torn.names:
                 self._engine.torn = f"{what} failed in the middle: {str(error).partition(chr(10))[0]}"

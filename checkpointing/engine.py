@@ -33,15 +33,15 @@ class Engine:
         self._control, self._config, self._committer = control, config, committer
         owners, arena_bytes = Owners(), config.staging_bytes // 4
         self._snapshots = Snapshotter(owners, arena_bytes, check=config.check)
-        self._ring = SlabRing(config.staging_bytes - arena_bytes)
+        self.ring = SlabRing(config.staging_bytes - arena_bytes)
         self.pool = FlushPool(
             folder.storage,
-            self._ring,
+            self.ring,
             calm=config.flush_threads,
             hurried=config.hurried_threads,
             max_bytes_per_s=config.max_bytes_per_s,
         )
-        self._saver = Saver(control, folder, committer, config, self._ring, self.pool)
+        self._saver = Saver(control, folder, committer, config, self.ring, self.pool)
         self._jobs: queue.SimpleQueue[SaveJob | None] = queue.SimpleQueue()
         self._open: list[SaveJob] = []  # not over, chores behind them included; the oldest first
         self._changed = threading.Condition()
@@ -144,7 +144,7 @@ class Engine:
         self.pool.close()
         self._control.close()
         self._snapshots.forget()
-        self._ring.close()
+        self.ring.close()
 
     def _apply_policy(self, job: SaveJob) -> None:
         """Raise PassedOverError when this save is skipped; give up the one before when this one replaces it."""

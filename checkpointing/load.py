@@ -12,10 +12,9 @@ from checkpointing.errors import IntegrityError
 from checkpointing.exchange import Exchange
 from checkpointing.folder import Folder
 from checkpointing.memory import fresh
-from checkpointing.reading import Fill, read_fills
+from checkpointing.reading import Fill, fit_slabs, read_fills
 from checkpointing.records import Manifest, TensorEntry
 from checkpointing.reshard import (
-    RUN_BYTES,
     Box,
     LoadPlan,
     Task,
@@ -26,6 +25,7 @@ from checkpointing.reshard import (
     plan_load,
     whole,
 )
+from checkpointing.slabs import SlabRing
 from checkpointing.targets import LEAST_BYTES
 from checkpointing.torch_dtypes import DTYPES
 from checkpointing.verify import check_head
@@ -113,7 +113,7 @@ def buffers_for(plan: LoadPlan, rank: int, live: Mapping[int, torch.Tensor] | No
 
 def live_entries(manifest: Manifest, wants: Wants, targets: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Return the live tensor of each entry, by id, that is saved as it is wanted and as a live tensor is."""
-    if manifest.piece_bytes > RUN_BYTES:  # of format 1 a piece is a tensor, and known to be right at its end
+    if not fit_slabs(manifest.piece_bytes):
         return {}
     found = {}
     for entry in manifest.tensors:
@@ -126,15 +126,21 @@ def live_entries(manifest: Manifest, wants: Wants, targets: Mapping[str, torch.T
 
 
 def read_part(
-    folder: Folder, manifest: Manifest, plan: LoadPlan, rank: int, buffers: Buffers, alive: Callable[[], None]
+    folder: Folder,
+    manifest: Manifest,
+    plan: LoadPlan,
+    rank: int,
+    buffers: Buffers,
+    alive: Callable[[], None],
+    ring: SlabRing | None = None,
 ) -> None:
     """Read and verify what the plan gives to this rank. Raises IntegrityError naming file and tensor.
 
-    A rank that reads the first bytes of a file verifies its header, too.
+    A rank that reads the first bytes of a file verifies its header, too. Live memory is filled by way of `ring`.
     """
     heads = {file for file, reader in first_readers(plan).items() if reader == rank}
     place = folder.at(manifest.step)
-    read_fills(folder.storage, place, manifest.piece_bytes, buffers.fills(rank), alive)
+    read_fills(folder.storage, place, manifest.piece_bytes, buffers.fills(rank), alive, ring)
     # Last: format 1 has one hash for header and tensors together, and then a tensor is the better name.
     _check_heads(folder, manifest, heads)
 
@@ -231,7 +237,7 @@ def load_into(
 
 def is_live(manifest: Manifest, tensor: torch.Tensor) -> bool:
     """Return whether a tensor that is filled where it lies is worth a buffer that its bytes are verified in first."""
-    return manifest.piece_bytes <= RUN_BYTES and tensor.nbytes >= LEAST_BYTES
+    return fit_slabs(manifest.piece_bytes) and tensor.nbytes >= LEAST_BYTES
 
 
 def _check_heads(folder: Folder, manifest: Manifest, files: set[str]) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from queue import SimpleQueue
+from threading import TIMEOUT_MAX
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from checkpointing.errors import IntegrityError
-from checkpointing.memory import fresh
-from checkpointing.pieces import piece_ranges
+from checkpointing.pieces import PIECE_BYTES, piece_ranges
 from checkpointing.records import TensorEntry
 from checkpointing.reshard import RUN_BYTES
+from checkpointing.slabs import SlabRing
 from checkpointing.storage.local import LocalStorage
 
 THREADS = 32
@@ -35,8 +35,8 @@ class Fill(NamedTuple):
     entries: Sequence[TensorEntry]
     memory: memoryview
     live: bool = False
-    """Whether the memory is in use: then only verified bytes go there, through a buffer. Of one entry of any size, in
-    pieces of at most RUN_BYTES."""
+    """Whether the memory is in use: then only verified bytes go there, through a slab. Of one entry of any size, in
+    pieces that `fit_slabs`."""
 
 
 class _Part(NamedTuple):
@@ -50,21 +50,31 @@ class _Part(NamedTuple):
     live: bool
 
 
+def fit_slabs(piece_bytes: int) -> bool:
+    """Return whether a piece fits a slab together with the rest of its first and last page.
+
+    Pieces begin and end at multiples of `piece_bytes` of the file, or within. Of format 1 a piece is a whole tensor.
+    """
+    return piece_bytes <= PIECE_BYTES and piece_bytes % _PAGE == 0
+
+
 def read_fills(
-    storage: LocalStorage, folder: Path, piece_bytes: int, fills: Sequence[Fill], alive: Callable[[], None]
+    storage: LocalStorage,
+    folder: Path,
+    piece_bytes: int,
+    fills: Sequence[Fill],
+    alive: Callable[[], None],
+    ring: SlabRing | None = None,
 ) -> None:
     """Fill all memory and verify it. Raises IntegrityError naming file, tensor and piece; some memory is changed then,
     live one by verified pieces.
 
-    `alive` is called now and then, from this thread only.
+    `alive` is called now and then, from this thread only. Slabs come from `ring`, which nobody else may hold for long.
     """
     by_file: dict[str, list[Fill]] = {}
     for fill in fills:
         by_file.setdefault(fill.entries[0].file, []).append(fill)
-    opened, slabs = list[_Files](), SimpleQueue[memoryview]()
-    num_live = sum(-(-len(fill.memory) // piece_bytes) for fill in fills if fill.live)
-    for _ in range(min(THREADS, num_live)):
-        slabs.put(fresh(RUN_BYTES + 2 * _PAGE).numpy().data)
+    opened, slabs = list[_Files](), ring or SlabRing(THREADS * PIECE_BYTES)
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read")
     try:
         jobs = []
@@ -167,9 +177,7 @@ def _is_small(part: _Part) -> bool:
     return part.end - part.begin < _DIRECT_BYTES
 
 
-def _read_run(
-    files: _Files, where: str, run: Sequence[_Part], piece_bytes: int, slabs: SimpleQueue[memoryview]
-) -> None:
+def _read_run(files: _Files, where: str, run: Sequence[_Part], piece_bytes: int, slabs: SlabRing) -> None:
     first, last = run[0], run[-1]
     try:
         if len(run) == 1 and len(first.entries) == 1:
@@ -217,14 +225,15 @@ def _read_one(files: _Files, part: _Part) -> tuple[int, str]:
     return filled, own.hexdigest()
 
 
-def _read_verified(files: _Files, part: _Part, slabs: SimpleQueue[memoryview]) -> tuple[int, str]:
-    """Read into a slab, and from there into the memory if it is what was saved. There is a slab for every thread."""
-    slab = slabs.get()
+def _read_verified(files: _Files, part: _Part, slabs: SlabRing) -> tuple[int, str]:
+    """Read into a slab, and from there into the memory if it is what was saved."""
+    slab = slabs.acquire(TIMEOUT_MAX)  # other threads of this read give theirs back
+    assert slab is not None
     try:
-        memory, filled = files.read_around(slab, part.begin, len(part.memory))
+        memory, filled = files.read_around(slab.view, part.begin, len(part.memory))
         found = xxhash.xxh3_64_hexdigest(memory)
         if filled == len(memory) and found == part.entries[0].hashes[part.piece]:
             np.copyto(np.frombuffer(part.memory, dtype=np.uint8), np.frombuffer(memory, dtype=np.uint8))
     finally:
-        slabs.put(slab)
+        slabs.release(slab)
     return filled, found

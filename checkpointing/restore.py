@@ -27,6 +27,7 @@ from checkpointing.load import Buffers, assemble, buffers_for, hand_over, live_e
 from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
+from checkpointing.slabs import SlabRing
 from checkpointing.state import State, parts_of, under
 from checkpointing.targets import targets_of
 from checkpointing.wants import Live, Need, given, live_of, live_state, need_of, shards_of
@@ -51,8 +52,12 @@ def restore(
     state: State,
     step: int | None,
     torn: Torn,
+    ring: SlabRing,
 ) -> RestoreInfo | None:
-    """Restore `state`; every rank must call. `committer` learns on rank 0 what did not verify, or was gone back to."""
+    """Restore `state`; every rank must call. `committer` learns on rank 0 what did not verify, or was gone back to.
+
+    Slabs come from `ring`, which no save may be using.
+    """
     chooser = Chooser(control, folder, committer, step)
     parts: dict[str, Stateful] = {}
     shards: dict[str, DTensor] = {}
@@ -75,7 +80,8 @@ def restore(
     lives = [different[index] for index in answer["ranks"]]
     while True:
         attempt = _Attempt(folder, answer["step"], answer["identity"], lives, control.rank, chooser.seen, targets, torn)
-        answer = run_round(control, what, f"read {answer['step']}", partial(attempt.read, control), chooser.judge)
+        read = partial(attempt.read, control, ring)
+        answer = run_round(control, what, f"read {answer['step']}", read, chooser.judge)
         if answer["right"]:
             break
     named: dict[str, Any] = {}
@@ -117,7 +123,7 @@ class _Attempt:
         self._targets, self._torn = targets, torn
         self._plan, self._buffers, self._needs = LoadPlan(()), Buffers(()), ()
 
-    def read(self, control: Control) -> dict[str, Any]:
+    def read(self, control: Control, ring: SlabRing) -> dict[str, Any]:
         """Read and verify this rank's part. Returns {} or what is wrong with the bytes."""
         found = self.found
         if found is None or (found.step, identity_of(found)) != (self._step, self._identity):
@@ -137,7 +143,7 @@ class _Attempt:
             live = live_entries(found, self._needs[self._rank].boxes, self._targets)
             self._buffers = buffers_for(self._plan, self._rank, live)
             self._torn.names |= self._buffers.live_names
-            read_part(self._folder, found, self._plan, self._rank, self._buffers, control.alive)
+            read_part(self._folder, found, self._plan, self._rank, self._buffers, control.alive, ring)
         except IntegrityError as error:
             return {"bad": str(error), "damaged": is_damage(error)}
         return {}

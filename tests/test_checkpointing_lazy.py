@@ -135,7 +135,7 @@ def test_the_fence_waits_while_slabs_are_short(tmp_path, gate):
 def test_memory_stays_in_its_budget(tmp_path):
     with Checkpointer(tmp_path, **SETTINGS) as ckpt:
         ckpt.save(1, {"run": Flat({"a": torch.randn(16 * PIECE_BYTES // 4)})}).wait()
-        ring = ckpt._engine._ring
+        ring = ckpt._engine.ring
         # Fewer where the disk was faster than the copies.
         assert 0 < ring._mapped <= ring.num_slabs == 24 * 2**20 // PIECE_BYTES
         assert len(ring._free) == ring._mapped

@@ -22,8 +22,8 @@ finetune: .venv/.run $(NEEDS_$(RECIPE))   ## fine-tune by recipes/$(RECIPE).yaml
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --shutdown-timeout 300 -m launch.finetune \
 	    --config recipes/$(RECIPE).yaml $(if $(filter 1 true yes,$(FRESH)),--fresh true)
 
-test: .venv/.dev       ## the tests that gate every commit
-	$(BIN)/python -m pytest
+test: .venv/.dev       ## the tests that gate every commit, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/.dev   ## the slow and soak ones too
 	$(BIN)/python -m pytest -m "slow or soak or not slow"

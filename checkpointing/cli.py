@@ -257,7 +257,7 @@ def _source(text: str) -> Any:
     opened = open_source(path if "://" in path else Path(path), step=step)
     if opened.kind == "longrail":
         folder, named = _folder(text)
-        if named is None:
+        if named is None and opened.step is not None:
             _say_passed_over(folder, opened.step)
     return opened
 

@@ -114,7 +114,7 @@ def tune(
     if longest < 2 or min(chunk_tokens) < 1 or min(retain) < 1:
         raise ChunkflowError("longest must be at least 2, every chunk_tokens and retain at least 1")
     grid = cases(chunk_tokens, retain)
-    run = _Runs(model, dtype, progress, to_come=sum(tokens for *_, tokens in grid) + longest)
+    run = _Runs(model, dtype, longest, progress, to_come=sum(tokens for *_, tokens in grid) + longest)
     answer = run(grid)
     rows = tuple(Measured(**row) for row in answer["rows"])
     cost = CostFit().solve(np.array(answer["sums"]))
@@ -159,15 +159,17 @@ def tune(
 class _Runs:
     """Measures grids one after another, and says how many tokens of all are trained."""
 
-    def __init__(self, model: str, dtype: str, progress: Callable[[int, int], None] | None, *, to_come: int) -> None:
-        self._model, self._dtype, self._progress = model, dtype, progress
+    def __init__(
+        self, model: str, dtype: str, longest: int, progress: Callable[[int, int], None] | None, *, to_come: int
+    ) -> None:
+        self._model, self._dtype, self._longest, self._progress = model, dtype, longest, progress
         self._done, self._to_come = 0, to_come
 
     def __call__(self, grid: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         tokens = sum(tokens for *_, tokens in grid)
         self._to_come = max(self._to_come, self._done + tokens)
         self._tell(0)
-        found = measured(self._model, self._dtype, grid, self._tell)
+        found = measured(self._model, self._dtype, grid, self._tell, longest=self._longest)
         self._done += tokens
         self._tell(0)
         return found

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from chunkflow.collate import collate
 from chunkflow.config import PlannerConfig
 from chunkflow.engine import WholeParameters
+from chunkflow.errors import ChunkflowError
 from chunkflow.fit import CostFit
 from chunkflow.memory import fix_mmap_threshold, peak_resident_bytes, reset_peak, resident_bytes
 from chunkflow.model_open import open_model
@@ -36,15 +37,19 @@ MMAP_THRESHOLD_BYTES = 64 * 1024
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Train one sequence for each case [chunk_tokens, retain, tokens] of `request`; return peaks, times and sums."""
+    """Train one sequence for each case [chunk_tokens, retain, tokens] of `request`; return peaks, times and sums.
+
+    Sequences are cut to the positions that the model has learned. Raises ChunkflowError when `longest` has more.
+    """
     fix_mmap_threshold(MMAP_THRESHOLD_BYTES)
     model = open_model(request["model"], dtype=getattr(torch, request["dtype"]))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
-    fit, cases = _Followed(), [tuple(case) for case in request["cases"]]
+    limit = _most_tokens(model, request["longest"])
+    fit, cases = _Followed(), [(size, kept, min(tokens, limit)) for size, kept, tokens in request["cases"]]
     smallest = min(chunk_tokens for chunk_tokens, *_ in cases)
     for tokens in (smallest, 2 * smallest, 2 * smallest):
-        _train(model, smallest, 1, tokens, None)
+        _train(model, smallest, 1, min(tokens, limit), None)
     base, rows = _now(device), []
     for chunk_tokens, retain, tokens in cases:
         _reset(device)
@@ -55,6 +60,14 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         rows.append({**row, "peak_bytes": _peak(device) - base})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"base_bytes": base, "trained_parameters": trained, "rows": rows, "sums": fit.sums.tolist()}
+
+
+def _most_tokens(model: PreTrainedModel, longest: int) -> int:
+    """Return how long a sequence may be. Raises ChunkflowError when the model has not learned so many positions."""
+    positions = ChunkRunner(model, retain=1, group=SINGLE).num_positions
+    if positions is not None and longest > positions:
+        raise ChunkflowError(f"longest is {longest}, and the model has learned positions for {positions}")
+    return sys.maxsize if positions is None else positions
 
 
 class _Followed(CostFit):

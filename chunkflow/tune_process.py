@@ -20,13 +20,13 @@ _POLL_S = 0.2
 
 
 def measured(
-    model: str, dtype: str, grid: Sequence[tuple[int, int, int]], told: Callable[[int], None]
+    model: str, dtype: str, grid: Sequence[tuple[int, int, int]], told: Callable[[int], None], *, longest: int
 ) -> dict[str, Any]:
     """Return what `tune_case.measure` finds for (chunk_tokens, retain, tokens); `told` is given the tokens trained.
 
-    Raises ChunkflowError when it fails, or takes longer than an hour.
+    `longest` is what all of it is for. Raises ChunkflowError when it fails, or takes longer than an hour.
     """
-    request = json.dumps({"model": model, "dtype": dtype, "cases": grid})
+    request = json.dumps({"model": model, "dtype": dtype, "cases": grid, "longest": longest})
     with TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         with out.open("wb") as stdout, err.open("wb") as stderr:
@@ -39,7 +39,9 @@ def measured(
             process.wait()
         if process.returncode != 0:
             last = err.read_text(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            raise ChunkflowError(f"measuring {list(grid)} failed: {last[0]}")
+            raise ChunkflowError(
+                f"measuring {list(grid)} failed: {last[0].removeprefix('chunkflow.errors.ChunkflowError: ')}"
+            )
         return json.loads(out.read_text().splitlines()[-1])
 
 

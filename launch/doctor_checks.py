@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -33,6 +34,8 @@ OPTIONAL = {
 """Distributions that some features need, and what is imported of them."""
 EXTRAS = {"megatron-core": "megatron", "obstore": "s3", "gguf": "demo"}
 """The extra of longrail that brings a distribution, where it is not called like it."""
+BUILD_S = 600
+"""Longer than an extension takes to build."""
 FREE_BYTES, SHM_BYTES = 5 * 2**30, 64 * 2**20
 MIN_PYTHON, MIN_TORCH = (3, 11), (2, 13)
 Status = Literal["ok", "note", "failed"]
@@ -68,6 +71,7 @@ def host_checks(folder: Path) -> Iterator[Check]:
     yield _open_files()
     for name, module in OPTIONAL.items():
         yield optional_package(name, module)
+    yield build_locks(_extensions_folder())
     yield _smollm2()
 
 
@@ -90,6 +94,23 @@ def needed_package(name: str) -> Check:
         needed = ".".join(map(str, MIN_TORCH))
         return Check(name=name, status="failed", found=version, advice=f"pip install 'torch>={needed}'")
     return passed(name, version)
+
+
+def _extensions_folder() -> Path:
+    """Return where torch builds extensions, DeepSpeed's among them."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+
+
+def build_locks(folder: Path) -> Check:
+    """Check that no build of an extension was killed: who needs it next waits for its lock, for ever and silently."""
+    now = time.time()
+    left = [path for path in sorted(folder.glob("**/lock")) if now - path.stat().st_mtime > BUILD_S]
+    if not left:
+        return passed("extensions", "no lock is left of a build that was killed")
+    found = f"{left[0]} is {(now - left[0].stat().st_mtime) / 60:.0f} minutes old"
+    advice = "if no compiler runs, remove it: whoever needs that extension (DeepSpeed) waits for it without a word"
+    return Check(name="extensions", status="note", found=found, advice=advice)
 
 
 def optional_package(name: str, module: str) -> Check:

@@ -7,6 +7,7 @@ import pytest
 from chunkflow.errors import ChunkflowError
 from chunkflow.fit import CostModel, OpTime
 from chunkflow.tune import Measured, anchored_peak, cases, fit_memory, peak, propose, seconds, tune
+from chunkflow.tune_process import measured
 
 MEMORY = (3e6, 900.0, 5000.0, 2000.0)
 COST = CostModel(OpTime(1e-3, 2e-6, 1e-10, 0.0, 9), OpTime(2e-3, 5e-6, 2e-10, 0.0, 9))
@@ -78,6 +79,17 @@ def test_what_cannot_be_measured(tmp_path):
         tune(str(tmp_path / "absent"), cap_bytes=1, longest=64, chunk_tokens=[16], retain=[1])
     with pytest.raises(ChunkflowError, match="dtype is 'int8'"):
         tune("x", cap_bytes=1, longest=64, chunk_tokens=[16], retain=[1], dtype="int8")
+
+
+def test_learned_positions_bound_what_is_measured(tmp_path):
+    config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = str(tmp_path / "config.json")
+    told = "measuring .* failed: longest is 41, and the model has learned positions for 40"
+    with pytest.raises(ChunkflowError, match=told):
+        tune(model, cap_bytes=1 << 30, longest=41, chunk_tokens=[16], retain=[1])
+    rows = measured(model, "float32", cases([16], [1]), lambda _: None, longest=40)["rows"]
+    assert [row["tokens"] for row in rows] == [40, 40, 40]  # of 48, 256 and 128
 
 
 def test_a_fit_without_time_a_token_names_no_pair_cost():

@@ -1,12 +1,22 @@
 """The doctor on a healthy machine, for real, and each illness made on purpose."""
 
 import json
+import os
 import sys
 
 import pytest
 
 from launch import doctor, doctor_checks, doctor_ranks
-from launch.doctor_checks import Check, disk_space, needed_package, optional_package, passed, shared_memory, worst
+from launch.doctor_checks import (
+    Check,
+    build_locks,
+    disk_space,
+    needed_package,
+    optional_package,
+    passed,
+    shared_memory,
+    worst,
+)
 from launch.doctor_ranks import self_test
 
 pytestmark = pytest.mark.timeout(240)
@@ -85,6 +95,17 @@ def test_no_room(tmp_path):
 def started(monkeypatch, code):
     """Let the ranks run other code."""
     monkeypatch.setattr(doctor_ranks, "_command", lambda *_: [sys.executable, "-c", code])
+
+
+def test_a_lock_that_a_killed_build_left(tmp_path):
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    assert build_locks(tmp_path / "absent").status == "ok"
+    lock.touch()
+    assert build_locks(tmp_path).status == "ok"  # one that is building
+    os.utime(lock, (0, 0))
+    left = build_locks(tmp_path)
+    assert (left.status, left.found.startswith(f"{lock} is ")) == ("note", True)
 
 
 def test_a_rank_that_fails_is_named(monkeypatch):

@@ -72,6 +72,7 @@ def _run(header: dict[str, Any], task: bytes) -> Any:
         # Longer than the driver waits, so that a stuck rank is shown with its stack and not as gloo's timeout.
         timeout=timedelta(seconds=2 * header["timeout_s"] + 10),
     )
+    dist.barrier()  # or a task that talks to nobody would end, and its rank hang up on one that is still connecting
     fn, args = pickle.loads(task)
     return fn(RankInfo(header["rank"], header["world_size"]), *args)
 

@@ -24,7 +24,7 @@ class CheckpointConfig:
     """What a save does while the one before is not durable: `wait` for it before the next optimizer step, `skip`
     itself, or `replace` the one before, which is given up."""
     staging_bytes: int = 256 * 2**20
-    """Host memory of the engine: buffers for bytes on their way to the disk, and a quarter for small tensors."""
+    """Host memory of the engine: buffers for bytes on their way to the disk or from it, a quarter for small tensors."""
     flush_threads: int = 2
     """Writing threads while training; up to `hurried_threads` when someone waits for them."""
     hurried_threads: int = 8

@@ -5,10 +5,10 @@ Neighbours in a file are read by one `preadv`. Nothing here decides what is read
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from threading import TIMEOUT_MAX
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ THREADS = 32
 """Many, as one that hashes or copies does not read: with 8 a disk of 3 GB/s gave 0.7 of that."""
 _MAX_VECTORS = 1000  # IOV_MAX is 1024
 _PAGE = 4096
+_PATIENCE_S = 600.0
 _DIRECT_BYTES = 256 * 2**10
 """From here on a read past the page cache is worth a call of its own."""
 
@@ -227,8 +228,9 @@ def _read_one(files: _Files, part: _Part) -> tuple[int, str]:
 
 def _read_verified(files: _Files, part: _Part, slabs: SlabRing) -> tuple[int, str]:
     """Read into a slab, and from there into the memory if it is what was saved."""
-    slab = slabs.acquire(TIMEOUT_MAX)  # other threads of this read give theirs back
-    assert slab is not None
+    slab = slabs.acquire(_PATIENCE_S)  # other threads of this read give theirs back; a hung write never does
+    if slab is None:
+        raise OSError(errno.ETIMEDOUT, f"no buffer came free for {_PATIENCE_S:g} s: a write before has not ended")
     try:
         memory, filled = files.read_around(slab.view, part.begin, len(part.memory))
         found = xxhash.xxh3_64_hexdigest(memory)

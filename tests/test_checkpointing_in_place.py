@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from checkpointing import SINGLE, Checkpointer, KeepLast
+from checkpointing import SINGLE, Checkpointer, KeepLast, reading
 from checkpointing.errors import IntegrityError, StateError
 from checkpointing.targets import LEAST_BYTES, targets_of
 from tests.flat_states import Flat
@@ -57,6 +57,25 @@ def test_large_tensors_are_filled_where_they_lie(tmp_path, cached):
     assert equal(live.loaded, state(1))
     assert {name for name in before if live.loaded[name].data_ptr() == before[name]} == {"a", "b", "d"}
     assert equal({"c": live.state["c"]}, {"c": state(2)["c"]})  # a small one is the state's to take
+
+
+def test_buffers_that_never_come_free_end_the_read(tmp_path, monkeypatch):
+    save(tmp_path, s1=state(1))
+    monkeypatch.setattr(reading, "_PATIENCE_S", 0.05)
+    with Checkpointer(tmp_path, group=SINGLE, staging_bytes=4 * PIECE) as ckpt:
+        ring = ckpt._engine.ring
+        held = [ring.acquire(0.0) for _ in range(ring.num_slabs)]  # as by writes that hang
+        with pytest.raises(IntegrityError, match=r"no buffer came free for 0\.05 s"):
+            ckpt.restore(Flat(state(2)))
+        for slab in held:
+            ring.release(slab)
+        assert equal(restored(ckpt), state(1))
+
+
+def restored(ckpt):
+    live = Flat(state(2))
+    ckpt.restore(live)
+    return live.loaded
 
 
 def test_another_shape_dtype_or_place_gets_memory_of_its_own(tmp_path):

@@ -170,6 +170,11 @@ def checked_messages(name: str, field: str, messages: Any) -> list[Mapping[str, 
             )
         if isinstance(message.get("content"), int | float):
             raise SourceError(f"{name}: the content of message {number} of {field!r} is a number; it must be a string")
+        if message.get("weight") not in (None, 1):  # trained all the same, it would be what the data says not to do
+            raise SourceError(
+                f"{name}: message {number} of {field!r} has the weight {_shown(message['weight'])}, and every message "
+                "of an assistant is trained alike; leave the record out, or give input_ids and labels"
+            )
     # Arrow fills in the keys that a message does not have.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

@@ -65,7 +65,7 @@ class Part(Protocol):
         ...
 
 
-def bare(model: nn.Module) -> nn.Module:
+def _bare(model: nn.Module) -> nn.Module:
     """Return the model inside of DistributedDataParallel and `torch.compile`, which put a name before its own."""
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -119,7 +119,7 @@ class TrainState:
         self.step = 0
         self.notes: tuple[str, ...] = ()
         """What the last load_state_dict could not restore, in words."""
-        model = bare(model)
+        model = _bare(model)
         self._model, self._parts, self._spread = model, dict(parts or {}), spread
         self._loader: Position = _Nowhere() if loader is None else loader
         self._rank, self._world_size = resolve_place(rank, world_size)

@@ -177,6 +177,10 @@ def test_another_chat_template_is_another_data_set(tmp_path):
         ({"messages": "hi"}, r"x\.jsonl:1: 'messages' is 'hi'; it must be a list of messages"),
         ({"messages": []}, r"x\.jsonl:1: 'messages' is \[\]"),
         ({"messages": [{"role": "user", "content": 5}]}, r"x\.jsonl:1: the content of message 0 of .* is a number"),
+        (
+            {"messages": [*TALK, {"role": "assistant", "content": "no", "weight": 0}]},
+            r"x\.jsonl:1: message \d of 'messages' has the weight 0, and every message of an assistant is trained",
+        ),
         ({"messages": [{"role": "assistant", "content": "hi"}, *TALK]}, r"x\.jsonl:1: the assistant speaks first"),
         (
             {"messages": [{"role": "user", "content": None}]},

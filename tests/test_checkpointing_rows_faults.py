@@ -45,15 +45,20 @@ def test_crashes_while_rows_are_referred_to(tmp_path, monkeypatch):
 
 class Job(nth.Job):
     def state(self):
-        return super().state() | {"table": table(self.step, 1024)}
+        return super().state() | {"table": table(self.step, 1024).roll(250, 0)}
 
 
 @pytest.mark.parametrize(
-    ("fault", "once"), [(errno.ENOSPC, False), pytest.param(errno.EIO, True, marks=pytest.mark.slow)]
+    ("fault", "once", "every"),
+    [
+        (errno.ENOSPC, False, 6),
+        pytest.param(errno.ENOSPC, False, 1, marks=pytest.mark.slow),
+        pytest.param(errno.EIO, True, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_the_nth_system_call_fails_while_rows_are_referred_to(monkeypatch, fault, once):
+def test_the_nth_system_call_fails_while_rows_are_referred_to(monkeypatch, fault, once, every):
     before, settings = nth.expected, {"incremental": True}
-    monkeypatch.setattr(nth, "expected", lambda step: before(step) | {"table": table(step, 1024)})
+    monkeypatch.setattr(nth, "expected", lambda step: before(step) | {"table": table(step, 1024).roll(250, 0)})
     monkeypatch.setattr(nth, "Job", Job)
 
     def make(patch, path, at):
@@ -62,5 +67,5 @@ def test_the_nth_system_call_fails_while_rows_are_referred_to(monkeypatch, fault
     with tempfile.TemporaryDirectory(dir=crash.shm()) as place:
         nth.train_and_save(nth.template(Path(place) / "one"), settings)
         assert len(files_of_table(Path(place) / "one" / "step-4")) > 1
-        counts = nth.sweep(Path(place), make, settings, os.strerror(fault))
+        counts = nth.sweep(Path(place), make, settings, os.strerror(fault), every=every)
     assert counts["aborted"] > 5

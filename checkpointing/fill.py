@@ -32,7 +32,7 @@ class _Member:
 
     names: tuple[str, ...]
     part: Part | None = None
-    """What the one is a part of, or all of; None of objects."""
+    """The one tensor, or part of it; None of objects."""
     small: bool = False
     in_place: bool = False
     """Whether the small ones lie in the arena as they lie in the file."""
@@ -44,8 +44,8 @@ class Filling:
 
     layout: DataLayout
     structure: Structure
-    parts: Sequence[Part]
-    """Of the specs of the layout; none when all are whole tensors."""
+    parts: Mapping[str, Part]
+    """By their name in the file; none when all are whole tensors."""
     slices: str
     members: list[_Member]
     extents: list[Extent]
@@ -139,12 +139,12 @@ def fill_plan(placed: DataLayout, structure: Structure, parts: Sequence[Part] = 
         held = list(found)
         names = tuple(spec.name for spec, _ in held)
         cuts = tuple(end for _, (_, end) in held[:-1])
-        part = part_of.get(names[0]) if key[0] == 0 else None
-        urgent = (part.held.name if part else names[0]) in structure.urgent
+        part = part_of.get(names[0]) or Part(held[0][0], held[0][0], 0)
+        urgent = part.held.name in structure.urgent
         extents.append(Extent(len(members), held[0][1][0], held[-1][1][1], urgent, cuts))
         in_place = key[0] != 0 and all(small[a][1] == small[b][0] for a, b in pairwise(names))
         members.append(_Member(names, part, key[0] != 0, in_place))
     members += [_Member((spec.name,)) for spec in placed.specs[len(placed.ranges) :]]
     tail_at = max(placed.head_bytes, placed.end - placed.end % PIECE_BYTES)
     bulk = plan_blocks(extents, placed.head_bytes, tail_at)
-    return Filling(placed, structure, parts, slices_text(placed.specs), members, extents, tail_at, bulk, {})
+    return Filling(placed, structure, part_of, slices_text(placed.specs), members, extents, tail_at, bulk, {})

@@ -169,8 +169,8 @@ def after_save(
 ) -> LastSave:
     """Return what the next save may refer to.
 
-    `written` are parts with where they begin in the file, the hashes of their pieces, and marks where there are finer
-    ones.
+    `written` are the parts of tensors with probes: where they begin in the file, the hashes of their pieces, and marks
+    where there are finer ones.
     """
     runs, marks, specs = defaultdict[str, list[Kept]](list), defaultdict[str, list[Mark]](list), dict[str, TensorSpec]()
     for name, kept in looked.kept.items():
@@ -179,12 +179,10 @@ def after_save(
         runs[name] += kept
         marks[name] += looked.marks[name]
     for part, at, hashes, fine in written:
-        name = part.held.name
-        if name in looked.probes:
-            run = Kept(part.at, part.at + part.spec.num_bytes, link, at, hashes)
-            specs[name] = part.held
-            runs[name].append(run)
-            marks[name] += fine or pieces_of(run.begin, run.end, run.at, hashes)
+        name, run = part.held.name, Kept(part.at, part.at + part.spec.num_bytes, link, at, hashes)
+        specs[name] = part.held
+        runs[name].append(run)
+        marks[name] += fine or pieces_of(run.begin, run.end, run.at, hashes)
     known = {
         name: Known(spec, looked.probes[name], _in_order(runs[name]), tuple(sorted(marks[name])))
         for name, spec in specs.items()

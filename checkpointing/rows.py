@@ -86,21 +86,21 @@ def written_specs(
     return file_order(found)
 
 
-def as_parts(specs: Sequence[TensorSpec], held_specs: Mapping[str, TensorSpec]) -> list[Part]:
-    """Return `written_specs` under names that stand once in a file, and are no other tensor's: `name[8:16]`.
+def cut_parts(specs: Sequence[TensorSpec], held_specs: Sequence[TensorSpec], taken: Collection[str]) -> list[Part]:
+    """Return `written_specs` under names that stand once in a file, and are none of the `taken`: `name[8:16]`.
 
-    `held_specs` are all tensors, as a rank holds them.
+    `held_specs` are what they were made of.
     """
-    found = []
+    found, by_name = [], {spec.name: spec for spec in held_specs}
     for spec in specs:
-        held = held_specs[spec.name]
+        held = by_name[spec.name]
         if spec is held:
             found.append(Part(spec, held, 0))
             continue
         dim = _dim(held)
         first = spec.begin[dim]
         label = f"{spec.name}[{first}:{first + spec.shape[dim]}]"
-        while label in held_specs:
+        while label in taken:
             label += "'"
         found.append(Part(spec._replace(name=label), held, (first - held.begin[dim]) * row_bytes(held)))
     return found

@@ -25,7 +25,7 @@ from checkpointing.marks import Mark
 from checkpointing.memory import no_collection
 from checkpointing.pieces import PIECE_BYTES, num_pieces
 from checkpointing.records import FileEntry, TensorSpec
-from checkpointing.rows import Part, as_parts, written_specs
+from checkpointing.rows import Part, cut_parts, written_specs
 from checkpointing.slabs import SlabRing
 from checkpointing.snapshot import Snapshot
 from checkpointing.staging import Stager
@@ -127,7 +127,9 @@ class Saver:
         mine = self._mine(job.snapshot)
         looked = written.looked = self._survey(job.snapshot, mine, tmp)
         parts = looked.parts
-        filling = self._filling(job, mine, written_specs(mine, looked.kept, parts), task["run_id"])
+        left = written_specs(mine, looked.kept, parts)
+        cut = cut_parts(left, mine, {spec.name for spec in job.snapshot.structure.specs}) if parts else ()
+        filling = self._filling(job, left, cut, task["run_id"])
         fd = self.folder.storage.create_direct(tmp / file_name(self.control.rank), filling.layout.end)
         file = FlushFile(fd, job.handle.meter)
         try:
@@ -210,12 +212,13 @@ class Saver:
         return looked
 
     @no_collection()
-    def _filling(self, job: SaveJob, mine: list[TensorSpec], left: Sequence[TensorSpec], run_id: str) -> Filling:
+    def _filling(self, job: SaveJob, specs: Sequence[TensorSpec], parts: Sequence[Part], run_id: str) -> Filling:
         """Return how the file is filled; kept while the plan, the snapshot's structure and the links stay."""
         assert job.snapshot is not None
-        parts = as_parts(left, {spec.name: spec for spec in mine}) if self.config.incremental else ()
-        specs = [part.spec for part in parts] if parts else left
-        key = xxhash.xxh3_64_hexdigest("\n".join(part.spec.name for part in parts).encode())
+        specs = [part.spec for part in parts] or specs
+        key = (
+            xxhash.xxh3_64_hexdigest("\n".join(spec.name for spec in specs).encode()) if self.config.incremental else ""
+        )
         placed = self._layouts.get(key)
         if placed is None:
             self._layouts.clear()
@@ -260,8 +263,9 @@ class _Written:
 
     def _parts(self, filling: Filling) -> Iterator[tuple[Part, int, tuple[str, ...], Sequence[Mark]]]:
         at = 0
-        for part, (begin, end) in zip(filling.parts, filling.layout.ranges, strict=False):  # objects come last
-            count = 16 * num_pieces(begin, end, PIECE_BYTES)
-            hashes = tuple(self.pieces[i : i + 16] for i in range(at, at + count, 16))
-            yield part, begin, hashes, self.marks.get(part.spec.name, ())
-            at += count
+        for spec, (begin, end) in zip(filling.layout.specs, filling.layout.ranges, strict=False):  # objects come last
+            first, at = at, at + 16 * num_pieces(begin, end, PIECE_BYTES)
+            part = filling.parts.get(spec.name) or Part(spec, spec, 0)
+            if part.held.name in self.looked.probes:
+                hashes = tuple(self.pieces[i : i + 16] for i in range(first, at, 16))
+                yield part, begin, hashes, self.marks.get(spec.name, ())

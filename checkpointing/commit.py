@@ -187,7 +187,8 @@ class Committer:
         for rank, body in enumerate(bodies):
             files.append(file_fields(FileEntry(file_name(rank), *body["file"]), body["pieces"]))
             files += [file_fields(FileEntry(*link["file"]), link["pieces"]) for link in body["links"]]
-            moved.append([body["file"][1], [[k["file"][0], k["entries"]] for k in body["links"]], body["objects"]])
+            links = [[link["file"][0], link["entries"]] for link in body["links"]]
+            moved.append([body["file"][1], links, body["parts"], body["objects"]])
         table = self._planner.table(json.dumps(moved), bodies)
         return manifests.assemble(
             Manifest(

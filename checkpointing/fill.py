@@ -6,7 +6,8 @@ holds the objects, is planned when their sizes are known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -16,9 +17,11 @@ import torch
 from checkpointing.blocks import Block, Extent, plan_blocks
 from checkpointing.datafile import DataLayout, bytes_of, slices_text
 from checkpointing.dtypes import itemsize
+from checkpointing.marks import Mark, MarkedSource
 from checkpointing.pieces import PIECE_BYTES
 from checkpointing.providers.composite import CompositeProvider
 from checkpointing.records import TensorSpec
+from checkpointing.rows import Part
 from checkpointing.snapshot import Snapshot, Structure
 from checkpointing.sources import HostSource, LaterSource, Source, later, made_source, view_source
 
@@ -28,6 +31,8 @@ class _Member:
     """What one extent holds: one tensor or object, or small ones from the arena."""
 
     names: tuple[str, ...]
+    part: Part | None = None
+    """The one tensor, or part of it; None of objects."""
     small: bool = False
     in_place: bool = False
     """Whether the small ones lie in the arena as they lie in the file."""
@@ -39,6 +44,8 @@ class Filling:
 
     layout: DataLayout
     structure: Structure
+    parts: Mapping[str, Part]
+    """By their name in the file; none when all are whole tensors."""
     slices: str
     members: list[_Member]
     extents: list[Extent]
@@ -84,21 +91,28 @@ class Filling:
 
 
 class Sources:
-    """The sources of one save, by the number of the member; what needs work is begun on threads of its own."""
+    """The sources of one save, by the number of the member; what needs work is begun on threads of its own.
 
-    def __init__(self, filling: Filling, snapshot: Snapshot) -> None:
+    Of tensors that are `fine` marks are made, of so many bytes.
+    """
+
+    def __init__(self, filling: Filling, snapshot: Snapshot, fine: Mapping[str, int]) -> None:
         self.known: dict[int, Source] = {}
+        self.marks = defaultdict[str, list[Mark]](list)
+        """By the name in the file, of tensors that are `fine`."""
         self._objects: list[HostSource | Future[HostSource]] = []
         for index, member in enumerate(filling.members):
             if member.small:
                 self.known[index] = filling.small_source(index, snapshot)
                 continue
-            (name,) = member.names
+            (name,) = member.names if member.part is None else (member.part.held.name,)
             made = snapshot.made.get(name)
             source = made or view_source(name, snapshot.providers[name])
             if source is None:
                 made = later(name, snapshot.providers[name])
                 source = LaterSource(made)
+            if (part := member.part) is not None and (part.at or part.spec is not part.held or name in fine):
+                source = MarkedSource(source, part.at, fine.get(name, 0), self.marks[member.names[0]])
             self.known[index] = source
             if index >= len(filling.members) - len(filling.objects):
                 assert made is not None
@@ -109,8 +123,9 @@ class Sources:
         return [(one.result() if isinstance(one, Future) else one).num_bytes for one in self._objects]
 
 
-def fill_plan(placed: DataLayout, structure: Structure) -> Filling:
+def fill_plan(placed: DataLayout, structure: Structure, parts: Sequence[Part] = ()) -> Filling:
     """Return how a file of this layout is filled from states of this structure."""
+    part_of = {part.spec.name: part for part in parts}
     members: list[_Member] = []
     extents: list[Extent] = []
     pairs = [pair for pair in zip(placed.specs, placed.ranges, strict=False) if pair[1][0] < pair[1][1]]
@@ -124,11 +139,12 @@ def fill_plan(placed: DataLayout, structure: Structure) -> Filling:
         held = list(found)
         names = tuple(spec.name for spec, _ in held)
         cuts = tuple(end for _, (_, end) in held[:-1])
-        urgent = names[0] in structure.urgent
+        part = part_of.get(names[0]) or Part(held[0][0], held[0][0], 0)
+        urgent = part.held.name in structure.urgent
         extents.append(Extent(len(members), held[0][1][0], held[-1][1][1], urgent, cuts))
         in_place = key[0] != 0 and all(small[a][1] == small[b][0] for a, b in pairwise(names))
-        members.append(_Member(names, key[0] != 0, in_place))
+        members.append(_Member(names, part, key[0] != 0, in_place))
     members += [_Member((spec.name,)) for spec in placed.specs[len(placed.ranges) :]]
     tail_at = max(placed.head_bytes, placed.end - placed.end % PIECE_BYTES)
     bulk = plan_blocks(extents, placed.head_bytes, tail_at)
-    return Filling(placed, structure, slices_text(placed.specs), members, extents, tail_at, bulk, {})
+    return Filling(placed, structure, part_of, slices_text(placed.specs), members, extents, tail_at, bulk, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -35,19 +36,38 @@ _ARENA_BYTES = 64 * 2**20
 _GENERATOR_BYTES = 64 * 2**10
 
 
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """Live memory, row-major, for a box of a tensor."""
+
+    tensor: torch.Tensor
+    box: Box
+
+    def part(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the memory of an entry that is inside of the box; a view."""
+        return self.tensor if is_box(entry, self.box) else self.tensor[box_of(entry).within(self.box)]
+
+    def takes(self, entry: TensorEntry) -> bool:
+        """Return whether the bytes of an entry can go there as they lie in the file."""
+        if is_box(entry, self.box):
+            return True
+        return box_of(entry).overlap(self.box) == box_of(entry) and self.part(entry).is_contiguous()
+
+
 class Buffers:
     """Memory for the tasks in which a rank takes part: a fresh block for each, or live tensors where there are some.
 
-    `live` is by the id of an entry; it is used of tasks that are this rank's alone.
+    Live ones are used where all of their entries are in tasks that are this rank's alone.
     """
 
-    def __init__(self, tasks: Sequence[Task], live: Mapping[int, torch.Tensor] | None = None) -> None:
+    def __init__(self, tasks: Sequence[Task], live: Mapping[str, LiveTensor] | None = None) -> None:
+        others = {entry.name for task in tasks if live and task.takers != (task.reader,) for entry in task.entries}
+        self._targets = {name: one for name, one in (live or {}).items() if name not in others}
         self._live, blocks = dict[int, tuple[TensorEntry, torch.Tensor]](), list[Task]()
         for task in tasks:
-            own = live if live and task.takers == (task.reader,) else {}
-            for is_live, entries in groupby(task.entries, lambda entry, own=own: id(entry) in own):
+            for is_live, entries in groupby(task.entries, lambda entry: entry.name in self._targets):
                 if is_live:
-                    self._live |= {id(entry): (entry, own[id(entry)]) for entry in entries}
+                    self._live |= {id(entry): (entry, self._targets[entry.name].part(entry)) for entry in entries}
                 else:
                     blocks.append(task._replace(entries=tuple(entries)))
         self.blocks = list(zip(blocks, _blocks(blocks), strict=True))
@@ -56,7 +76,11 @@ class Buffers:
     @property
     def live_names(self) -> set[str]:
         """Names of what is filled where it lies."""
-        return {entry.name for entry, _ in self._live.values()}
+        return {*self._targets}
+
+    def filled(self, name: str) -> torch.Tensor | None:
+        """Return a live tensor, all of which is filled where it lies."""
+        return self._targets[name].tensor if name in self._targets else None
 
     def fills(self, rank: int) -> list[Fill]:
         """Return where the bytes go that a rank reads."""
@@ -106,23 +130,29 @@ def _typed_run(data: torch.Tensor, run: Sequence[TensorEntry]) -> Sequence[torch
     return [part if len(entry.shape) == 1 else part.view(entry.shape) for part, entry in zip(parts, run, strict=True)]
 
 
-def buffers_for(plan: LoadPlan, rank: int, live: Mapping[int, torch.Tensor] | None = None) -> Buffers:
+def buffers_for(plan: LoadPlan, rank: int, live: Mapping[str, LiveTensor] | None = None) -> Buffers:
     """Return memory for all that this rank reads or is given."""
     return Buffers([task for task in plan.tasks if task.reader == rank or rank in task.takers], live)
 
 
-def live_entries(manifest: Manifest, wants: Wants, targets: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Return the live tensor of each entry, by id, that is saved as it is wanted and as a live tensor is."""
+def live_tensors(manifest: Manifest, wants: Wants, targets: Mapping[str, torch.Tensor]) -> dict[str, LiveTensor]:
+    """Return, by name, the live tensors that can take what is wanted as it was saved: as one, or in rows."""
     if not fit_slabs(manifest.piece_bytes):
         return {}
-    found = {}
+    found, unfit = dict[str, LiveTensor](), set[str]()
     for entry in manifest.tensors:
-        box, tensor = wants.get(entry.name), targets.get(entry.name)
-        if box is None or tensor is None or not is_box(entry, box) or entry.name in manifest.objects:
+        name = entry.name
+        box, tensor = wants.get(name), targets.get(name)
+        if box is None or tensor is None or name in unfit or name in manifest.objects:
             continue
-        if tuple(tensor.shape) == box.shape and tensor.dtype == DTYPES[entry.dtype]:
-            found[id(entry)] = tensor
-    return found
+        if box_of(entry).overlap(box) is None:
+            continue  # another rank's
+        one = found.get(name) or LiveTensor(tensor, box)
+        if tuple(tensor.shape) == box.shape and tensor.dtype == DTYPES[entry.dtype] and one.takes(entry):
+            found[name] = one
+        else:
+            unfit.add(name)
+    return {name: one for name, one in found.items() if name not in unfit}
 
 
 def read_part(
@@ -181,7 +211,9 @@ def _pass_on(exchange: Exchange, entry: TensorEntry, reader: int, taker: int, wa
 
 
 def assemble(name: str, box: Box, entries: Sequence[TensorEntry], buffers: Buffers) -> torch.Tensor:
-    """Return the wanted box of a tensor, made of the entries that overlap it; a view when it is one entry."""
+    """Return the wanted box of a tensor, made of the entries that overlap it; no copy when it is one entry, or live."""
+    if (filled := buffers.filled(name)) is not None:
+        return filled
     if len(entries) == 1 and is_box(entries[0], box):
         return buffers.tensor(entries[0])
     made = torch.empty(box.shape, dtype=DTYPES[entries[0].dtype], device="cpu")
@@ -224,13 +256,14 @@ def load_into(
     by_name = entries_by_name(manifest)
     fills = []
     for name, tensor in tensors.items():
-        entries = by_name.get(manifest.aliases.get(name, name), [])
-        box = whole(tensor.shape)
-        if len(entries) != 1 or box_of(entries[0]) != box or DTYPES[entries[0].dtype] != tensor.dtype:
-            raise IntegrityError(f"{name!r} is not saved as one {tensor.dtype} of shape {list(tensor.shape)}")
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise IntegrityError(f"{name!r} is not contiguous host memory; give one that is, or use restore")
-        fills.append(Fill((entries[0],), bytes_of(tensor), live=is_live(manifest, tensor)))
+        entries, into = by_name.get(manifest.aliases.get(name, name), []), LiveTensor(tensor, whole(tensor.shape))
+        shapes = {(entry.global_shape, DTYPES[entry.dtype]) for entry in entries}
+        if shapes != {(tuple(tensor.shape), tensor.dtype)} or not all(map(into.takes, entries)):
+            raise IntegrityError(f"{name!r} is not saved as one {tensor.dtype} of shape {list(tensor.shape)}")
+        live = is_live(manifest, tensor)
+        fills += [Fill((entry,), bytes_of(into.part(entry)), live=live) for entry in entries]
     read_fills(folder.storage, folder.at(step), manifest.piece_bytes, fills, alive)
     _check_heads(folder, manifest, {fill.entries[0].file for fill in fills})
 

@@ -13,6 +13,7 @@ from checkpointing.manifest_tensors import check_table
 from checkpointing.memory import no_collection
 from checkpointing.plan import plan_tensors
 from checkpointing.records import TensorEntry, TensorSpec
+from checkpointing.rows import rows_of, written_specs
 from checkpointing.snapshot import described
 
 
@@ -69,13 +70,14 @@ class Planner:
         return self._table
 
     def _entries(self, rank: int, body: Mapping[str, Any]) -> list[TensorEntry]:
-        by_name = {spec.name: spec for spec in self._writes[rank]}
-        entries = []
+        by_name = {spec.name: spec for spec in self._writes[rank]} if body["links"] else {}
+        entries, referred = [], set[str]()
         for link in body["links"]:
-            for name, begin, end in link["entries"]:
-                entries.append(_entry(by_name.pop(name), link["file"][0], begin, end))
+            for name, begin, end, at in link["entries"]:
+                referred.add(name)
+                entries.append(_entry(rows_of(by_name[name], (begin, end)), link["file"][0], at, at + end - begin))
         at = body["file"][1]
-        for spec in by_name.values():  # dicts keep the order, which is that of the file
+        for spec in written_specs(self._writes[rank], referred, body["parts"]):
             size = body["objects"].get(spec.name, 0) if spec.encoding else spec.num_bytes
             entries.append(_entry(spec, file_name(rank), at, at + size))
             at += size

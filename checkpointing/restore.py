@@ -23,7 +23,7 @@ from checkpointing.control import Control, run_round, told_as
 from checkpointing.errors import CheckpointError, IntegrityError
 from checkpointing.exchange import Exchange
 from checkpointing.folder import Folder, check_step
-from checkpointing.load import Buffers, assemble, buffers_for, hand_over, live_entries, read_part
+from checkpointing.load import Buffers, assemble, buffers_for, hand_over, live_tensors, read_part
 from checkpointing.memory import no_collection
 from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
@@ -140,7 +140,7 @@ class _Attempt:
             if self._rank == 0:
                 _warn_of_nothing(found, self._lives, self._needs)
             self._plan = plan_load(found, [need.boxes for need in self._needs])
-            live = live_entries(found, self._needs[self._rank].boxes, self._targets)
+            live = live_tensors(found, self._needs[self._rank].boxes, self._targets)
             self._buffers = buffers_for(self._plan, self._rank, live)
             self._torn.names |= self._buffers.live_names
             read_part(self._folder, found, self._plan, self._rank, self._buffers, control.alive, ring)

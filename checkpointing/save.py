@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,13 @@ from checkpointing.fill import Filling, Sources, fill_plan
 from checkpointing.flush import FlushFile, FlushPool, drain
 from checkpointing.folder import Folder
 from checkpointing.handle import SaveHandle
-from checkpointing.incremental import Kept, LastSave, after_save, link_name, references, unchanged
+from checkpointing.incremental import LastSave, Survey, after_save, link_name, references, survey
 from checkpointing.manifest import FORMAT_VERSION
+from checkpointing.marks import Mark
 from checkpointing.memory import no_collection
 from checkpointing.pieces import PIECE_BYTES, num_pieces
 from checkpointing.records import FileEntry, TensorSpec
+from checkpointing.rows import Part, cut_parts, written_specs
 from checkpointing.slabs import SlabRing
 from checkpointing.snapshot import Snapshot
 from checkpointing.staging import Stager
@@ -100,7 +102,8 @@ class Saver:
             raise
         place = self.folder.at(job.step)
         if self.config.incremental:
-            self._last = written.remember(self._last, place, link_name(self.control.rank, job.step))
+            link = link_name(self.control.rank, job.step, written.looked.files)
+            self._last = written.remember(self._last, place, link)
         return place
 
     @no_collection()
@@ -122,9 +125,11 @@ class Saver:
         assert job.snapshot is not None
         tmp = self.folder.root / task["folder"]
         mine = self._mine(job.snapshot)
-        written.referred = self._link_unchanged(job.snapshot, mine, tmp)
-        left = [spec for spec in mine if spec.name not in written.referred] if written.referred else mine
-        filling = self._filling(job, left, task["run_id"])
+        looked = written.looked = self._survey(job.snapshot, mine, tmp)
+        parts = looked.parts
+        left = written_specs(mine, looked.kept, parts)
+        cut = cut_parts(left, mine, {spec.name for spec in job.snapshot.structure.specs}) if parts else ()
+        filling = self._filling(job, left, cut, task["run_id"])
         fd = self.folder.storage.create_direct(tmp / file_name(self.control.rank), filling.layout.end)
         file = FlushFile(fd, job.handle.meter)
         try:
@@ -140,7 +145,8 @@ class Saver:
         return {
             "file": [entry.length, entry.head_bytes, entry.xxh3_64],
             "pieces": written.pieces,
-            "links": references(self._last, written.referred) if self._last and written.referred else [],
+            "links": references(self._last, looked.kept) if self._last and looked.kept else [],
+            "parts": parts,
             "objects": dict(zip([s.name for s in filling.objects], written.sizes, strict=True)),
         }
 
@@ -153,7 +159,7 @@ class Saver:
 
         stager = Stager(self.ring, self.pool, file, alive, self.config.timeout_s)
         job.handle.meter.total_bytes = filling.layout.end
-        sources = Sources(filling, job.snapshot)
+        sources = Sources(filling, job.snapshot, written.looked.fine)
         stager.stage(filling.bulk(urgent=True), sources.known)
         if not filling.urgent_tail:
             job.urgent_done()
@@ -179,7 +185,7 @@ class Saver:
         storage.truncate(file.fd, length)
         storage.sync(file.fd)
         written.file = FileEntry(file_name(self.control.rank), length, len(head), xxhash.xxh3_64_hexdigest(head))
-        written.pieces, written.sizes, written.layout = stager.pieces(), sizes, filling.layout
+        written.pieces, written.sizes, written.filling, written.marks = stager.pieces(), sizes, filling, sources.marks
 
     def _mine(self, snapshot: Snapshot) -> list[TensorSpec]:
         """Return what this rank writes, in the order of the file."""
@@ -189,24 +195,27 @@ class Saver:
             self._specs = (key, [by_name[name] for name in self._plan[1]])
         return self._specs[1]
 
-    def _link_unchanged(self, snapshot: Snapshot, mine: list[TensorSpec], tmp: Path) -> dict[str, Kept]:
-        if not self.config.incremental or self._last is None:
-            return {}
-        kept = unchanged(self._last, mine, snapshot.providers, snapshot.structure.frozen)
+    def _survey(self, snapshot: Snapshot, mine: list[TensorSpec], tmp: Path) -> Survey:
+        """Return what need not be written, with links to the files that have it."""
+        if not self.config.incremental:
+            return Survey()
+        looked = survey(self._last, mine, snapshot.providers, snapshot.structure.frozen)
         try:
-            for name in {one.file for one in kept.values()}:
+            for name in looked.files:
+                assert self._last is not None
                 self.folder.storage.link(self._last.folder / self._last.paths[name], tmp / name)
         except OSError:  # a file system without links, or a folder that went: then everything is written
-            for name in {one.file for one in kept.values()}:
+            for name in looked.files:
                 with suppress(OSError):
                     self.folder.storage.remove_file(tmp / name)
-            return {}
-        return kept
+            return looked.without_references()
+        return looked
 
     @no_collection()
-    def _filling(self, job: SaveJob, specs: list[TensorSpec], run_id: str) -> Filling:
+    def _filling(self, job: SaveJob, specs: Sequence[TensorSpec], parts: Sequence[Part], run_id: str) -> Filling:
         """Return how the file is filled; kept while the plan, the snapshot's structure and the links stay."""
         assert job.snapshot is not None
+        specs = [part.spec for part in parts] or specs
         key = (
             xxhash.xxh3_64_hexdigest("\n".join(spec.name for spec in specs).encode()) if self.config.incremental else ""
         )
@@ -217,14 +226,14 @@ class Saver:
         filling = self._fills.get(key)
         if filling is None or filling.structure is not job.snapshot.structure:
             self._fills.clear()
-            filling = self._fills[key] = fill_plan(placed, job.snapshot.structure)
+            filling = self._fills[key] = fill_plan(placed, job.snapshot.structure, parts)
         return filling
 
     def _metadata(
-        self, step: int, run_id: str, filling: Filling | None, specs: list[TensorSpec] | None = None
+        self, step: int, run_id: str, filling: Filling | None, specs: Sequence[TensorSpec] = ()
     ) -> dict[str, str]:
         """Return what a reader of the lone file is told; safetensors allows strings only."""
-        slices = slices_text(specs or []) if filling is None else filling.slices
+        slices = slices_text(specs) if filling is None else filling.slices
         return {
             "format": "pt",
             "longrail_format_version": str(FORMAT_VERSION),
@@ -243,16 +252,20 @@ class _Written:
     file: FileEntry = field(default_factory=lambda: FileEntry("", 0, 0, ""))
     pieces: str = ""
     sizes: list[int] = field(default_factory=list)
-    layout: DataLayout | None = None
-    referred: dict[str, Kept] = field(default_factory=dict)
+    filling: Filling | None = None
+    looked: Survey = field(default_factory=Survey)
+    marks: Mapping[str, Sequence[Mark]] = field(default_factory=dict)
 
     def remember(self, last: LastSave | None, folder: Path, link: str) -> LastSave:
         """Return what the next save may refer to."""
-        assert self.layout is not None
-        at, found = 0, []
-        for spec, (begin, end) in zip(self.layout.specs, self.layout.ranges, strict=False):
-            count = 16 * num_pieces(begin, end, PIECE_BYTES)
-            hashes = tuple(self.pieces[i : i + 16] for i in range(at, at + count, 16))
-            found.append((spec, begin, end, hashes))
-            at += count
-        return after_save(last, folder, self.file, link, found, self.referred)
+        assert self.filling is not None
+        return after_save(last, folder, self.file, link, self.looked, self._parts(self.filling))
+
+    def _parts(self, filling: Filling) -> Iterator[tuple[Part, int, tuple[str, ...], Sequence[Mark]]]:
+        at = 0
+        for spec, (begin, end) in zip(filling.layout.specs, filling.layout.ranges, strict=False):  # objects come last
+            first, at = at, at + 16 * num_pieces(begin, end, PIECE_BYTES)
+            part = filling.parts.get(spec.name) or Part(spec, spec, 0)
+            if part.held.name in self.looked.probes:
+                hashes = tuple(self.pieces[i : i + 16] for i in range(first, at, 16))
+                yield part, begin, hashes, self.marks.get(spec.name, ())

@@ -95,8 +95,10 @@ def template(path: Path) -> Path:
     return path
 
 
-def sweep(folder: Path, make: Any, settings: dict[str, Any], text: str, *, benign: bool = False) -> dict[str, int]:
-    """Let every N-th call fail; count the cases by what came of them."""
+def sweep(
+    folder: Path, make: Any, settings: dict[str, Any], text: str, *, benign: bool = False, every: int = 1
+) -> dict[str, int]:
+    """Let the N-th call fail, for `every` N or every so many; count the cases by what came of them."""
     counts = {"cases": 0, "aborted": 0, "succeeded": 0}
     begun, total, at = template(folder / "template"), 10**9, 0
     while at < total:
@@ -124,7 +126,7 @@ def sweep(folder: Path, make: Any, settings: dict[str, Any], text: str, *, benig
         shutil.rmtree(path)
         counts["cases"] += 1
         counts["aborted" if errors else "succeeded"] += 1
-        at += 1
+        at += every
     return counts
 
 

@@ -333,11 +333,10 @@ def test_unchanged_tensors_are_links_and_live_as_long_as_a_checkpoint_needs_them
             sizes.append((tmp_path / f"step-{step}" / "rank-00000.safetensors").stat().st_size)
         assert ckpt._engine.idle(20)
     assert ckpt.steps() == [4, 5, 6]
-    assert sizes[0] - sizes[1] >= base.nbytes  # declared never to change
-    assert sizes[1] - sizes[2] >= 400_000  # found not to
-    assert sizes[2:] == [sizes[2]] * 4
+    assert sizes[0] - sizes[1] >= base.nbytes + 400_000  # one is declared never to change, the other found not to
+    assert sizes[1:] == [sizes[1]] * 5
     names = {path.name for path in (tmp_path / "step-6").glob("*.safetensors")}
-    assert names == {"rank-00000.safetensors", "rank-00000.from-1.safetensors", "rank-00000.from-2.safetensors"}
+    assert names == {"rank-00000.safetensors", "rank-00000.from-1.safetensors"}
     assert same(restored(tmp_path, 4)["head"], torch.full((100_000,), 4.0))
     assert same(restored(tmp_path, 6), {"base": base, "settles": state["settles"], "head": head, "n": 6})
 

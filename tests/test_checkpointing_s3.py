@@ -48,9 +48,13 @@ def bucket():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    with Checkpointer(tmp_path / "fast", group=SINGLE) as ckpt:
+    """Two steps, the newer with rows in the file of the older."""
+    large = torch.randn(5_000_000)
+    with Checkpointer(tmp_path / "fast", group=SINGLE, incremental=True) as ckpt:
         for step in (10, 20):
-            ckpt.save(step, Flat(assorted(step) | {"large": torch.randn(5_000_000)})).wait()
+            large[:50] += 1
+            place = ckpt.save(step, Flat(assorted(step) | {"large": large})).wait()
+    assert (place / DATA).stat().st_size < 5_000_000 < (place / "rank-00000.from-10.safetensors").stat().st_size
     return Folder(tmp_path / "fast", LocalStorage())
 
 

@@ -164,8 +164,6 @@ def restore(
 def request(run: Run, json: Json = False) -> None:
     """Ask a running job to save now; it does at its next step."""
     folder, _ = _folder(run)
-    if not folder.storage.names(folder.root):
-        raise CheckpointError(f"{run} does not exist or is empty; give the folder a job saves to")
     asked = REQUEST in folder.storage.names(folder.root)
     if not asked:
         folder.storage.write_new(folder.root / REQUEST, b"")
@@ -227,12 +225,26 @@ def _folder(text: str) -> tuple[Folder, int | None]:
         raise CheckpointError(f"{path} is a file; give the folder of a run")
     root, storage = open_storage(path)
     root, named = split_step(root)
-    if not storage.names(root):
+    folder = Folder(root, storage)
+    if "://" in path and not storage.names(root):
         raise CheckpointError(f"{path} does not exist or is empty; give the folder of a run")
-    step, there = step if step is not None else named, Folder(root, storage).candidates()
+    if "://" not in path and not root.is_dir():
+        raise CheckpointError(f"{path} does not exist; give the folder of a run")
+    if not folder.is_of_a_run():
+        raise CheckpointError(f"{path} is no folder of a run: {_said_of(folder)}")
+    step, there = step if step is not None else named, folder.candidates()
     if step is not None and step not in there:
         raise CheckpointError(f"there is no step {step} in {root}; there are: {there or 'none'}")
-    return Folder(root, storage), step
+    return folder, step
+
+
+def _said_of(folder: Folder) -> str:
+    """Say what a folder that is none of a run holds, and which one inside of it may have been meant."""
+    names = sorted(folder.storage.names(folder.root))
+    if "manifest.json" in names:
+        return "it is one checkpoint, under another name; give the folder it was in"
+    meant = folder.root / "checkpoints" if "checkpoints" in names else "the folder that a job saves to"
+    return f"it holds {', '.join(names[:3])} and no step-N; give {meant}"
 
 
 def _is_ours(text: str) -> bool:

@@ -29,6 +29,8 @@ REQUEST = "request"
 _MAX_STEP = 10**18
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 _ASIDE = re.compile(r"step-(0|[1-9][0-9]{0,18})\.aside-[0-9a-f]{8}", re.ASCII)
+_OURS = re.compile(r"step-[0-9]+(?:\.(?:tmp|bad|aside)-.*)?", re.ASCII)
+_BESIDE = frozenset({REQUEST, "latest", "lost+found"})
 _TMP = re.compile(r"(?:step-[0-9]+|latest)\.tmp-([0-9a-f]{8})-[0-9a-f]{8}", re.ASCII)
 
 
@@ -59,6 +61,11 @@ class Folder:
         """Return every step that has a folder of the right name, oldest first, whatever is in it."""
         matches = (_STEP.fullmatch(name) for name in self.storage.names(self.root))
         return sorted(int(match[1]) for match in matches if match)
+
+    def is_of_a_run(self) -> bool:
+        """Return whether a folder that is there holds checkpoints of a run, or nothing yet; of other things, no run."""
+        names = [name for name in self.storage.names(self.root) if name not in _BESIDE and not name.startswith(".")]
+        return not names or any(_OURS.fullmatch(name) for name in names)
 
     def aside(self) -> list[tuple[int, Path]]:
         """Return what was set aside when a run went back behind it: the step, and its place now."""

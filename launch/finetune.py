@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from checkpointing import Checkpointer, KeepLast
+from checkpointing.storage.local import LocalStorage
 from launch.claim import claimed
 from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
@@ -78,6 +79,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             )
             return
         if world.rank == 0:
+            LocalStorage().make_folders(folder.checkpoints)  # `checkpoint request` is heard before the first save, too
             write_json(folder.facts, job_facts(job))
             for change in record_config(folder.config, config):
                 console.print(f"Changed since this run last started: {change}")

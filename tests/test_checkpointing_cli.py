@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -80,7 +81,7 @@ def test_the_module_is_the_command_and_bad_input_exits_2(tmp_path):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 2
-    assert found.stderr.strip() == (f"checkpoint: {tmp_path}/none does not exist or is empty; give the folder of a run")
+    assert found.stderr.strip() == (f"checkpoint: {tmp_path}/none does not exist; give the folder of a run")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,30 @@ def test_request_leaves_the_file_a_job_looks_for(saved, tmp_path):
     root = copied(saved, tmp_path)
     assert run_json("request", root) == {"path": str(root / "request"), "already": False}
     assert run_json("request", root)["already"] is True
-    assert "does not exist or is empty" in run("request", tmp_path / "none", ok=(2,))[1]
+    assert "does not exist" in run("request", tmp_path / "none", ok=(2,))[1]
+
+
+def test_a_folder_of_other_things_is_no_run_and_an_empty_one_is(saved, tmp_path):
+    """A new run's folder is there and empty until the first save, which a `request` may ask for."""
+    verbs = {"ls": (), "doctor": (), "prune": ("--keep", 1), "request": (), "verify": ()}
+    (tmp_path / "job" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "job" / "config.json").write_text("{}")
+    for verb, more in verbs.items():
+        _, text = run(verb, tmp_path / "job", *more, ok=(2,))
+        assert f"job is no folder of a run: it holds checkpoints, config.json and no step-N; give {tmp_path}" in text
+        _, text = run(verb, tmp_path, *more, ok=(2,))
+        assert "it holds job and no step-N; give the folder that a job saves to" in text
+    shutil.copytree(saved / "step-10", tmp_path / "renamed")
+    assert "it is one checkpoint, under another name" in run("ls", tmp_path / "renamed", ok=(2,))[1]
+    assert sorted(os.listdir(tmp_path / "job")) == ["checkpoints", "config.json"]
+    new = tmp_path / "job" / "checkpoints"
+    assert (run_json("ls", new), run_json("prune", new, "--keep", 1)["removed"]) == ([], [])
+    assert run_json("request", new)["already"] is False
+    assert {one["level"] for one in run_json("doctor", new)} == {"ok", "note"}
+    with Checkpointer(new, group=SINGLE) as ckpt:
+        assert ckpt.requested()
+        ckpt.save(1, Flat(assorted(1))).wait()
+    assert sorted(os.listdir(new)) == ["latest", "step-1"]
 
 
 def test_doctor(saved, tmp_path):
@@ -256,8 +280,6 @@ def test_doctor(saved, tmp_path):
 
 
 def copied(source, where):
-    import shutil
-
     where.mkdir(exist_ok=True)
     return shutil.copytree(source, where / "run")
 

@@ -8,7 +8,9 @@ import signal
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from checkpointing import cli
 from launch.chaos_compare import curve
 from launch.files import RunFolder
 from launch.metrics import read_metrics
@@ -68,6 +70,9 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
     whole, _ = undisturbed
 
     job = start(flags, log)  # stopped politely, through one rank, between checkpoints
+    wait_for_step(job, run / "metrics.jsonl", 0, log)
+    asked = CliRunner().invoke(cli.app, ["request", str(run / "checkpoints")])  # before there is a first one
+    assert asked.exit_code == 0, asked.exception
     wait_for_step(job, run / "metrics.jsonl", 4, log)
     os.kill(workers(job)[1], signal.SIGTERM)
     assert job.wait(timeout=60) == 0, log.read_text()
@@ -76,6 +81,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
     stopped = len(curve(RunFolder(run))) - 1
     assert 4 <= stopped < 22
     assert (run / "checkpoints" / f"step-{stopped}" / "manifest.json").exists()
+    assert not (run / "checkpoints" / "request").exists()
     assert not (run / "summary.json").exists()
 
     job = start(flags, log)  # killed without warning, behind a checkpoint

@@ -85,8 +85,7 @@ def _checkpoints(folder: Folder) -> Iterator[Finding]:  # returns {step: Manifes
         try:
             found[step] = folder.inspect(step)
         except IntegrityError as error:
-            level = "problem" if folder.has_manifest(step) else "note"
-            yield Finding(level, str(error))
+            yield Finding("problem", str(error))  # without a manifest, too, as for `ls` and `verify`
     told = f"committed steps: {', '.join(map(str, found))}" if found else "no committed checkpoints"
     yield Finding("ok" if found else "note", told)
     runs = {manifest.run_id for manifest in found.values()}

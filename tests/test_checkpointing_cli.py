@@ -265,6 +265,13 @@ def test_a_folder_of_other_things_is_no_run_and_an_empty_one_is(saved, tmp_path)
     assert sorted(os.listdir(new)) == ["latest", "step-1"]
 
 
+def test_a_step_without_its_manifest_is_a_failed_check_for_every_verb(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    (root / "step-20" / "manifest.json").unlink()
+    for verb in ("ls", "verify", "doctor"):
+        assert "step-20/manifest.json: No such file" in run(verb, root, ok=(1,))[1].replace("\n", "")
+
+
 def test_doctor(saved, tmp_path):
     root = copied(saved, tmp_path)
     assert {one["level"] for one in run_json("doctor", root)} == {"ok"}

@@ -62,9 +62,12 @@ def show(
         if step is None:
             step = _newest(folder)
             _say_passed_over(folder, step)
-        out.show_checkpoint(describe(folder.inspect(step), only), json)
+        found = describe(folder.inspect(step), only)
     else:
-        out.show_checkpoint(describe_source(_source(source), only), json)
+        found = describe_source(_source(source), only)
+    if only != "*" and not (found["tensors"] or found["aliases"] or found["values"]):
+        raise CheckpointError(f"no name of {source} matches {only!r}")
+    out.show_checkpoint(found, json)
 
 
 @app.command()
@@ -135,7 +138,9 @@ def restore(
     source: One,
     dest: Annotated[Path, typer.Argument(help="Destination; must not exist.")],
     format_: Annotated[str, typer.Option("--format", help="hf, torch, dcp, deepspeed or torchsnapshot.")],
-    world_size: Annotated[int, typer.Option(help="Ranks to write for (deepspeed), or files (dcp).", min=1)] = 1,
+    world_size: Annotated[
+        int, typer.Option(help="Ranks to write for (deepspeed), or files (dcp); for these only.", min=1)
+    ] = 1,
     only: Annotated[str | None, typer.Option(help="Names to write, as a shell pattern.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the model's floating-point tensors.")] = None,
     json: Json = False,

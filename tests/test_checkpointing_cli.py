@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,12 @@ def test_diff_counts_and_measures(saved, tmp_path):
     assert len(run_json("diff", f"{saved}@10", tmp_path / "b", "--only", "run.p*", ok=(1,))) == 1
 
 
+def test_a_pattern_that_matches_nothing_is_said(saved, tmp_path):
+    run("restore", saved, tmp_path / "a.pt", "--format", "torch")
+    for args in (("show", saved), ("show", tmp_path / "a.pt"), ("diff", saved, tmp_path / "a.pt")):
+        assert re.search(r"no name of \S+ matches 'none\*'", run(*args, "--only", "none*", ok=(2,))[1])
+
+
 def test_diff_sees_what_fp64_cannot_tell_apart(tmp_path):
     for name, number in (("a", 2**53), ("b", 2**53 + 1)):
         torch.save({"n": torch.tensor([number, 3])}, tmp_path / f"{name}.pt")
@@ -181,7 +188,9 @@ def test_restore_only_a_part_in_another_dtype_and_never_over_something(saved, tm
         (("--only", "x*"), "no name of"),
         (("--dtype", "int8"), "--dtype int8 is no floating-point dtype of torch"),
         (("--format", "zip"), "format 'zip' is unknown; formats: "),
-        (("--world-size", "2"), "--world-size 2 has no meaning for it"),
+        (("--world-size", "2"), "--world-size 2 has no meaning for torch, only for dcp and deepspeed"),
+        (("--format", "hf", "--world-size", "2"), "--world-size 2 has no meaning for hf"),
+        (("--format", "torchsnapshot", "--world-size", "3"), "--world-size 3 has no meaning for torchsnapshot"),
     ):
         format_ = () if "--format" in extra else ("--format", "torch")
         assert text in run("restore", saved, tmp_path / "b", *format_, *extra, ok=(2,))[1]

@@ -23,6 +23,8 @@ FORMATS: dict[str, str] = {
 }
 """Name of a format to the module with its `read(path, step)` and, but for ours, its `write(source, target)`."""
 
+_BY_RANK = ("dcp", "deepspeed")
+
 
 def detect(path: Path) -> str:
     """Return the format of what is at `path`. Raises FormatError when it is none we know."""
@@ -73,7 +75,9 @@ def write_target(
 
     Raises FormatError when `dest` exists or the format cannot hold the source.
     """
-    storage = LocalStorage()
+    storage, module = LocalStorage(), _module(kind)
+    if world_size != 1 and kind not in _BY_RANK:
+        raise FormatError(f"--world-size {world_size} has no meaning for {kind}, only for {' and '.join(_BY_RANK)}")
     if is_store(dest):
         raise FormatError(f"{dest} is no folder; write to one, and copy that there")
     if dest.exists() or dest.is_symlink():
@@ -82,7 +86,7 @@ def write_target(
     tmp = dest.with_name(f"{dest.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         with _told(f"{source.path} cannot be written as {kind}"):
-            _module(kind).write(source, Target(tmp, world_size, note, wrote))
+            module.write(source, Target(tmp, world_size, note, wrote))
         storage.sync_tree(tmp)
         storage.rename(tmp, dest)
         storage.sync_folder(dest.absolute().parent)

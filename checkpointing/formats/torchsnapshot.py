@@ -97,8 +97,6 @@ def write(source: Source, target: Target) -> None:
     """Write a snapshot that any number of ranks can restore; the first part of a name is the key of its Stateful."""
     import torchsnapshot
 
-    if target.world_size != 1:
-        raise FormatError("a snapshot is restored on any number of ranks; leave out --world-size")
     odd = [name for name, one in source.tensors.items() if one.dtype is torch.bfloat16 and prod(one.shape) % 2]
     if odd:
         raise FormatError(

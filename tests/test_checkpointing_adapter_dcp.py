@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint's own calls, through our writer and reader, on real ranks."""
 
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpointing import SINGLE, Checkpointer
 from checkpointing.adapters.dcp import DcpReader, DcpWriter
-from checkpointing.errors import StateError
+from checkpointing.errors import CheckpointError, IntegrityError, StateError
 from tests.flat_states import Flat, same
 from tests.spawn import run_ranks
 
@@ -144,6 +146,33 @@ def test_damage_is_found_and_named(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointException, match=r"rank-00000.safetensors: tensor 'w', piece 0"):
         dcp.load({"w": torch.zeros(5000)}, checkpoint_id=place, storage_reader=DcpReader(tmp_path), no_dist=True)
+
+
+def rank_finds_nothing(info, root):
+    with pytest.raises(CheckpointException) as found:
+        dcp.load({"w": torch.zeros(3)}, checkpoint_id=f"{root}/step-2", storage_reader=DcpReader(root))
+    return [str(error) for error, _ in found.value.failures.values()]
+
+
+def test_why_a_checkpoint_cannot_be_read_is_the_last_line_and_nothing_else_is_said(tmp_path, caplog):
+    writer = DcpWriter(tmp_path, group=SINGLE)
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "step-1", storage_writer=writer, no_dist=True)
+    writer.close()
+    shutil.copytree(tmp_path / "step-1", tmp_path / "step-3")
+    cases = {
+        tmp_path / "step-2": (CheckpointError, f"{tmp_path}: there is no step 2; there are: [1, 3]"),
+        tmp_path / "none": (CheckpointError, f"{tmp_path}/none: there is no committed checkpoint"),
+        tmp_path / "step-3": (IntegrityError, f"{tmp_path}: step-3: the manifest is that of step 1; was the folder re"),
+    }
+    for place, (kind, text) in cases.items():
+        with pytest.raises(CheckpointException) as found:
+            dcp.load({"w": torch.zeros(3)}, checkpoint_id=place, storage_reader=DcpReader(tmp_path), no_dist=True)
+        assert str(found.value).splitlines()[-1].startswith(f"checkpointing.errors.{kind.__name__}: {text}")
+        assert type(found.value.failures[0][0]) is kind
+        with pytest.raises(kind, match=r"there is no|is that of"):  # of callers who ask the reader themselves
+            print(DcpReader(place).read_metadata().state_dict_metadata)
+    assert "etadata is not found" not in caplog.text
+    assert run_ranks(rank_finds_nothing, 2, str(tmp_path))[0] == [cases[tmp_path / "step-2"][1]] * 2
 
 
 class Odd:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ class DcpReader(StorageReader):
     """Reads a checkpoint of the run folder `path`, every byte verified: the newest, or that of `checkpoint_id`.
 
     Any checkpoint of this engine may be loaded by its names, whoever wrote it. Each rank reads what it needs; DTensors
-    may be sharded otherwise than they were. As with every DCP reader, tensors are filled in place: after an
-    IntegrityError (inside of DCP's CheckpointException), which names file, tensor and piece, they hold anything.
+    may be sharded otherwise than they were. What is wrong with a checkpoint is the last line of DCP's
+    CheckpointException, and in its `failures` the CheckpointError of each rank that found it: it names folder, file,
+    tensor and piece. As with every DCP reader, tensors are filled in place: after such an error they hold anything.
 
     With the `checkpointer` of this job's writer, the run that was loaded is the one that the writer goes on with: its
     retention counts the checkpoints of before, too.
@@ -59,15 +61,16 @@ class DcpReader(StorageReader):
         """Choose what is read next."""
         self._path, self._found = Path(checkpoint_id or self._path).absolute(), None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what a checkpoint holds, as DCP describes it. Raises CheckpointError."""
-        root, step = split_step(self._path)
-        self._folder = Folder(root, LocalStorage())
-        if step is None:
-            step = max(self._folder.committed(), default=None)
-        if step is None:
-            raise CheckpointError(f"there is no committed checkpoint in {root}")
-        self._found = self._folder.inspect(step)
+    def read_metadata(self) -> Metadata:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return what a checkpoint holds, as DCP describes it; of one that cannot be read, what raises the reason.
+
+        Takes no `rank`: DCP would try again with it when this raises, log both, and let one rank go on without others.
+        """
+        try:
+            with self._told():
+                self._found = self._open()
+        except CheckpointError as error:
+            return _Unread(error)
         described: dict[str, Any] = dict.fromkeys(self._found.values, records.BytesStorageMetadata())
         inner = tuple(f"{name}{INNER}" for name in self._found.values)
         entries = entries_by_name(self._found)
@@ -77,7 +80,9 @@ class DcpReader(StorageReader):
         return Metadata(described, planner_data={name: (name,) for name in described}, storage_data={})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Raise CheckpointError when the checkpoint cannot be read: here DCP tells every rank."""
+        if isinstance(metadata, _Unread):
+            raise metadata.why.with_traceback(None)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """DCP's plan is the plan."""
@@ -92,6 +97,40 @@ class DcpReader(StorageReader):
         found = self._found
         if found is None:
             raise CheckpointError("read_metadata comes first")
+        with self._told():
+            self._read_plan(found, plan, planner)
+        if self._checkpointer is not None and self._folder.root == self._root:
+            self._checkpointer.adopt(found.step)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _open(self) -> Manifest:
+        """Return the manifest of what is to be read. Raises CheckpointError."""
+        root, step = split_step(self._path)
+        self._folder = Folder(root, LocalStorage())
+        there = self._folder.candidates()
+        if step is None:
+            step = max(self._folder.committed(), default=None)
+        if step is None:
+            raise CheckpointError("there is no committed checkpoint")
+        if step not in there:
+            raise CheckpointError(f"there is no step {step}; there are: {there or 'none'}")
+        return self._folder.inspect(step)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise errors anew with the folder's name and without the way they came: DCP prints that, for each rank."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            kind = type(error) if isinstance(error, CheckpointError) else CheckpointError
+            why = kind(f"{self._folder.root}: {error}")
+        else:
+            return
+        raise why
+
+    def _read_plan(self, found: Manifest, plan: LoadPlan, planner: LoadPlanner) -> None:
         wanted: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = {}
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
@@ -106,11 +145,6 @@ class DcpReader(StorageReader):
         for file in found.files:
             if any(entries[key].file == file.path for key in wanted):
                 check_head(self._folder.storage, self._folder.at(found.step), file)
-        if self._checkpointer is not None and self._folder.root == self._root:
-            self._checkpointer.adopt(found.step)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
 
     def _read(
         self, found: Manifest, batch: Sequence[tuple[TensorEntry, Sequence[ReadItem]]], planner: LoadPlanner
@@ -140,6 +174,16 @@ class DcpReader(StorageReader):
         torch.save(value, data)
         data.seek(0)
         return data
+
+
+class _Unread(Metadata):
+    """Of a checkpoint that cannot be read: a look at what it holds raises why."""
+
+    def __init__(self, why: CheckpointError) -> None:
+        self.why = why
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.why if name == "state_dict_metadata" else AttributeError(name)
 
 
 def _described(entries: Sequence[TensorEntry]) -> records.TensorStorageMetadata:

@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks.checkpoint_claims import claims_of
 from benchmarks.checkpoint_tables import is_alone, plot, print_tables
 from benchmarks.claims import print_claims, write_report
+from benchmarks.ranks import start_rank
 
 DEADLINE_S = 3600
 ROUNDS = {"blocked": 30, "durable": 9, "train": 5, "fence": 3, "small": 3, "load": 7}
@@ -66,16 +67,13 @@ def run_part(part: str, arguments: argparse.Namespace, keep: Callable[[list[dict
         "verbose": arguments.verbose,
     }
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-bench-", dir=arguments.folder))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
+    environment = {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "-m", "benchmarks.checkpoint_rank"]
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(2):
-            ranks.append(
-                subprocess.Popen(
-                    [*command, str(rank), str(folder), json.dumps(options)], env=environment, start_new_session=True
-                )
-            )
+            arguments_of = [str(rank), str(folder), json.dumps(options)]
+            ranks.append(start_rank([*command, *arguments_of], environment, own_session=True))
         codes = [rank.wait(DEADLINE_S) for rank in ranks]
         if any(codes):
             raise RuntimeError(f"the ranks of {part} ended with {codes}")

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,7 +26,7 @@ from typing import Any
 from benchmarks.chunk_memory import measure_slope
 from benchmarks.chunkflow_report import claims_of, plot, print_scan, print_table
 from benchmarks.claims import print_claims, write_report
-from benchmarks.ranks import wait_for
+from benchmarks.ranks import start_rank, wait_for
 
 PARTS = ("lmsys", "stdlib", "memory")
 SHAPE, QUICK_SHAPE = (256, 2, 4096), (128, 2, 1024)
@@ -66,7 +64,7 @@ def run_steps(part: str, ways: Ways, *, quick: bool, rounds: int) -> list[dict[s
         ranks = []
         for rank in range(2):
             command = [sys.executable, "-m", "benchmarks.chunkflow_rank", str(rank), folder, options]
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = start_rank(command)
             started.callback(process.wait)
             started.callback(process.kill)
             ranks.append(process)

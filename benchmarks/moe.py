@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from rich.table import Table
 from benchmarks.claims import print_claims, write_report
 from benchmarks.moe_claims import claims_of
 from benchmarks.moe_layers import SHARES
-from benchmarks.ranks import wait_for
+from benchmarks.ranks import start_rank, wait_for
 from moe.netns import TwoHosts, two_hosts, why_not
 
 PARTS = ("grid", "models", "real")
@@ -49,8 +48,7 @@ def run_emulated(parts: Sequence[str], arguments: argparse.Namespace) -> list[di
         ranks = []
         for rank in range(4):
             command = [sys.executable, "-m", "benchmarks.moe_rank", str(rank), str(PORT), folder, options]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": net.interface}
-            process = subprocess.Popen(net.command(rank // 2, command), env=environment)
+            process = start_rank(net.command(rank // 2, command), {"GLOO_SOCKET_IFNAME": net.interface})
             started.callback(process.wait)
             started.callback(process.kill)
             ranks.append(process)

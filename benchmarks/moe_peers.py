@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.ranks import start_rank
+
 DEADLINE_S = 1200
 EXPERTS, TOP_K = 8, 2
 WORKS = ((512, 256, 512), (1024, 256, 1024), (2048, 512, 1024))
@@ -38,11 +39,9 @@ def run_real(*, quick: bool) -> list[dict[str, Any]]:
     """Run the two ranks; return their rows."""
     with tempfile.TemporaryDirectory(prefix="moe-real-") as folder:
         command = [sys.executable, "-m", "benchmarks.moe_peers"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_IGNORE_CUDA_DETECTION": "1"}
-        ranks = [
-            subprocess.Popen([*command, str(rank), folder, json.dumps({"quick": quick})], env=environment)
-            for rank in range(2)
-        ]
+        environment = {"DS_ACCELERATOR": "cpu", "DS_IGNORE_CUDA_DETECTION": "1"}
+        options = json.dumps({"quick": quick})
+        ranks = [start_rank([*command, str(rank), folder, options], environment) for rank in range(2)]
         try:
             codes = [rank.wait(DEADLINE_S) for rank in ranks]
         finally:

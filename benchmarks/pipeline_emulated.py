@@ -27,6 +27,7 @@ from benchmarks.pipeline_options import Options
 from benchmarks.pipeline_peers import best_peers
 from benchmarks.pipeline_plans import PlanFile
 from benchmarks.pipeline_tables import Model, read_models
+from launch.env import end_with_parent
 from pipeline.actions import COMPUTE
 from pipeline.costs import Costs
 from pipeline.roundpipe.compute import WaitCompute
@@ -95,6 +96,7 @@ def rank_runs(rank: int, folder: str, schedule: Schedule, found: RoundPipePlan, 
 
 
 def _serve(connection: Connection, *arguments: Any) -> None:
+    end_with_parent()
     try:
         connection.send(rank_runs(*arguments))
     except BaseException:  # noqa: BLE001  (told to the parent, which raises)

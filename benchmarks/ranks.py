@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from launch.env import end_with_parent
+
 
 def run_ranks(module: str, options: Mapping[str, Any], *, ranks: int, deadline_s: float) -> list[dict[str, Any]]:
     """Run `python -m MODULE RANK FOLDER OPTIONS` for every rank, one thread each; return what they wrote to rows.jsonl.
@@ -23,12 +25,20 @@ def run_ranks(module: str, options: Mapping[str, Any], *, ranks: int, deadline_s
         processes = []
         for rank in range(ranks):
             command = [sys.executable, "-m", module, str(rank), folder, json.dumps(options)]
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = start_rank(command)
             started.callback(process.wait)
             started.callback(process.kill)
             processes.append(process)
         wait_for(processes, deadline_s=deadline_s)
         return [json.loads(line) for line in (Path(folder) / "rows.jsonl").read_text().splitlines()]
+
+
+def start_rank(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, *, own_session: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start a rank of one thread, which ends when this process does, however that ends."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.Popen(command, env=env, preexec_fn=end_with_parent, start_new_session=own_session)
 
 
 def wait_for(ranks: Sequence[subprocess.Popen[bytes]], *, deadline_s: float) -> None:

@@ -5,6 +5,7 @@ python -m launch.doctor_ranks RANK WORLD_SIZE STORE_FILE      one rank; `self_te
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from chunkflow import ChunkLoader, ChunkRunner
 from chunkflow.sources import shifted
 from chunkflow.sources_memory import MemorySource
 from launch.doctor_checks import Check, passed
+from launch.env import end_with_parent
 
 RANKS, TIMEOUT_S, TOLERANCE = 2, 120.0, 1e-10
 _NAME = "self test"
@@ -57,7 +59,7 @@ def _start(rank: int, ranks: int, place: Path) -> subprocess.Popen[bytes]:
 
 
 def _command(rank: int, ranks: int, place: Path) -> list[str]:
-    return [sys.executable, "-m", "launch.doctor_ranks", str(rank), str(ranks), str(place / "store")]
+    return [sys.executable, "-m", "launch.doctor_ranks", str(rank), str(ranks), str(place / "store"), str(os.getpid())]
 
 
 def _wait(jobs: list[subprocess.Popen[bytes]], deadline: float) -> list[int]:
@@ -132,4 +134,7 @@ def chunk_error(rank: int, ranks: int) -> float:
 
 
 if __name__ == "__main__":
+    end_with_parent()
+    if len(sys.argv) > 4 and os.getppid() != int(sys.argv[4]):  # it ended while torch was imported
+        sys.exit(1)
     print(run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

@@ -72,7 +72,13 @@ def end_with_launcher(processes: Processes) -> None:
 
     On Linux only; elsewhere the lock of the run's folder still keeps two jobs apart.
     """
-    if processes.launched and sys.platform == "linux":
+    if processes.launched:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it ends, however that ends; on Linux only."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

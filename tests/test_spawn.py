@@ -150,11 +150,20 @@ def test_leaving_and_orphans_are_cleaned_up():
     assert ended(pid)
 
 
-def test_ranks_die_with_the_process_that_started_them():
-    code = "import os; from tests.spawn import _Rank; print(_Rank().process.pid, flush=True); os.kill(os.getpid(), 9)"
-    driver = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert driver.returncode == -signal.SIGKILL
-    assert ended(int(driver.stdout))
+STARTS = {
+    "tests": "from tests.spawn import _Rank; rank = _Rank().process",
+    "benchmarks": "from benchmarks.ranks import start_rank; rank = start_rank(['sleep', '3600'])",
+    "doctor": "from launch.doctor_ranks import _start; rank = _start(0, 2, pathlib.Path(sys.argv[1]))",
+}
+
+
+@pytest.mark.parametrize("whose", STARTS)
+def test_ranks_die_with_the_process_that_started_them(tmp_path, whose):
+    """However that ends: SIGTERM runs nothing in Python that could end them."""
+    code = f"import os, sys, pathlib; {STARTS[whose]}; print(rank.pid, flush=True); os.kill(os.getpid(), 15)"
+    driver = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert driver.returncode == -signal.SIGTERM, driver.stderr
+    assert ended(int(driver.stdout), within_s=60)
 
 
 def test_mistakes_of_the_caller_are_refused():

@@ -56,6 +56,8 @@ class JsonLines(StoredSource):
         }
 
         def rows() -> Iterator[Row]:
+            if not any(file.stat().st_size for file in files):
+                raise SourceError(f"{path} has 0 lines; there is nothing to train on")
             lines = _lines(dict(zip(files, digests, strict=True)), progress)
             return encode((_item(name, line, field, tokenizer) for name, line in lines), tokenizer)
 

@@ -48,6 +48,8 @@ class ParquetFiles(StoredSource):
 
         def rows() -> Iterator[Row]:
             counts = [pq.read_metadata(file).num_rows for file in files]
+            if not sum(counts):
+                raise SourceError(f"{path} has 0 rows; there is nothing to train on")
             tables = (_named(file, digest) for file, digest in zip(files, digests, strict=True))
             return _rows((part for table in tables for part in table), sum(counts), field, tokenizer, progress)
 

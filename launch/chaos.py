@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(0, error)
     finally:
         tally.seconds = time.monotonic() - begun
+        if args.work is None:
+            with suppress(OSError):  # it holds what a job left
+                work.rmdir()
     if args.work is None:
         shutil.rmtree(work)
     if args.json:

@@ -94,6 +94,19 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch):
             open_source(name, None, **cache)
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_a_file_without_rows_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / name, tmp_path / "folder" / name):
+        if name == "x.parquet":
+            pq.write_table(pa.table({"input_ids": pa.array([], pa.list_(pa.int64()))}), path)
+        else:
+            path.touch()
+    for path in (tmp_path / name, tmp_path / "folder"):
+        with pytest.raises(SourceError, match=rf"{path.name} has 0 (rows|lines); there is nothing to train on"):
+            open_source(path, None, cache_dir=tmp_path / "cache")
+
+
 def test_a_name_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
     """Said at once; the libraries alone would try again for a minute."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

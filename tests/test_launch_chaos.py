@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def test_bad_input(flags, text, capsys, tmp_path):
     code = chaos.main(["--work", str(tmp_path / "work"), *flags])
     assert code == 2
     assert text in capsys.readouterr().err
+
+
+def test_bad_input_leaves_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert chaos.main(["--rounds", "0"]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def run_folder(path, losses=(2.0, 1.0), weights=b"weights", **settings):

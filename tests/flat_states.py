@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from checkpointing.formats import Source, open_source
 
 
 class Flat:
@@ -61,3 +64,12 @@ def same(left: Any, right: Any) -> bool:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return plain.reshape(-1).view(torch.uint8)
+
+
+def read_source(path: Path, step: int | None = None) -> tuple[Source, dict[str, torch.Tensor]]:
+    """Open a checkpoint of any format; return it, and all of its tensors, which are what it said they are."""
+    source = open_source(path, step=step)
+    tensors = {name: lazy.read() for name, lazy in source.tensors.items()}
+    for name, lazy in source.tensors.items():
+        assert (tensors[name].dtype, tuple(tensors[name].shape)) == (lazy.dtype, lazy.shape)
+    return source, tensors

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -89,19 +88,22 @@ def parallelize(
     measured timeline, for `moe.tracing.from_spans`.
 
     Raises MoeConfigError, on every rank, and leaves the model as it was, when it has no such experts, when experts do
-    not divide, or when ranks were given other models, plans or settings.
+    not divide, or when ranks were given other axes, models, plans or settings.
     """
     config = config or MoeConfig()
-    groups = _axes(mesh, ep, esp, dp)
     blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
     plans = {name: plan if isinstance(plan, LayerPlan) else (plan or {}).get(name, PLAIN) for name in blocks}
     sizes, problem = {}, None
     try:
+        _check_axes(mesh, ep, esp, dp)
         sizes = _check(model, blocks, mesh, ep, esp)
         _check_plans(plan, blocks)
     except MoeConfigError as error:
         problem = str(error)
-    require_alike(problem, _facts(blocks, plans, config), groups)
+    # Over all axes of the mesh: a rank that was given other axes would wait in another group than the others.
+    groups = [group for group in mesh.get_all_groups() if group.size() > 1]
+    axes = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
+    require_alike(problem, axes | _facts(blocks, plans, config), groups)
     lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span)
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
@@ -121,15 +123,13 @@ def _is_stacked(module: nn.Module) -> bool:
     return all(isinstance(w, Tensor) and w.dim() == 3 for w in weights) and not isinstance(module, StackedExperts)
 
 
-def _axes(mesh: DeviceMesh, ep: str, esp: str | None, dp: str) -> list[dist.ProcessGroup]:
-    """Return the groups of the axes that have more than one rank."""
+def _check_axes(mesh: DeviceMesh, ep: str, esp: str | None, dp: str) -> None:
     names, axes = mesh.mesh_dim_names or (), [axis for axis in (ep, esp, dp) if axis is not None]
     for axis in axes:
         if axis not in names:
             raise MoeConfigError(f"the mesh has the axes {', '.join(names) or 'without names'}, but no {axis!r}")
     if len(set(axes)) < len(axes):
         raise MoeConfigError(f"ep, esp and dp are the axes {', '.join(axes)}; each must be an axis of its own")
-    return [mesh.get_group(axis) for axis in axes if mesh[axis].size() > 1]
 
 
 def _facts(blocks: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan], config: MoeConfig) -> dict[str, str]:

@@ -241,6 +241,10 @@ def differing(info):
             parallelize(model, mesh, ep="ep", dp="dp", **(options if odd else {}))
         said.append(str(caught.value))
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    for theirs in ({"ep": "experts", "dp": "dp"}, {"ep": "dp", "dp": "ep"}, {"ep": "ep", "esp": "esp", "dp": "dp"}):
+        with pytest.raises(MoeConfigError) as caught:
+            parallelize(model, mesh, **(theirs if info.rank == 1 else {"ep": "ep", "dp": "dp"}))
+        said.append(str(caught.value))
     for axes in ({"ep": "ep", "dp": "ep"}, {"ep": "ep", "esp": "dp", "dp": "dp"}):
         with pytest.raises(MoeConfigError, match="each must be an axis of its own"):
             parallelize(model, mesh, **axes)
@@ -260,6 +264,9 @@ def test_ranks_with_other_models_plans_or_settings_all_hear_of_it():
         "ranks 0 and 1 differ in settings: MoeConfig(exchange='direct'",
         "on rank 2: there are plans for nowhere",
         f"ranks 0 and 3 differ in experts of {name}: [4, 16, 16] of torch.float64 and [4, 16, 8] of torch.float64 and ",
+        "on rank 1: the mesh has the axes pp, dp, ep, esp, but no 'experts'",
+        "ranks 0 and 1 differ in axes: ep=ep, esp=None, dp=dp and ep=dp, esp=None, dp=ep; give every rank the same",
+        "ranks 0 and 1 differ in axes: ep=ep, esp=None, dp=dp and ep=ep, esp=esp, dp=dp; give every rank the same",
     )
     for said, text in zip(every[0], texts, strict=True):
         assert said.startswith(text), said

@@ -7,7 +7,7 @@
 by three peers (`benchmarks.chunkflow_ways`), in turn, round by round; data is ready before the clock starts. Every way
 stays under the same memory cap (`CAP_BYTES` of `benchmarks.chunkflow_work`: of a rank, above model, gradients and
 data), set so that the longest sequence needs recompute. `--scan` runs every setting of every way once instead; the
-settings in `BEST` are chosen by hand so far, not by a whole scan. Beside every ratio stands what a model of the
+settings in `BEST` are the fastest of it. Beside every ratio stands what a model of the
 hardware gives for it (`benchmarks.chunkflow_bound`). `memory`: how the peak grows from 32 to 256 chunks
 (`benchmarks.chunk_memory`). `--add` keeps the rows that are in FILE.
 """
@@ -35,25 +35,19 @@ DEADLINE_S = 3600
 
 Ways = Sequence[tuple[str, Mapping[str, int]]]
 
-BEST: dict[str, Ways] = {
-    "lmsys": [
-        ("ours", {"chunk_tokens": 2048, "retain": 16}),
-        ("packed", {"row_tokens": 512, "recompute": 0}),
-        ("single", {}),
-        ("padded", {"batch": 1}),
-    ],
-    "stdlib": [
-        ("ours", {"chunk_tokens": 2048, "retain": 16}),
-        ("packed", {"row_tokens": 512, "recompute": 0}),
-        ("single", {}),
-        ("padded", {"batch": 1}),
-    ],
-}
-SCAN: Ways = [
+BEST: Ways = [
+    ("ours", {"chunk_tokens": 2048, "retain": 16, "compiled": 1}),
+    ("packed", {"row_tokens": 512, "recompute": 0, "compiled": 1}),
+    ("single", {"compiled": 1}),
+    ("padded", {"batch": 1, "compiled": 1}),
+]
+TRIED: Ways = [
     *[("ours", {"chunk_tokens": c, "retain": k}) for c, k in ((1024, 32), (2048, 16), (4096, 8))],
     *[("padded", {"batch": b}) for b in (1, 2)],
     *[("packed", {"row_tokens": n, "recompute": r}) for n, r in ((512, 0), (512, 1), (1024, 0), (2048, 0))],
+    ("single", {}),
 ]
+SCAN: Ways = [(way, {**setting, "compiled": c}) for way, setting in TRIED for c in (0, 1)]
 
 
 def run_steps(part: str, ways: Ways, *, quick: bool, rounds: int) -> list[dict[str, Any]]:
@@ -90,7 +84,7 @@ def main() -> None:
         if part == "memory":
             rows += [{"part": "memory", **row} for row in measure_slope(quick=arguments.quick)]
         else:
-            ways = SCAN if arguments.scan else BEST[part]
+            ways = SCAN if arguments.scan else BEST
             rows += run_steps(part, ways, quick=arguments.quick, rounds=rounds)
             (print_scan if arguments.scan else print_table)(rows, part, quick=arguments.quick)
     claims = [] if arguments.scan else claims_of(rows)

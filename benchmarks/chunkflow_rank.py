@@ -36,10 +36,10 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=WORLD_SIZE, timeout=wait)
     shape = Shape(*options["shape"])
     data = data_set(options["data"], quick=options["quick"])
-    models = model_of(shape, recompute=False), model_of(shape, recompute=True)
+    models = {(r, c): model_of(shape, recompute=r, compiled=c) for r in (False, True) for c in (False, True)}
     rates = mean_rates(measure_rates(shape))
-    job = Job(samples_of(data.lengths, shape), rank, WORLD_SIZE, *models, rates.pair_cost)
-    warm = Job(samples_of(range(16, 16 + WARM_UP), shape), rank, WORLD_SIZE, *models, rates.pair_cost)
+    job = Job(samples_of(data.lengths, shape), rank, WORLD_SIZE, models, rates.pair_cost)
+    warm = Job(samples_of(range(16, 16 + WARM_UP), shape), rank, WORLD_SIZE, models, rates.pair_cost)
     touch_memory()
     works = []
     for way, setting in options["ways"]:
@@ -56,7 +56,7 @@ def main() -> None:
                 with (folder / "rows.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-            for model in models:
+            for model in models.values():
                 model.zero_grad(set_to_none=True)
     dist.barrier()
     dist.destroy_process_group()

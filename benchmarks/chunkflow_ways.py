@@ -4,7 +4,7 @@
 gradients are added up once a step like ours, and every target counts the same: `padded` batches of similar lengths
 (transformers' `LengthGroupedSampler`, batches dealt as accelerate deals them), `single` sequences dealt round-robin,
 `packed` rows of TRL's `pack_dataset(strategy="bfd")`, which loses what is longer than a row, and needs no recompute
-where its rows are short.
+where its rows are short. Decoder layers of every way run as they are or compiled (`torch.compile`, sizes dynamic).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from chunkflow.sources import Sample
 
 Batch = Mapping[str, torch.Tensor]
 
+Models = Mapping[tuple[bool, bool], PreTrainedModel]
+"""By (whether layers recompute, whether they are compiled)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -36,11 +39,14 @@ class Job:
     samples: Sequence[Sample]
     rank: int
     world_size: int
-    plain: PreTrainedModel
-    recomputing: PreTrainedModel
-    """Equal weights, with activation checkpointing."""
+    models: Models
+    """Equal weights."""
     pair_cost: float
     """Measured: time of a pair over the rest of a token's."""
+
+    def model(self, setting: Mapping[str, int], *, recompute: bool) -> PreTrainedModel:
+        """Return the model of a setting, in which `compiled` is 1 or 0."""
+        return self.models[recompute, bool(setting["compiled"])]
 
 
 def ours(job: Job, setting: Mapping[str, int]) -> Work:
@@ -51,7 +57,7 @@ def ours(job: Job, setting: Mapping[str, int]) -> Work:
     )  # fmt: skip
     with loader:
         batch = next(iter(loader))
-    runner = ChunkRunner(job.plain, retain=setting["retain"])
+    runner = ChunkRunner(job.model(setting, recompute=False), retain=setting["retain"])
     load = Load()
     for op, position in operations(batch.chunks, setting["retain"]):
         tokens, pairs = batch.chunks[position].num_tokens, num_pairs(batch.chunks[position])
@@ -76,7 +82,8 @@ def padded(job: Job, setting: Mapping[str, int]) -> Work:
         whole = all(lengths[i] == longest for i in batch)  # no padding: no mask, and the kernel skips what is hidden
         load += recomputed(len(batch) * longest, len(batch) * (causal(longest) if whole else longest**2))
     rows = [_padded_rows([job.samples[i] for i in batch]) for batch in mine]
-    return _work(job.recomputing, rows, load, sum(lengths[i] for batch in mine for i in batch))
+    model = job.model(setting, recompute=True)
+    return _work(model, rows, load, sum(lengths[i] for batch in mine for i in batch))
 
 
 def single(job: Job, setting: Mapping[str, int]) -> Work:
@@ -85,7 +92,8 @@ def single(job: Job, setting: Mapping[str, int]) -> Work:
     load = Load()
     for sample in mine:
         load += recomputed(len(sample.input_ids), causal(len(sample.input_ids)))
-    return _work(job.recomputing, [_padded_rows([s]) for s in mine], load, sum(len(s.input_ids) for s in mine))
+    rows = [_padded_rows([s]) for s in mine]
+    return _work(job.model(setting, recompute=True), rows, load, sum(len(s.input_ids) for s in mine))
 
 
 def packed(job: Job, setting: Mapping[str, int]) -> Work:
@@ -107,7 +115,7 @@ def packed(job: Job, setting: Mapping[str, int]) -> Work:
         batches.append(
             {"input_ids": ids[None], "labels": labels[None], "position_ids": torch.from_numpy(positions)[None]}
         )
-    model = job.recomputing if setting["recompute"] else job.plain
+    model = job.model(setting, recompute=bool(setting["recompute"]))
     return _work(model, batches, load, sum(len(row["input_ids"]) for row in mine))
 
 

@@ -77,8 +77,11 @@ def samples_of(lengths: Sequence[int] | Lengths, shape: Shape) -> list[Sample]:
     return [shifted(random.integers(0, shape.vocabulary, int(n)), None) for n in lengths]
 
 
-def model_of(shape: Shape, *, recompute: bool) -> LlamaForCausalLM:
-    """Return the model, equal weights each time; `recompute` is activation checkpointing in every layer."""
+def model_of(shape: Shape, *, recompute: bool, compiled: bool = False) -> LlamaForCausalLM:
+    """Return the model, equal weights each time; `recompute` is activation checkpointing in every layer.
+
+    `compiled` layers take rows of any size: what is compiled for one is compiled for all.
+    """
     torch.manual_seed(0)
     heads = shape.hidden // 64
     config = LlamaConfig(
@@ -94,6 +97,8 @@ def model_of(shape: Shape, *, recompute: bool) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).train()
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers if compiled else ():
+        layer.compile(dynamic=True)
     return model
 
 

@@ -32,6 +32,7 @@ def written_out(q, k, v, scale, prefix):
 @pytest.mark.parametrize("prefix", [0, 5, 64])
 def test_span_attention_equals_attention_written_out(backend, dtype, prefix, monkeypatch):
     monkeypatch.setattr("chunkflow.attention.tiles.PREFIX_BLOCK", 16)  # several blocks, the last one ragged
+    monkeypatch.setattr(FlashCpu, "causal_rows", 8)
     torch.manual_seed(0)
     heads, per_head, n, width, scale = 2, 3, 21, 8, 0.4
     wide = {"dtype": torch.float64, "requires_grad": True}

@@ -17,21 +17,23 @@ SHAPE = Shape(64, 2, 128)
 
 def trained(way, **setting):
     """Loss, gradients, and the work, of one process."""
-    models = model_of(SHAPE, recompute=False), model_of(SHAPE, recompute=True)
-    work = WAYS[way](Job(samples_of(LENGTHS, SHAPE), 0, 1, *models, 1e-3), setting)
+    compiled = bool(setting["compiled"])
+    models = {(r, compiled): model_of(SHAPE, recompute=r, compiled=compiled) for r in (False, True)}
+    work = WAYS[way](Job(samples_of(LENGTHS, SHAPE), 0, 1, models, 1e-3), setting)
     loss = work.run()
-    model = models[0] if way == "ours" else models[1]
+    model = models[way != "ours", compiled]
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), work
 
 
-def test_ways_that_train_every_token_do_the_same_work():
-    loss, grads, work = trained("ours", chunk_tokens=16, retain=2)
+@pytest.mark.parametrize("compiled", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_ways_that_train_every_token_do_the_same_work(compiled):
+    loss, grads, work = trained("ours", chunk_tokens=16, retain=2, compiled=compiled)
     assert work.tokens == sum(LENGTHS)
     # 70 tokens are five chunks, three of which run forward twice.
     assert work.load.forward_tokens == sum(LENGTHS) + 3 * 16
     assert work.load.backward_pairs == sum(map(causal, LENGTHS))
     for way, setting in (("single", {}), ("padded", {"batch": 2})):
-        other_loss, other_grads, other = trained(way, **setting)
+        other_loss, other_grads, other = trained(way, **setting, compiled=compiled)
         assert other.tokens == sum(LENGTHS)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(other_grads, grads, rtol=1e-3, atol=1e-6)
@@ -39,7 +41,7 @@ def test_ways_that_train_every_token_do_the_same_work():
 
 
 def test_packing_loses_what_is_longer_than_a_row():
-    _, _, work = trained("packed", row_tokens=32, recompute=1)
+    _, _, work = trained("packed", row_tokens=32, recompute=1, compiled=0)
     assert work.tokens == sum(LENGTHS) - (70 - 32)
 
 

@@ -57,17 +57,20 @@ def visible(prefix, length, window):
     return (columns <= rows) & (columns > rows - (window or prefix + length + 1))
 
 
-@given(st.integers(0, 200), st.integers(1, 90), st.one_of(st.none(), st.integers(1, 150)))
-def test_tiles_hold_each_visible_pair_once_and_no_row_is_empty(prefix, length, window):
+@given(
+    st.integers(0, 200), st.integers(1, 90), st.one_of(st.none(), st.integers(1, 150)),
+    st.one_of(st.none(), st.integers(1, 100)),
+)  # fmt: skip
+def test_tiles_hold_each_visible_pair_once_and_no_row_is_empty(prefix, length, window, rows):
     seen = torch.zeros(length, prefix + length, dtype=torch.int32)
-    for tile in tiles_of(prefix, length, window):
-        rows = torch.arange(tile.query_start, tile.query_stop)[:, None]
+    for tile in tiles_of(prefix, length, window, rows):
+        queries = torch.arange(tile.query_start, tile.query_stop)[:, None]
         columns = torch.arange(tile.key_start, tile.key_stop)
-        shown = torch.ones(len(rows), len(columns), dtype=torch.bool)
+        shown = torch.ones(len(queries), len(columns), dtype=torch.bool)
         if tile.causal:
-            shown &= columns <= rows
+            shown &= columns <= queries
         if tile.window is not None:
-            shown &= columns > rows - tile.window
+            shown &= columns > queries - tile.window
         assert shown.any(1).all()
         assert tile.key_stop <= prefix or tile.key_start >= prefix
         seen[tile.query_start - prefix : tile.query_stop - prefix, tile.key_start : tile.key_stop] += shown

@@ -58,6 +58,9 @@ class Backend(Protocol):
     q, out: [Hk, G, n, D]; k, v: [Hk, m, D]; lse: [Hk, G, n], natural log, fp32 or wider.
     """
 
+    causal_rows: int | None
+    """Queries of a causal tile at most: where a kernel computes pairs that the mask hides, several are faster."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, how: Scoring) -> tuple[Tensor, Tensor]:
         """Return out and lse of these keys alone."""
         ...

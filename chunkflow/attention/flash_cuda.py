@@ -36,6 +36,8 @@ def window_left(tile: Tile) -> int | None:
 class FlashCuda:
     """`Backend` over aten's pair."""
 
+    causal_rows: int | None = None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, how: Scoring) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         sizes = (q.shape[2], k.shape[1])

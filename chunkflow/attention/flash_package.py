@@ -36,6 +36,8 @@ def kernels() -> Any | None:
 class FlashPackage:
     """`Backend` over the package's operators for packed rows, one sequence a call."""
 
+    causal_rows: int | None = None
+
     def __init__(self, module: Any) -> None:
         self._forward, self._backward = getattr(module, _FORWARD), getattr(module, _BACKWARD)
 

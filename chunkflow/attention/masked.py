@@ -15,6 +15,8 @@ from chunkflow.attention.tiles import Tile
 class Masked:
     """`Backend` in plain torch. Sums are made in fp32 or wider."""
 
+    causal_rows: int | None = None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, how: Scoring) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         q_, k_, v_ = _widen(q, k, v)

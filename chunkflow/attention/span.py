@@ -87,7 +87,7 @@ class SpanAttention:
             grads[2][:, columns] += dv
 
     def _tiles(self) -> Iterator[Tile]:
-        return tiles_of(self.span.prefix, self.span.length, self.window)
+        return tiles_of(self.span.prefix, self.span.length, self.window, self.backend.causal_rows)
 
     def _rows(self, tile: Tile) -> slice:
         return slice(tile.query_start - self.span.prefix, tile.query_stop - self.span.prefix)

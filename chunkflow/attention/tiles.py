@@ -31,11 +31,18 @@ class Tile:
     """Keys `window` or more before the query are hidden; None where no pair of the tile is that far apart."""
 
 
-def tiles_of(prefix: int, length: int, window: int | None) -> Iterator[Tile]:
-    """Yield the tiles of `length` queries behind `prefix` tokens; with a window, each sees its last `window` tokens."""
+def tiles_of(prefix: int, length: int, window: int | None, rows: int | None = None) -> Iterator[Tile]:
+    """Yield the tiles of `length` queries behind `prefix` tokens; with a window, each sees its last `window` tokens.
+
+    `rows`: at most so many queries in a causal tile, for kernels that compute many of the pairs that it hides.
+    """
     stop = prefix + length
     if window is None or window >= stop:
-        yield Tile(prefix, stop, prefix, stop, causal=True)
+        for start in range(prefix, stop, rows or length):
+            end = min(start + (rows or length), stop)
+            yield Tile(start, end, start, end, causal=True)
+            if start > prefix:
+                yield Tile(start, end, prefix, start)
         yield from (Tile(prefix, stop, low, high) for low, high in prefix_blocks(prefix))
         return
     size = max(window, SMALLEST_WINDOW_BLOCK)

@@ -22,7 +22,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from benchmarks.chunkflow_work import Load, Work, causal
 from chunkflow import ChunkLoader, ChunkRunner, MemorySource
 from chunkflow.cost import num_pairs
+from chunkflow.errors import ChunkflowError
+from chunkflow.fit import CostFit
 from chunkflow.program import operations
+from chunkflow.records import StepBatch
 from chunkflow.reduce import sum_gradients
 from chunkflow.sources import Sample
 
@@ -42,7 +45,7 @@ class Job:
     models: Models
     """Equal weights."""
     pair_cost: float
-    """Measured: time of a pair over the rest of a token's."""
+    """Of the bare kernels: time of a pair over the rest of a token's."""
 
     def model(self, setting: Mapping[str, int], *, recompute: bool) -> PreTrainedModel:
         """Return the model of a setting, in which `compiled` is 1 or 0."""
@@ -50,16 +53,19 @@ class Job:
 
 
 def ours(job: Job, setting: Mapping[str, int]) -> Work:
-    """Plan and collate by our loader; `chunk_tokens` and `retain` are settings."""
-    loader = ChunkLoader(
-        MemorySource(job.samples), global_batch=len(job.samples), rank=job.rank, world_size=job.world_size,
-        chunk_tokens=setting["chunk_tokens"], retain=setting["retain"], pair_cost=job.pair_cost, report=lambda _: None,
-    )  # fmt: skip
-    with loader:
-        batch = next(iter(loader))
-    runner = ChunkRunner(job.model(setting, recompute=False), retain=setting["retain"])
+    """Plan and collate by our loader; `chunk_tokens` and `retain` are settings.
+
+    The plan's pair cost is fitted to the chunks of one step, as `OnlineBalance` does while training.
+    """
+    model, retain = job.model(setting, recompute=False), setting["retain"]
+    runner, fit = ChunkRunner(model, retain=retain), CostFit()
+    runner.on_operation = fit.add
+    runner.forward_backward(_planned(job, setting, job.pair_cost))
+    model.zero_grad(set_to_none=True)
+    runner.on_operation = None
+    batch = _planned(job, setting, _fitted(fit, job.pair_cost))
     load = Load()
-    for op, position in operations(batch.chunks, setting["retain"]):
+    for op, position in operations(batch.chunks, retain):
         tokens, pairs = batch.chunks[position].num_tokens, num_pairs(batch.chunks[position])
         load += (
             Load(backward_tokens=tokens, head_tokens=tokens, backward_pairs=pairs)
@@ -67,6 +73,26 @@ def ours(job: Job, setting: Mapping[str, int]) -> Work:
             else Load(forward_tokens=tokens, forward_pairs=pairs)
         )
     return Work(lambda: runner.forward_backward(batch).item(), load, sum(c.num_tokens for c in batch.chunks))
+
+
+def _planned(job: Job, setting: Mapping[str, int], pair_cost: float) -> StepBatch:
+    loader = ChunkLoader(
+        MemorySource(job.samples), global_batch=len(job.samples), rank=job.rank, world_size=job.world_size,
+        chunk_tokens=setting["chunk_tokens"], retain=setting["retain"], pair_cost=pair_cost, report=lambda _: None,
+    )  # fmt: skip
+    with loader:
+        return next(iter(loader))
+
+
+def _fitted(fit: CostFit, otherwise: float) -> float:
+    """Return the pair cost of what all ranks measured, the same on each; `otherwise` after too few chunks."""
+    sums = torch.from_numpy(fit.sums)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    try:
+        return fit.solve(sums.numpy()).pair_cost
+    except ChunkflowError:
+        return otherwise
 
 
 def padded(job: Job, setting: Mapping[str, int]) -> Work:

@@ -18,7 +18,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class FlashCpu:
     """`Backend` over the pair of aten operators, which give out and lse and take the merged ones back."""
 
-    causal_rows: int | None = 256
+    causal_rows: int | None = 128
     """The kernel computes all pairs of 512 keys with every block of queries, those that a causal mask hides too."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, how: Scoring) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ another global batch, whose steps would be others, is refused.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from chunkflow.adapters.accelerate import AcceleratedRunner
 from chunkflow.adapters.rows import CollatedRows
+from chunkflow.adapters.trainer_settings import ignored, require_possible
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError
 from chunkflow.loader import ChunkLoader
 from chunkflow.records import StepBatch
 from chunkflow.sources import Source
 
+_log = logging.getLogger("chunkflow")
 _STATE = "chunkflow.json"
 _EPOCHS = 2**20
 """More than any run has; the trainer counts them."""
@@ -38,9 +41,15 @@ _EPOCHS = 2**20
 class Steps(IterableDataset[StepBatch]):
     """One epoch of optimizer steps at a time."""
 
-    def __init__(self, loader: ChunkLoader) -> None:
+    def __init__(self, loader: ChunkLoader, *, drop_last: bool = False) -> None:
+        """With `drop_last`, a step of fewer samples than the others is left out of each epoch."""
         self.loader = loader
-        self._epoch = 0
+        self._epoch, self._drop_last = 0, drop_last
+        if len(self) == 0:
+            raise ChunkflowError(
+                f"dataloader_drop_last leaves no step: there are {self.num_samples} samples, and a step has "
+                f"{loader.global_batch} (per_device_train_batch_size times the number of ranks); lower it"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is next."""
@@ -52,7 +61,7 @@ class Steps(IterableDataset[StepBatch]):
         return len(self.loader.source)
 
     def __len__(self) -> int:
-        return self.loader.steps_per_epoch
+        return self.num_samples // self.loader.global_batch if self._drop_last else self.loader.steps_per_epoch
 
     def __iter__(self) -> Iterator[StepBatch]:
         state = {**self.loader.state_dict(), "epoch": self._epoch, "step": 0}
@@ -94,24 +103,26 @@ class ChunkMixin(Trainer):
     _plan: dict[str, Any] | None = None
     """What the steps are planned from."""
 
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self._require_possible()
+
     def source(self, dataset: Any) -> Source:
         """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
         if all(hasattr(dataset, name) for name in ("manifest", "lengths", "read", "select")):
             return dataset
-        return CollatedRows(dataset, self.data_collator)
+        return CollatedRows(dataset, self._get_collator_with_removed_columns(self.data_collator))
 
     def get_train_dataloader(self) -> StepLoader:
         """Return the steps of an epoch, planned and loaded ahead."""
         args = self.args
-        if args.gradient_accumulation_steps != 1:
-            raise ChunkflowError(
-                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}; set it to 1 and multiply "
-                "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
-            )
-        self._require_cross_entropy()
-        self._require_no_predictions()
-        found = self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+        self._require_possible()
+        loader = self._loader(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+        found = StepLoader(Steps(loader, drop_last=args.dataloader_drop_last))
         self._same_steps(found.steps)
+        without_effect = ignored(args)
+        if without_effect:
+            self._tell(f"{type(self).__name__} ignores {', '.join(without_effect)}")
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -121,7 +132,7 @@ class ChunkMixin(Trainer):
         if isinstance(dataset, str):
             assert isinstance(self.eval_dataset, dict)
             dataset = self.eval_dataset[dataset]
-        return self._steps(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)
+        return StepLoader(Steps(self._loader(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)))
 
     def _inner_training_loop(self, *args: Any, resume_from_checkpoint: str | None = None, **others: Any) -> Any:
         self._resumes = resume_from_checkpoint
@@ -135,7 +146,7 @@ class ChunkMixin(Trainer):
 
     def _same_steps(self, steps: Steps) -> None:
         """Raise ChunkflowError, naming what differs, where the checkpoint's steps were planned from something else."""
-        self._plan = steps.loader.state_dict()
+        self._plan = {**steps.loader.state_dict(), "steps_per_epoch": len(steps)}
         file = Path(self._resumes or "") / _STATE
         if self._resumes is None or not file.exists():  # a plain trainer's has none
             return
@@ -145,6 +156,12 @@ class ChunkMixin(Trainer):
             raise ChunkflowError(
                 f"{self._resumes}: {error} (a step has per_device_train_batch_size times the number of ranks samples)"
             ) from error
+
+    def _require_possible(self) -> None:
+        """Raise ChunkflowError, naming it, for what chunks cannot do: when it is made, and when it trains."""
+        require_possible(self.args)
+        self._require_cross_entropy()
+        self._require_no_predictions()
 
     def _require_cross_entropy(self) -> None:
         """Raise ChunkflowError, naming it, where the trainer's loss is not the cross entropy of each target."""
@@ -178,10 +195,15 @@ class ChunkMixin(Trainer):
                     "find other metrics with a plain Trainer of the same model"
                 )
 
-    def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
+    def _tell(self, line: str) -> None:
+        """Warn, on one rank."""
+        if self.is_world_process_zero():
+            _log.warning(line)
+
+    def _loader(self, dataset: Any, global_batch: int, *, epochs: int) -> ChunkLoader:
         # Several ranks: the loader takes its place from the default group, and so compares data and settings first.
         place: dict[str, Any] = {"rank": 0, "world_size": 1} if self.args.world_size == 1 else {}
-        loader = ChunkLoader(
+        return ChunkLoader(
             self.source(dataset),
             chunk_tokens=self.chunks.chunk_tokens,
             retain=self.chunks.retain,
@@ -191,7 +213,6 @@ class ChunkMixin(Trainer):
             epochs=epochs,
             **place,
         )
-        return StepLoader(Steps(loader))
 
     def num_examples(self, dataloader: Any) -> int:
         """Return the samples of a data set, of which a step holds several."""

@@ -36,8 +36,8 @@ class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):
 
 def _check(args: Any) -> None:
     """Raise ChunkflowError for settings that would cut samples, pack twice or train another loss."""
-    if args.packing or args.padding_free:
-        raise ChunkflowError("SFTConfig.packing and padding_free must be off; chunks are packed already")
+    if args.packing or args.eval_packing or args.padding_free:
+        raise ChunkflowError("SFTConfig.packing, eval_packing and padding_free must be off; chunks are packed already")
     if args.max_length is not None:
         raise ChunkflowError(
             f"SFTConfig.max_length is {args.max_length}, and TRL has cut longer samples there already; set it to "

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from chunkflow import SINGLE, ChunkflowError, ChunkRunner, PlannerConfig, SourceError, UnsupportedModelError
+from chunkflow import SINGLE, ChunkRunner, PlannerConfig, SourceError, UnsupportedModelError
 from chunkflow.adapters.accelerate import AcceleratedRunner
 from chunkflow.adapters.rows import CollatedRows
 from chunkflow.adapters.trainer import ChunkMixin
@@ -128,39 +128,6 @@ def test_trainer_on_two_ranks(tmp_path):
         assert ours == pytest.approx(losses, abs=2e-4)
         assert furthest(theirs, weights) < TOLERANCE
         assert found == pytest.approx(evaluations, rel=TOLERANCE)
-
-
-def test_trainer_resumes_where_it_was(tmp_path):
-    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
-    whole = ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path / "a", **args), train_dataset=rows(),
-        data_collator=collator(),
-    )  # fmt: skip
-    whole.train()
-    again = ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path / "b", **args), train_dataset=rows(),
-        data_collator=collator(),
-    )  # fmt: skip
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    ours, theirs = weights_of(again.model), weights_of(whole.model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.parametrize("what", ["more samples a step", "other data"])
-def test_a_resume_whose_steps_would_be_others_is_refused(tmp_path, what):
-    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-    ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path, **args), train_dataset=rows(),
-        data_collator=collator(),
-    ).train()  # fmt: skip
-    more = {"per_device_train_batch_size": 8} if what == "more samples a step" else {}
-    data = rows() if more else rows().select(range(1, len(LENGTHS)))
-    again = ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path, **args, **more), train_dataset=data,
-        data_collator=collator(),
-    )  # fmt: skip
-    with pytest.raises(ChunkflowError, match="global.batch.*4.*8" if more else "data"):
-        again.train(resume_from_checkpoint=True)
 
 
 def test_collators_without_labels_are_refused():

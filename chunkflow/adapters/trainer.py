@@ -11,80 +11,26 @@ another global batch, whose steps would be others, is refused.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from chunkflow.adapters.accelerate import AcceleratedRunner
 from chunkflow.adapters.rows import CollatedRows
 from chunkflow.adapters.trainer_settings import ignored, require_possible
+from chunkflow.adapters.trainer_steps import ChunkPlan, StepLoader, Steps
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError
 from chunkflow.loader import ChunkLoader
-from chunkflow.records import StepBatch
 from chunkflow.sources import Source
 
 _log = logging.getLogger("chunkflow")
-_STATE = "chunkflow.json"
 _EPOCHS = 2**20
 """More than any run has; the trainer counts them."""
-
-
-class Steps(IterableDataset[StepBatch]):
-    """One epoch of optimizer steps at a time."""
-
-    def __init__(self, loader: ChunkLoader, *, drop_last: bool = False) -> None:
-        """With `drop_last`, a step of fewer samples than the others is left out of each epoch."""
-        self.loader = loader
-        self._epoch, self._drop_last = 0, drop_last
-        if len(self) == 0:
-            raise ChunkflowError(
-                f"dataloader_drop_last leaves no step: there are {self.num_samples} samples, and a step has "
-                f"{loader.global_batch} (per_device_train_batch_size times the number of ranks); lower it"
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is next."""
-        self._epoch = epoch
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-        return len(self.loader.source)
-
-    def __len__(self) -> int:
-        return self.num_samples // self.loader.global_batch if self._drop_last else self.loader.steps_per_epoch
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        state = {**self.loader.state_dict(), "epoch": self._epoch, "step": 0}
-        self.loader.load_state_dict(state)
-        for _, batch in zip(range(len(self)), self.loader, strict=False):
-            yield batch
-
-
-class StepLoader(DataLoader[StepBatch]):
-    """What a trainer iterates: `Steps`, unbatched."""
-
-    def __init__(self, steps: Steps) -> None:
-        super().__init__(steps, batch_size=None)
-
-    @property
-    def steps(self) -> Steps:
-        """What it iterates."""
-        assert isinstance(self.dataset, Steps)
-        return self.dataset
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is next."""
-        self.steps.set_epoch(epoch)
 
 
 class ChunkMixin(Trainer):
@@ -100,12 +46,11 @@ class ChunkMixin(Trainer):
     """The last model that was run, its class, and its runner."""
     _resumes: str | None = None
     """The checkpoint that `train` goes on from."""
-    _plan: dict[str, Any] | None = None
-    """What the steps are planned from."""
 
     def __init__(self, *args: Any, **others: Any) -> None:
         super().__init__(*args, **others)
         self._require_possible()
+        self.add_callback(ChunkPlan())
 
     def source(self, dataset: Any) -> Source:
         """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
@@ -138,20 +83,26 @@ class ChunkMixin(Trainer):
         self._resumes = resume_from_checkpoint
         return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **others)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and self._plan is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / _STATE).write_text(json.dumps(self._plan))
-
     def _same_steps(self, steps: Steps) -> None:
         """Raise ChunkflowError, naming what differs, where the checkpoint's steps were planned from something else."""
-        self._plan = {**steps.loader.state_dict(), "steps_per_epoch": len(steps)}
-        file = Path(self._resumes or "") / _STATE
-        if self._resumes is None or not file.exists():  # a plain trainer's has none
+        noted = next(one for one in self.callback_handler.callbacks if isinstance(one, ChunkPlan))
+        noted.plan = {**steps.loader.state_dict(), "steps_per_epoch": len(steps)}
+        if self._resumes is None:
+            return
+        saved = ChunkPlan.saved_in(self._resumes)
+        if saved is None:
+            self._tell(
+                f"{self._resumes} was not trained in chunks, which draw samples in another order: of the epoch it "
+                "stands in, some are trained a second time and some not at all; every later epoch is whole"
+            )
             return
         try:
-            steps.loader.load_state_dict({**json.loads(file.read_text()), "epoch": 0, "step": 0})
+            steps.loader.load_state_dict({**saved, "epoch": 0, "step": 0})
+            if saved["steps_per_epoch"] != len(steps):
+                raise ChunkflowError(
+                    f"an epoch had {saved['steps_per_epoch']} steps and has {len(steps)}: set dataloader_drop_last as "
+                    "it was"
+                )
         except ChunkflowError as error:
             raise ChunkflowError(
                 f"{self._resumes}: {error} (a step has per_device_train_batch_size times the number of ranks samples)"

@@ -114,16 +114,18 @@ def train_one_epoch(folder, **changes):
     before = trainer.evaluate()["eval_loss"]  # before the model is wrapped
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.state.num_input_tokens_seen == (sum(LENGTHS) if "include_num_input_tokens_seen" in changes else 0)
     return logged, weights_of(trainer.model), (before, trainer.evaluate()["eval_loss"])
 
 
 def rank_of_trainer(info, folder):
     with as_torchrun_has_it(info):
-        return train_one_epoch(folder, per_device_train_batch_size=2, ddp_backend="gloo")
+        count = {"include_num_input_tokens_seen": True}
+        return train_one_epoch(folder, per_device_train_batch_size=2, ddp_backend="gloo", **count)
 
 
 def test_trainer_on_two_ranks(tmp_path):
-    losses, weights, evaluations = train_one_epoch(tmp_path)
+    losses, weights, evaluations = train_one_epoch(tmp_path, include_num_input_tokens_seen="non_padding")
     for ours, theirs, found in run_ranks(rank_of_trainer, 2, str(tmp_path)):
         assert ours == pytest.approx(losses, abs=2e-4)
         assert furthest(theirs, weights) < TOLERANCE

@@ -181,9 +181,14 @@ class ChunkMixin(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 6 * parameters * tokens of a step."""
-        tokens = sum(chunk.num_tokens for chunk in inputs.chunks)
         assert self.model is not None
-        return 6 * tokens * sum(p.numel() for p in self.model.parameters())
+        return 6 * inputs.num_tokens * sum(p.numel() for p in self.model.parameters())
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count the tokens of a step over all ranks; none of them is padding."""
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(inputs.num_tokens, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,

@@ -1,6 +1,8 @@
 """transformers' Trainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
 
 import copy
+import importlib
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -130,6 +132,23 @@ def test_trainer_on_two_ranks(tmp_path):
         assert ours == pytest.approx(losses, abs=2e-4)
         assert furthest(theirs, weights) < TOLERANCE
         assert found == pytest.approx(evaluations, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "library", "extra"),
+    [
+        ("accelerate", "accelerate", "accelerate"),
+        ("trl", "trl.trainer.sft_config", "trl"),
+        ("megatron", "megatron.core.models.gpt", "megatron"),
+    ],
+)
+def test_an_adapter_without_its_library_names_the_extra(monkeypatch, adapter, library, extra):
+    monkeypatch.delitem(sys.modules, f"chunkflow.adapters.{adapter}", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        ImportError, match=rf"chunkflow\.adapters\.{adapter} needs .*: pip install 'longrail\[{extra}\]'"
+    ):
+        importlib.import_module(f"chunkflow.adapters.{adapter}")
 
 
 def test_collators_without_labels_are_refused():

@@ -10,12 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Trainer
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from chunkflow.adapters.trainer import ChunkMixin
 from chunkflow.errors import ChunkflowError
 from chunkflow.sources import Source
+
+try:
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+except ImportError as error:
+    raise ImportError(f"{__name__} needs TRL: pip install 'longrail[trl]' ({error})") from error
 
 
 class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):

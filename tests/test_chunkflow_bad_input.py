@@ -160,6 +160,22 @@ def test_losses_that_are_no_cross_entropy_are_refused_by_name(tmp_path, kind, ch
         kind(model=model, args=arguments(tmp_path, **changes), train_dataset=rows(), data_collator=collator(), **given)
 
 
+def test_data_sets_without_rows_are_refused_when_the_trainer_is_made(tmp_path):
+    settings = {"args": arguments(tmp_path, max_steps=1), "data_collator": collator()}
+    with pytest.raises(
+        SourceError, match=r"IterableDataset is not read by index, .*from_generator\), or train it with StreamLoader"
+    ):
+        Chunked(model=tiny_model(), train_dataset=rows().to_iterable_dataset(), **settings)
+    source = MemorySource([sequence(n, 9) for n in range(3)])  # has no rows either, and is what chunks are made of
+    assert len(Chunked(model=tiny_model(), train_dataset=source, **settings).get_train_dataloader()) == 1
+
+
+@pytest.mark.parametrize("data", [rows(), rows().to_iterable_dataset(), [[1, 2, 3]]], ids=lambda d: type(d).__name__)
+def test_what_is_no_source_is_named(data):
+    with pytest.raises(SourceError, match=rf"{type(data).__name__} is no source: open_source.* StreamLoader trains"):
+        ChunkLoader(data, chunk_tokens=16, global_batch=4)
+
+
 def test_predictions_that_chunks_do_not_keep_are_refused_by_name(tmp_path):
     settings = {"train_dataset": rows(), "eval_dataset": rows(), "data_collator": collator()}
     model = tiny_model(dtype=torch.float32)

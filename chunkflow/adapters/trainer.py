@@ -20,13 +20,13 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from chunkflow.adapters.accelerate import AcceleratedRunner
-from chunkflow.adapters.rows import CollatedRows
+from chunkflow.adapters.rows import CollatedRows, require_rows
 from chunkflow.adapters.trainer_settings import ignored, require_possible
 from chunkflow.adapters.trainer_steps import ChunkPlan, StepLoader, Steps
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError
 from chunkflow.loader import ChunkLoader
-from chunkflow.sources import Source
+from chunkflow.sources import Source, is_source
 
 _log = logging.getLogger("chunkflow")
 _EPOCHS = 2**20
@@ -48,13 +48,16 @@ class ChunkMixin(Trainer):
     """The checkpoint that `train` goes on from."""
 
     def __init__(self, *args: Any, **others: Any) -> None:
+        dataset = others.get("train_dataset")
+        if dataset is not None and not is_source(dataset):  # before it is prepared
+            require_rows(dataset)
         super().__init__(*args, **others)
         self._require_possible()
         self.add_callback(ChunkPlan())
 
     def source(self, dataset: Any) -> Source:
         """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
-        if all(hasattr(dataset, name) for name in ("manifest", "lengths", "read", "select")):
+        if is_source(dataset):
             return dataset
         return CollatedRows(dataset, self._get_collator_with_removed_columns(self.data_collator))
 

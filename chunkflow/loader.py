@@ -47,8 +47,8 @@ class ChunkLoader:
     second iterator ends the first. `state_dict` and `load_state_dict` make it torch's `Stateful`; call them between
     steps, from the thread that iterates.
 
-    Raises SourceError when `source` is none. Iterating raises SourceError when data cannot be read or a step has no loss weight at all, PlanError when a step
-    cannot be planned.
+    Raises SourceError when `source` is none. Iterating raises SourceError when data cannot be read or a step has no
+    loss weight at all, PlanError when a step cannot be planned.
     """
 
     def __init__(

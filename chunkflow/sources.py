@@ -104,8 +104,8 @@ def require_source(data: object) -> None:
     """Raise SourceError, with what makes one, for what is no `Source`."""
     if not is_source(data):
         raise SourceError(
-            f"{type(data).__name__} is no source: open_source(data, tokenizer) makes one of a path, a name on the Hub or "
-            "a datasets.Dataset, MemorySource of a list of Samples, and StreamLoader trains an IterableDataset"
+            f"{type(data).__name__} is no source: open_source(data, tokenizer) makes one of a path, a name on the Hub "
+            "or a datasets.Dataset, MemorySource of a list of Samples, and StreamLoader trains an IterableDataset"
         )
 
 

@@ -42,6 +42,17 @@ def test_drop_last_leaves_the_smaller_step_out(tmp_path):
         trainer_of(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=13).train()
 
 
+def test_what_becomes_of_long_samples_is_said_once_a_data_set(tmp_path, capsys):
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.train()
+    assert capsys.readouterr().out.count("split_independent") == 1
+    trainer.evaluate()  # of the same rows
+    assert "split_independent" not in capsys.readouterr().out
+    for _ in range(2):
+        trainer.evaluate(rows().select(range(1, len(LENGTHS))))
+    assert capsys.readouterr().out.count("split_independent") == 1
+
+
 def test_columns_that_are_not_the_models_do_not_reach_the_collator(tmp_path):
     data = rows().add_column("text", ["what it was"] * len(LENGTHS))
     assert steps_of(trainer_of(tmp_path, data=data)) == steps_of(trainer_of(tmp_path))

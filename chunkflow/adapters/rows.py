@@ -84,8 +84,8 @@ def require_rows(data: object) -> None:
     """Raise SourceError, with what to do, for a data set that is not read by index."""
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise SourceError(
-            f"{type(data).__name__} is not read by index, and chunks are planned from the lengths of all samples: make a "
-            "datasets.Dataset of it (Dataset.from_generator), or train it with StreamLoader in a loop of your own"
+            f"{type(data).__name__} is not read by index, and chunks are planned from the lengths of all samples: make "
+            "a datasets.Dataset of it (Dataset.from_generator), or train it with StreamLoader in a loop of your own"
         )
 
 

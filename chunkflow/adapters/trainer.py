@@ -54,6 +54,7 @@ class ChunkMixin(Trainer):
         super().__init__(*args, **others)
         self._require_possible()
         self.add_callback(ChunkPlan())
+        self._reported: set[str] = set()
 
     def source(self, dataset: Any) -> Source:
         """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
@@ -157,14 +158,22 @@ class ChunkMixin(Trainer):
     def _loader(self, dataset: Any, global_batch: int, *, epochs: int) -> ChunkLoader:
         # Several ranks: the loader takes its place from the default group, and so compares data and settings first.
         place: dict[str, Any] = {"rank": 0, "world_size": 1} if self.args.world_size == 1 else {}
+        source = self.source(dataset)
+
+        def report(text: str) -> None:  # an evaluation comes again and again
+            if source.manifest not in self._reported:
+                print(text)
+            self._reported.add(source.manifest)
+
         return ChunkLoader(
-            self.source(dataset),
+            source,
             chunk_tokens=self.chunks.chunk_tokens,
             retain=self.chunks.retain,
             pair_cost=self.chunks.pair_cost,
             global_batch=global_batch,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             epochs=epochs,
+            report=report,
             **place,
         )
 

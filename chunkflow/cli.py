@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkflow.cli_data import open_data, progress_bar, read_lengths
+from chunkflow.config import CACHE_DIR
 from chunkflow.errors import ChunkflowError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -34,7 +35,6 @@ Retain = Annotated[int, typer.Option(help="chunks of a long sequence that keep t
 Policy = Annotated[str, typer.Option(help="split, split_independent, truncate, drop or raise")]
 Seed = Annotated[int, typer.Option(help="of the order of the samples")]
 MaxTokens = Annotated[int | None, typer.Option(help="longest sequence that fits into memory (default: no limit)")]
-CACHE = Path("runs/cache")
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def lengths(
     data: Data = None,
     lengths: Lengths = None,
     tokenizer: Tokenizer = None,
-    cache: Cache = CACHE,
+    cache: Cache = CACHE_DIR,
     split: Split = "train",
     field: Field = "text",
     png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("lengths.png"),
@@ -83,7 +83,7 @@ def plan(
     seed: Seed = 0,
     max_tokens: MaxTokens = None,
     tokenizer: Tokenizer = None,
-    cache: Cache = CACHE,
+    cache: Cache = CACHE_DIR,
     split: Split = "train",
     field: Field = "text",
     as_json: AsJson = False,
@@ -137,7 +137,7 @@ def audit(
     max_tokens: MaxTokens = None,
     weighting: Annotated[str, typer.Option(help="token, sequence or longalign")] = "token",
     tokenizer: Tokenizer = None,
-    cache: Cache = CACHE,
+    cache: Cache = CACHE_DIR,
     split: Split = "train",
     field: Field = "text",
     as_json: AsJson = False,

@@ -225,8 +225,8 @@ def tune(
     model: Model,
     cap_mib: Annotated[float, typer.Option(help="memory of one rank, with weights, gradients and AdamW's state")],
     longest: Annotated[int, typer.Option(help="tokens of the longest sequence to be trained")],
-    chunk_tokens: Annotated[list[int] | None, typer.Option(help="sizes to try; may be repeated")] = None,
-    retain: Annotated[list[int] | None, typer.Option(help="K to try; may be repeated")] = None,
+    chunk_tokens: Annotated[list[int] | None, typer.Option(help="a size to choose from; may be repeated")] = None,
+    retain: Annotated[list[int] | None, typer.Option(help="a K to choose from; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64")] = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -238,8 +238,8 @@ def tune(
             raise ChunkflowError(f"cap_mib is {cap_mib}; it must be a number above 0")
         with progress_bar("measuring") as progress:
             found = search(
-                model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (256, 512, 1024),
-                retain=retain or (1, 2, 4), dtype=dtype, progress=progress,
+                model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (),
+                retain=retain or (), dtype=dtype, progress=progress,
             )  # fmt: skip
         typer.echo(json.dumps(found.to_json()) if as_json else str(found))
         raise typer.Exit(0 if found.holds else 1)

@@ -42,6 +42,16 @@ def test_drop_last_leaves_the_smaller_step_out(tmp_path):
         trainer_of(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=13).train()
 
 
+def test_samples_longer_than_the_models_positions_are_said(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.model.config.max_position_embeddings = 31
+    with caplog.at_level(logging.WARNING, logger="chunkflow"):
+        trainer.train()
+    (line,) = said(caplog)
+    assert line.startswith("2 of 12 samples have more tokens than the model's 31 positions (max_position_embeddings), ")
+    assert "the longest 57: they are trained whole" in line
+
+
 def test_what_becomes_of_long_samples_is_said_once_a_data_set(tmp_path, capsys):
     trainer = trainer_of(tmp_path, max_steps=1)
     trainer.train()

@@ -26,6 +26,7 @@ from chunkflow.adapters.trainer_steps import ChunkPlan, StepLoader, Steps
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError
 from chunkflow.loader import ChunkLoader
+from chunkflow.positions import beyond_positions
 from chunkflow.sources import Source, is_source
 
 _log = logging.getLogger("chunkflow")
@@ -69,6 +70,9 @@ class ChunkMixin(Trainer):
         loader = self._loader(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
         found = StepLoader(Steps(loader, drop_last=args.dataloader_drop_last))
         self._same_steps(found.steps)
+        beyond = beyond_positions(loader.source.lengths, self.model)
+        if beyond is not None:
+            self._tell(beyond)
         without_effect = ignored(args)
         if without_effect:
             self._tell(f"{type(self).__name__} ignores {', '.join(without_effect)}")
@@ -200,7 +204,8 @@ class ChunkMixin(Trainer):
         """Count the tokens of a step over all ranks; none of them is padding."""
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor(inputs.num_tokens, device=self.args.device)
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+            of_ranks: Any = self.accelerator.gather(tokens)
+            self.state.num_input_tokens_seen += int(of_ranks.sum())
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,

@@ -112,6 +112,13 @@ def plan(
                 "groups and standalone chunks than ranks; raise --global-batch, or lower --chunk-tokens",
                 err=True,
             )
+        if found.long_batches:
+            typer.echo(
+                f"in {found.long_batches} of {found.batches} batches one sequence, the longest of {found.long_tokens} "
+                "tokens, takes longer than the mean of the ranks, and the others wait for its rank (straggler_ratio); "
+                "raise --global-batch, or lower --world-size",
+                err=True,
+            )
         if as_json:
             typer.echo(json.dumps(found.to_json()))
             return

@@ -213,17 +213,24 @@ def families(
         from chunkflow.families import WRONG, counts, family_names, markdown, table, try_families
 
         wanted = names or family_names()
-        found = []
+        found, unknown = [], None
         with progress_bar("families") as progress:
-            for verdict in try_families(wanted):
-                found.append(verdict)
-                progress(len(found), len(wanted))
+            try:
+                for verdict in try_families(wanted):
+                    found.append(verdict)
+                    progress(len(found), len(wanted))
+            except ChunkflowError as error:
+                unknown = error
+        if unknown is not None and not found:
+            raise unknown
         if as_json:
             typer.echo(json.dumps({"families": [asdict(verdict) for verdict in found], "counts": counts(found)}))
         elif as_markdown:
             typer.echo(markdown(found), nl=False)
         else:
             Console().print(table(found), ", ".join(f"{count} {state}" for state, count in counts(found).items()))
+        if unknown is not None:
+            raise unknown
         raise typer.Exit(1 if counts(found)[WRONG] else 0)
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkflow.cli_data import open_data, progress_bar, read_lengths
+from chunkflow.config import CACHE_DIR
 from chunkflow.errors import ChunkflowError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -34,7 +35,6 @@ Retain = Annotated[int, typer.Option(help="chunks of a long sequence that keep t
 Policy = Annotated[str, typer.Option(help="split, split_independent, truncate, drop or raise")]
 Seed = Annotated[int, typer.Option(help="of the order of the samples")]
 MaxTokens = Annotated[int | None, typer.Option(help="longest sequence that fits into memory (default: no limit)")]
-CACHE = Path("runs/cache")
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def lengths(
     data: Data = None,
     lengths: Lengths = None,
     tokenizer: Tokenizer = None,
-    cache: Cache = CACHE,
+    cache: Cache = CACHE_DIR,
     split: Split = "train",
     field: Field = "text",
     png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("lengths.png"),
@@ -83,7 +83,7 @@ def plan(
     seed: Seed = 0,
     max_tokens: MaxTokens = None,
     tokenizer: Tokenizer = None,
-    cache: Cache = CACHE,
+    cache: Cache = CACHE_DIR,
     split: Split = "train",
     field: Field = "text",
     as_json: AsJson = False,
@@ -112,6 +112,13 @@ def plan(
                 "groups and standalone chunks than ranks; raise --global-batch, or lower --chunk-tokens",
                 err=True,
             )
+        if found.long_batches:
+            typer.echo(
+                f"in {found.long_batches} of {found.batches} batches one sequence, the longest of {found.long_tokens} "
+                "tokens, takes longer than the mean of the ranks, and the others wait for its rank (straggler_ratio); "
+                "raise --global-batch, or lower --world-size",
+                err=True,
+            )
         if as_json:
             typer.echo(json.dumps(found.to_json()))
             return
@@ -137,7 +144,7 @@ def audit(
     max_tokens: MaxTokens = None,
     weighting: Annotated[str, typer.Option(help="token, sequence or longalign")] = "token",
     tokenizer: Tokenizer = None,
-    cache: Cache = CACHE,
+    cache: Cache = CACHE_DIR,
     split: Split = "train",
     field: Field = "text",
     as_json: AsJson = False,
@@ -206,17 +213,24 @@ def families(
         from chunkflow.families import WRONG, counts, family_names, markdown, table, try_families
 
         wanted = names or family_names()
-        found = []
+        found, unknown = [], None
         with progress_bar("families") as progress:
-            for verdict in try_families(wanted):
-                found.append(verdict)
-                progress(len(found), len(wanted))
+            try:
+                for verdict in try_families(wanted):
+                    found.append(verdict)
+                    progress(len(found), len(wanted))
+            except ChunkflowError as error:
+                unknown = error
+        if unknown is not None and not found:
+            raise unknown
         if as_json:
             typer.echo(json.dumps({"families": [asdict(verdict) for verdict in found], "counts": counts(found)}))
         elif as_markdown:
             typer.echo(markdown(found), nl=False)
         else:
             Console().print(table(found), ", ".join(f"{count} {state}" for state, count in counts(found).items()))
+        if unknown is not None:
+            raise unknown
         raise typer.Exit(1 if counts(found)[WRONG] else 0)
 
 
@@ -225,8 +239,8 @@ def tune(
     model: Model,
     cap_mib: Annotated[float, typer.Option(help="memory of one rank, with weights, gradients and AdamW's state")],
     longest: Annotated[int, typer.Option(help="tokens of the longest sequence to be trained")],
-    chunk_tokens: Annotated[list[int] | None, typer.Option(help="sizes to try; may be repeated")] = None,
-    retain: Annotated[list[int] | None, typer.Option(help="K to try; may be repeated")] = None,
+    chunk_tokens: Annotated[list[int] | None, typer.Option(help="a size to choose from; may be repeated")] = None,
+    retain: Annotated[list[int] | None, typer.Option(help="a K to choose from; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64")] = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -238,8 +252,8 @@ def tune(
             raise ChunkflowError(f"cap_mib is {cap_mib}; it must be a number above 0")
         with progress_bar("measuring") as progress:
             found = search(
-                model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (256, 512, 1024),
-                retain=retain or (1, 2, 4), dtype=dtype, progress=progress,
+                model, cap_bytes=int(cap_mib * 2**20), longest=longest, chunk_tokens=chunk_tokens or (),
+                retain=retain or (), dtype=dtype, progress=progress,
             )  # fmt: skip
         typer.echo(json.dumps(found.to_json()) if as_json else str(found))
         raise typer.Exit(0 if found.holds else 1)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from chunkflow.errors import PlanError
 from chunkflow.records import MAX_SAMPLE_TOKENS
+
+CACHE_DIR = Path("runs/cache")
+"""Where tokens are stored unless somebody says where: what a command has tokenized, a loop finds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -122,14 +122,15 @@ def family_names() -> list[str]:
 
 
 def try_families(names: Iterable[str]) -> Iterator[Verdict]:
-    """Try families one after another, in this process. Raises ChunkflowError on a name that is none."""
+    """Try families one after another, in this process. Raises ChunkflowError, behind them, on names that are none."""
     names = list(names)
     unknown = sorted(set(names) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    for name in names:
+        if name not in unknown:
+            with _quiet():
+                yield _try(name)
     if unknown:
         raise ChunkflowError(f"{', '.join(unknown)}: no causal LM of the installed transformers has this model type")
-    for name in names:
-        with _quiet():
-            yield _try(name)
 
 
 def _try(name: str) -> Verdict:

@@ -21,7 +21,7 @@ from chunkflow.plan_input import check_lengths
 from chunkflow.prefetch import Prefetcher
 from chunkflow.records import StepBatch
 from chunkflow.sampler import global_batch, steps_per_epoch
-from chunkflow.sources import Source
+from chunkflow.sources import Source, require_source
 from chunkflow.weighting import check_denominator, denominator_of, weighted
 from chunkflow.world import resolve_group, resolve_place
 
@@ -47,8 +47,8 @@ class ChunkLoader:
     second iterator ends the first. `state_dict` and `load_state_dict` make it torch's `Stateful`; call them between
     steps, from the thread that iterates.
 
-    Iterating raises SourceError when data cannot be read or a step has no loss weight at all, PlanError when a step
-    cannot be planned.
+    Raises SourceError when `source` is none. Iterating raises SourceError when data cannot be read or a step has no
+    loss weight at all, PlanError when a step cannot be planned.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class ChunkLoader:
         self.config = PlannerConfig(
             chunk_tokens=chunk_tokens, retain=retain, pair_cost=pair_cost, max_tokens=max_tokens
         )
+        require_source(source)
         check_lengths(np.asarray(source.lengths))
         self.overflow, self.weighting = parse_overflow(overflow), weighting
         self._given = source

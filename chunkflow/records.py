@@ -95,5 +95,10 @@ class StepBatch:
     digest: int = 0
     """Of the data and of the plan of all ranks, below 2**53: ranks whose digests differ would not train one step."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank trains."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "program": self.program}  # made, where it was not: the function would not travel

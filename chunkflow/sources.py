@@ -95,6 +95,20 @@ class Source(Protocol):
         ...
 
 
+def is_source(data: object) -> bool:
+    """Whether something has what a `Source` has."""
+    return all(hasattr(data, name) for name in ("manifest", "description", "lengths", "weights", "read", "select"))
+
+
+def require_source(data: object) -> None:
+    """Raise SourceError, with what makes one, for what is no `Source`."""
+    if not is_source(data):
+        raise SourceError(
+            f"{type(data).__name__} is no source: open_source(data, tokenizer) makes one of a path, a name on the Hub "
+            "or a datasets.Dataset, MemorySource of a list of Samples, and StreamLoader trains an IterableDataset"
+        )
+
+
 def shifted(input_ids: np.ndarray, labels: np.ndarray | None) -> Sample:
     """Return the sample of tokens [L] and unshifted labels [L] (None: every token), each target counting 1."""
     shift_labels = np.full(len(input_ids), NO_TARGET, dtype=np.int64)

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from chunkflow.cache import open_or_build
+from chunkflow.config import CACHE_DIR
 from chunkflow.errors import SourceError
 from chunkflow.index import FORMAT_VERSION, Row, StoredSource, digest_file
 from chunkflow.records_raw import Item, item_of
@@ -38,7 +39,7 @@ class JsonLines(StoredSource):
         path: str | Path,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
-        cache_dir: str | Path,
+        cache_dir: str | Path = CACHE_DIR,
         field: str = "text",
         progress: Progress | None = None,
     ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chunkflow.config import CACHE_DIR
 from chunkflow.errors import NoTokenizerError, SourceError
 from chunkflow.hub import is_name, unreachable
 from chunkflow.index import StoredSource
@@ -24,7 +25,7 @@ def open_source(
     data: str | Path | Dataset | DatasetDict,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    cache_dir: str | Path,
+    cache_dir: str | Path = CACHE_DIR,
     split: str = "train",
     field: str = "text",
     progress: Progress | None = None,

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from chunkflow.cache import open_or_build
+from chunkflow.config import CACHE_DIR
 from chunkflow.errors import SourceError
 from chunkflow.index import FORMAT_VERSION, Row, StoredSource, digest_file
 from chunkflow.records_raw import item_of, of_table
@@ -38,7 +39,7 @@ class ParquetFiles(StoredSource):
         path: str | Path,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
-        cache_dir: str | Path,
+        cache_dir: str | Path = CACHE_DIR,
         field: str = "text",
         progress: Progress | None = None,
     ) -> None:
@@ -68,7 +69,7 @@ class FromDataset(StoredSource):
         dataset: Dataset,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
-        cache_dir: str | Path,
+        cache_dir: str | Path = CACHE_DIR,
         field: str = "text",
         progress: Progress | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from chunkflow.cache import open_or_build
+from chunkflow.config import CACHE_DIR
 from chunkflow.errors import SourceError
 from chunkflow.index import FORMAT_VERSION, StoredSource
 from chunkflow.matching import matching
@@ -37,7 +38,7 @@ class TextFolder(StoredSource):
         path: str | Path,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        cache_dir: str | Path,
+        cache_dir: str | Path = CACHE_DIR,
         pattern: str = "**/*",
         exclude: Iterable[str] = (),
         progress: Progress | None = None,

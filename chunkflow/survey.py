@@ -45,6 +45,10 @@ class Survey:
     """Time to draw and plan all batches, in this process."""
     idle_ranks: int
     """Ranks without a chunk, in the batch that leaves the most."""
+    long_batches: int
+    """Batches in which one group takes longer than the mean of the ranks: no assignment balances those."""
+    long_tokens: int
+    """Of the longest such group; 0 where there is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -92,12 +96,17 @@ def survey(
         makespan_over_bound=float((table[:, 4] / table[:, 6]).max()),
         plan_seconds=seconds,
         idle_ranks=int(table[:, 7].max()),
+        long_batches=int(np.count_nonzero(table[:, 8])),
+        long_tokens=int(table[:, 8].max()),
     )
 
 
 def _row(layout: Layout) -> tuple[float, ...]:
-    """Return chunks, their bound, groups, recomputed tokens, slowest rank, mean rank, its bound, idle ranks."""
+    """Return chunks, their bound, groups, recomputed tokens, slowest rank, mean rank, its bound, idle ranks, and the
+    tokens of the longest group that takes longer than the mean rank.
+    """
     loads = layout.loads
+    long = layout.costs[: layout.num_groups] > loads.mean()
     bound = lower_bound_chunks(layout.lengths, chunk_tokens=layout.config.chunk_tokens)
     slowest = float(loads.max())
     return (
@@ -109,6 +118,7 @@ def _row(layout: Layout) -> tuple[float, ...]:
         float(loads.mean()),
         layout.bound,
         layout.world_size - len(np.unique(layout.rank)),
+        layout.lengths[: layout.num_groups][long].max(initial=0),
     )
 
 

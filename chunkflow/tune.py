@@ -22,8 +22,10 @@ TOLERANCE = 0.1
 """How far the measured peak may be from the predicted one, of the predicted."""
 ADAMW_BYTES = 8
 """Two fp32 moments a parameter."""
-_LARGEST_STEP = 8
-"""Chunks are proposed up to so many times the largest measured."""
+SIZES, RETAIN = (256, 512, 1024), (1, 2, 4)
+"""What is measured where nobody says what."""
+_STEPS = (1, 2, 4, 8)
+"""Then chunks are proposed up to so many times those measured."""
 _MOST_RETAINED = 8
 _MOST_PROPOSALS = 5
 
@@ -99,21 +101,26 @@ def tune(
     *,
     cap_bytes: int,
     longest: int,
-    chunk_tokens: Sequence[int],
-    retain: Sequence[int],
+    chunk_tokens: Sequence[int] = (),
+    retain: Sequence[int] = (),
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuning:
     """Measure, fit, propose, check; processes are started one after another: for the grid, for each proposal on a short
     sequence, for the check. `progress` is called with the tokens trained so far, and in all as far as is known.
 
+    What is proposed is one of `chunk_tokens` and one of `retain`, where they are given. Where they are not, a few are
+    measured, and larger chunks and other `retain` may be proposed.
+
     Raises ChunkflowError when a measurement fails, or when nothing fits under the cap.
     """
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ChunkflowError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float64")
-    if longest < 2 or min(chunk_tokens) < 1 or min(retain) < 1:
+    sizes = chunk_tokens or [size * times for size in SIZES for times in _STEPS]
+    retained = retain or range(1, _MOST_RETAINED + 1)
+    if longest < 2 or min(sizes) < 1 or min(retained) < 1:
         raise ChunkflowError("longest must be at least 2, every chunk_tokens and retain at least 1")
-    grid = cases(chunk_tokens, retain)
+    grid = cases(chunk_tokens or SIZES, retain or RETAIN)
     run = _Runs(model, dtype, longest, progress, to_come=sum(tokens for *_, tokens in grid) + longest)
     answer = run(grid)
     rows = tuple(Measured(**row) for row in answer["rows"])
@@ -123,7 +130,7 @@ def tune(
     over: set[tuple[int, int]] = set()
     for _ in range(_MOST_PROPOSALS):
         size, kept = propose(
-            cost, memory, fixed, cap_bytes=cap_bytes, longest=longest, sizes=chunk_tokens, refused=over
+            cost, memory, fixed, cap_bytes=cap_bytes, longest=longest, sizes=sizes, retain=retained, refused=over
         )
         short = Measured(**run([(size, kept, min(longest, size * (kept + 2)))])["rows"][0])
         rows = (*rows, short)
@@ -133,10 +140,7 @@ def tune(
         over.add((size, kept))
         memory, residual = fit_memory(rows)
     else:
-        raise ChunkflowError(
-            f"of (chunk_tokens, retain) {sorted(over)} none stays under {cap_bytes / 2**20:.0f} MiB when measured; "
-            "raise the cap, or lower longest or chunk_tokens"
-        )
+        raise _none_holds(over, cap_bytes)
     check = run([(size, kept, longest)])
     found = Measured(**check["rows"][0])
     return Tuning(
@@ -239,17 +243,19 @@ def propose(
     cap_bytes: int,
     longest: int,
     sizes: Sequence[int],
+    retain: Sequence[int],
     refused: Collection[tuple[int, int]] = (),
 ) -> tuple[int, int]:
-    """Return the fastest (chunk_tokens, retain) whose predicted peak is under the cap; of equals, the smaller peak.
+    """Return the fastest of `sizes` and `retain` whose predicted peak is under the cap; of equals, the smaller peak.
 
     Those `refused` are left out.
     """
-    tried = sorted({size * times for size in sizes for times in (1, 2, 4, _LARGEST_STEP)})
-    rows = [(size, kept) for size in tried if size <= max(longest, min(tried)) for kept in range(1, _MOST_RETAINED + 1)]
+    rows = [(size, kept) for size in sizes if size <= max(longest, min(sizes)) for kept in retain]
     found = [(size, kept, fixed_bytes + peak(memory, size, kept, longest)) for size, kept in rows]
     fitting = [(seconds(cost, size, kept, longest), total, size, kept) for size, kept, total in found]
     fitting = [row for row in fitting if row[1] <= cap_bytes and row[2:] not in refused]
+    if not fitting and refused:
+        raise _none_holds(refused, cap_bytes)
     if not fitting:
         least = min(found, key=lambda row: row[2])
         raise ChunkflowError(
@@ -259,3 +265,10 @@ def propose(
         )
     _, _, size, kept = min(fitting)
     return size, kept
+
+
+def _none_holds(tried: Collection[tuple[int, int]], cap_bytes: int) -> ChunkflowError:
+    return ChunkflowError(
+        f"of (chunk_tokens, retain) {sorted(tried)} none stays under {cap_bytes / 2**20:.0f} MiB when measured; raise "
+        "the cap, or lower longest or chunk_tokens"
+    )

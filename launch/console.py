@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from chunkflow.positions import beyond_positions
 from launch.files import RunFolder
 from launch.metrics import MetricsLog, StepMetrics
 
@@ -111,6 +112,9 @@ def describe_job(job: Job, console: Console) -> None:
         f"{len(lengths)} samples, {lengths.sum():,} tokens, the longest {lengths.max():,}; "
         f"{0 if held_out is None else len(held_out)} more held out"
     )
+    beyond = beyond_positions(job.loader.source.lengths, job.model)
+    if beyond is not None:
+        console.print(beyond)
     console.print(
         f"{job.whole.kind} of {job.whole.num_parameters:,} parameters on {job.world.world_size} x "
         f"{job.world.device.type}; {job.total_steps} steps, "

@@ -12,16 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-import torch
 
 from launch.errors import ModelError
 from launch.pretrained import locate
 from launch.recipe import read_config
 from tests.docs_blocks import Run, commands, execute
 from tests.spawn import ROOT, run_ranks
-from tests.tiny import tiny_model
 from tests.tiny_chat import write_chat_model
-from tests.tokenizers_fixture import tiny_tokenizer
 
 BIN = Path(sys.executable).parent
 PLAIN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -96,19 +93,18 @@ def own_data(folder, texts):
 
 
 def own_loop_rank(info, code, folder):
-    model = tiny_model(dtype=torch.float32, vocab_size=300)
-    names = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01), "tokenizer": tiny_tokenizer()}
     code = code.replace("8192", "32").replace("256", "3")
     with contextlib.chdir(folder):
-        names = execute("README.md", code, names)
+        names = execute("README.md", code, {})
     names["loader"].close()
     return names["state"].step, float(names["loss"]) if "loss" in names else None
 
 
 def own_loop(folder, texts):
-    (folder / "data").mkdir()
+    write_chat_model(folder / "my" / "model")
+    (folder / "my" / "texts").mkdir()
     for number in range(12):
-        (folder / "data" / f"{number:02}.txt").write_text("def chunk(tokens):\n" * (1 + number))
+        (folder / "my" / "texts" / f"{number:02}.txt").write_text("def chunk(tokens):\n" * (1 + number))
     first = run_ranks(own_loop_rank, 2, texts[0], str(folder))
     assert first[0] == first[1]
     assert first[0][0] == 4

@@ -1,6 +1,8 @@
 """transformers' Trainer, Accelerate, PEFT, in chunks: weights equal those of the plain run, fp32."""
 
 import copy
+import importlib
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from chunkflow import SINGLE, ChunkflowError, ChunkRunner, PlannerConfig, SourceError, UnsupportedModelError
+from chunkflow import SINGLE, ChunkRunner, PlannerConfig, SourceError, UnsupportedModelError
 from chunkflow.adapters.accelerate import AcceleratedRunner
 from chunkflow.adapters.rows import CollatedRows
 from chunkflow.adapters.trainer import ChunkMixin
@@ -114,60 +116,42 @@ def train_one_epoch(folder, **changes):
     before = trainer.evaluate()["eval_loss"]  # before the model is wrapped
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.state.num_input_tokens_seen == (sum(LENGTHS) if "include_num_input_tokens_seen" in changes else 0)
     return logged, weights_of(trainer.model), (before, trainer.evaluate()["eval_loss"])
 
 
 def rank_of_trainer(info, folder):
     with as_torchrun_has_it(info):
-        return train_one_epoch(folder, per_device_train_batch_size=2, ddp_backend="gloo")
+        count = {"include_num_input_tokens_seen": True}
+        return train_one_epoch(folder, per_device_train_batch_size=2, ddp_backend="gloo", **count)
 
 
 def test_trainer_on_two_ranks(tmp_path):
-    losses, weights, evaluations = train_one_epoch(tmp_path)
+    losses, weights, evaluations = train_one_epoch(tmp_path, include_num_input_tokens_seen="non_padding")
     for ours, theirs, found in run_ranks(rank_of_trainer, 2, str(tmp_path)):
         assert ours == pytest.approx(losses, abs=2e-4)
         assert furthest(theirs, weights) < TOLERANCE
         assert found == pytest.approx(evaluations, rel=TOLERANCE)
 
 
-def test_trainer_resumes_where_it_was(tmp_path):
-    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
-    whole = ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path / "a", **args), train_dataset=rows(),
-        data_collator=collator(),
-    )  # fmt: skip
-    whole.train()
-    again = ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path / "b", **args), train_dataset=rows(),
-        data_collator=collator(),
-    )  # fmt: skip
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    ours, theirs = weights_of(again.model), weights_of(whole.model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+@pytest.mark.parametrize(
+    ("adapter", "library", "extra"),
+    [
+        ("accelerate", "accelerate", "accelerate"),
+        ("trl", "trl.trainer.sft_config", "trl"),
+        ("megatron", "megatron.core.models.gpt", "megatron"),
+    ],
+)
+def test_an_adapter_without_its_library_names_the_extra(monkeypatch, adapter, library, extra):
+    monkeypatch.delitem(sys.modules, f"chunkflow.adapters.{adapter}", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        ImportError, match=rf"chunkflow\.adapters\.{adapter} needs .*: pip install 'longrail\[{extra}\]'"
+    ):
+        importlib.import_module(f"chunkflow.adapters.{adapter}")
 
 
-@pytest.mark.parametrize("what", ["more samples a step", "other data"])
-def test_a_resume_whose_steps_would_be_others_is_refused(tmp_path, what):
-    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-    ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path, **args), train_dataset=rows(),
-        data_collator=collator(),
-    ).train()  # fmt: skip
-    more = {"per_device_train_batch_size": 8} if what == "more samples a step" else {}
-    data = rows() if more else rows().select(range(1, len(LENGTHS)))
-    again = ChunkTrainer(
-        model=tiny_model(dtype=torch.float32), args=arguments(tmp_path, **args, **more), train_dataset=data,
-        data_collator=collator(),
-    )  # fmt: skip
-    with pytest.raises(ChunkflowError, match="global.batch.*4.*8" if more else "data"):
-        again.train(resume_from_checkpoint=True)
-
-
-def test_its_own_accumulation_and_collators_without_labels_are_refused(tmp_path):
-    args = arguments(tmp_path, gradient_accumulation_steps=2)
-    trainer = ChunkTrainer(model=tiny_model(), args=args, train_dataset=rows(), data_collator=collator())
-    with pytest.raises(ChunkflowError, match="gradient_accumulation_steps is 2; set it to 1"):
-        trainer.train()
+def test_collators_without_labels_are_refused():
     with pytest.raises(SourceError, match=r"row 0 is \['input_ids'\] after the collator"):
         CollatedRows([{"input_ids": [1, 2]}], lambda batch: {"input_ids": batch[0]["input_ids"]})
 

@@ -48,8 +48,10 @@ def test_trl_trains_completions_only_and_cuts_nothing(tmp_path):
     assert furthest(weights_of(ours.model), weights_of(theirs.model)) < TOLERANCE
     with pytest.raises(ChunkflowError, match="max_length is 20, and TRL has cut"):
         sft(Chunked, tmp_path, max_length=20)  # before anything is tokenized, and cut
-    with pytest.raises(ChunkflowError, match="packing and padding_free must be off"):
+    with pytest.raises(ChunkflowError, match="packing, eval_packing and padding_free must be off"):
         sft(Chunked, tmp_path, packing=True, max_length=64)
+    with pytest.raises(ChunkflowError, match="packing, eval_packing and padding_free must be off"):
+        sft(Chunked, tmp_path, eval_packing=True)
 
 
 def sft_steps(folder, **changes):

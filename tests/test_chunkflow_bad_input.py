@@ -156,23 +156,39 @@ class Focal(Chunked):
 )
 def test_losses_that_are_no_cross_entropy_are_refused_by_name(tmp_path, kind, changes, given, message):
     model = tiny_model(dtype=torch.float32)
-    trainer = kind(
-        model=model, args=arguments(tmp_path, **changes), train_dataset=rows(), data_collator=collator(), **given
-    )
     with pytest.raises(ChunkflowError, match=message):
-        trainer.train()
-    assert all(p.grad is None for p in model.parameters())
+        kind(model=model, args=arguments(tmp_path, **changes), train_dataset=rows(), data_collator=collator(), **given)
+
+
+def test_data_sets_without_rows_are_refused_when_the_trainer_is_made(tmp_path):
+    settings = {"args": arguments(tmp_path, max_steps=1), "data_collator": collator()}
+    with pytest.raises(
+        SourceError, match=r"IterableDataset is not read by index, .*from_generator\), or train it with StreamLoader"
+    ):
+        Chunked(model=tiny_model(), train_dataset=rows().to_iterable_dataset(), **settings)
+    source = MemorySource([sequence(n, 9) for n in range(3)])  # has no rows either, and is what chunks are made of
+    assert len(Chunked(model=tiny_model(), train_dataset=source, **settings).get_train_dataloader()) == 1
+
+
+@pytest.mark.parametrize("data", [rows(), rows().to_iterable_dataset(), [[1, 2, 3]]], ids=lambda d: type(d).__name__)
+def test_what_is_no_source_is_named(data):
+    with pytest.raises(SourceError, match=rf"{type(data).__name__} is no source: open_source.* StreamLoader trains"):
+        ChunkLoader(data, chunk_tokens=16, global_batch=4)
 
 
 def test_predictions_that_chunks_do_not_keep_are_refused_by_name(tmp_path):
     settings = {"train_dataset": rows(), "eval_dataset": rows(), "data_collator": collator()}
     model = tiny_model(dtype=torch.float32)
-    trainer = Chunked(model=model, args=arguments(tmp_path), compute_metrics=lambda _: {"x": 1}, **settings)
-    for ask in (trainer.train, trainer.evaluate):
-        with pytest.raises(ChunkflowError, match="compute_metrics takes predictions, and chunks keep none"):
-            ask()
+    message = "compute_metrics takes predictions, and chunks keep none"
+    with pytest.raises(ChunkflowError, match=message):
+        Chunked(model=model, args=arguments(tmp_path), compute_metrics=lambda _: {"x": 1}, **settings)
+    trainer = Chunked(model=model, args=arguments(tmp_path), **settings)
     with pytest.raises(ChunkflowError, match="predict gives logits, and chunks keep none"):
-        Chunked(model=model, args=arguments(tmp_path), **settings).predict(rows())
+        trainer.predict(rows())
+    trainer.compute_metrics = lambda _: {"x": 1}
+    for ask in (trainer.train, trainer.evaluate):
+        with pytest.raises(ChunkflowError, match=message):
+            ask()
 
 
 def test_dpo_is_refused_by_name(tmp_path):
@@ -185,6 +201,5 @@ def test_dpo_is_refused_by_name(tmp_path):
     args = trl.DPOConfig(**{**arguments(tmp_path).to_dict(), "bf16": False})
     pairs = Dataset.from_list([{"prompt": "def f(", "chosen": "x):", "rejected": "y"}] * 4)
     models = {"model": tiny_model(dtype=torch.float32), "ref_model": tiny_model(dtype=torch.float32)}
-    trainer = ChunkedDPO(**models, args=args, train_dataset=pairs, processing_class=tokenizer())
     with pytest.raises(ChunkflowError, match=r"DPOTrainer\.compute_loss makes the loss .* such as DPO"):
-        trainer.train()
+        ChunkedDPO(**models, args=args, train_dataset=pairs, processing_class=tokenizer())

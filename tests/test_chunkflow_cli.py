@@ -23,6 +23,7 @@ from tests.long_tail import long_tail
 PLAN_KEYS = [
     "batches", "chunks", "lower_bound_chunks", "max_over_bound", "share_within_1", "fill", "split_sequences",
     "recomputed_tokens", "straggler_ratio", "makespan_over_bound", "plan_seconds", "idle_ranks",
+    "long_batches", "long_tokens",
 ]  # fmt: skip
 
 
@@ -75,6 +76,19 @@ def test_plan_says_when_ranks_have_nothing_to_train(lengths):
         assert "3 of 4 ranks have nothing to train in some batches" in run("plan", *options, *more).stderr
     assert json.loads(run("plan", *options, "--json").stdout)["idle_ranks"] == 3
     assert "nothing to train" not in run("plan", *options[:-1], 1).stderr
+
+
+def test_plan_says_when_one_sequence_is_longer_than_a_rank(tmp_path):
+    np.save(tmp_path / "l.npy", np.array([9000] + [100] * 30))
+    options = ["plan", "--lengths", tmp_path / "l.npy", "--chunk-tokens", 512, "--global-batch", 31, "--world-size"]
+    for more in ([], ["--json"]):
+        shown = run(*options, 4, *more)
+        assert "in 1 of 1 batches one sequence, the longest of 9000 tokens, takes longer than the mean" in shown.stderr
+    found = json.loads(shown.stdout)
+    assert (found["long_batches"], found["long_tokens"], found["straggler_ratio"] > 1.5) == (1, 9000, True)
+    alone = run(*options, 1, "--json")
+    assert not alone.stderr
+    assert (json.loads(alone.stdout)["long_batches"], json.loads(alone.stdout)["long_tokens"]) == (0, 0)
 
 
 def test_plan_for_people_and_under_policies(lengths, data, tmp_path):

@@ -55,6 +55,11 @@ def test_names_that_are_none():
     done = CliRunner().invoke(app, ["families", "lama"])
     assert done.exit_code == 2
     assert "lama: no causal LM of the installed transformers has this model type" in done.stderr
+    assert not done.stdout
+    done = CliRunner().invoke(app, ["families", "lama", "llama", "--json"])
+    assert done.exit_code == 2
+    assert "lama: no causal LM" in done.stderr
+    assert [row["family"] for row in json.loads(done.stdout)["families"]] == ["llama"]
 
 
 def test_the_page_has_every_family_and_none_is_wrong():

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from chunkflow.cli import app
 from chunkflow.errors import SourceError
 from chunkflow.index import check_length
 from chunkflow.sources_jsonl import JsonLines
@@ -99,6 +101,15 @@ def test_a_folder_of_files_is_their_lines_in_order(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"empty is a folder without \*\.jsonl files"):
         JsonLines(tmp_path / "empty", None, cache_dir=tmp_path)
+
+
+def test_a_loop_finds_what_the_command_has_tokenized(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}) + "\n")
+    assert CliRunner().invoke(app, ["plan", "a.jsonl"]).exit_code == 0
+    (store,) = (tmp_path / "runs" / "cache").glob("*/")
+    assert store.name == open_source("a.jsonl", None).manifest
+    assert [*(tmp_path / "runs" / "cache").glob("*/")] == [store]
 
 
 class Stumbling:

@@ -10,6 +10,7 @@ from chunkflow.tune import Measured, anchored_peak, cases, fit_memory, peak, pro
 from chunkflow.tune_process import measured
 
 MEMORY = (3e6, 900.0, 5000.0, 2000.0)
+TRIED = {"sizes": [256, 512, 1024, 2048, 4096], "retain": range(1, 9)}
 COST = CostModel(OpTime(1e-3, 2e-6, 1e-10, 0.0, 9), OpTime(2e-3, 5e-6, 2e-10, 0.0, 9))
 
 
@@ -39,17 +40,39 @@ def test_time_of_a_sequence_is_its_ops():
 def test_the_proposal_is_the_fastest_that_fits():
     fixed, longest = 50_000_000, 16_384
     for cap in (95_000_000, 120_000_000, 400_000_000):
-        size, kept = propose(COST, MEMORY, fixed, cap_bytes=cap, longest=longest, sizes=[256, 512])
+        size, kept = propose(COST, MEMORY, fixed, cap_bytes=cap, longest=longest, **TRIED)
         assert fixed + peak(MEMORY, size, kept, longest) <= cap
-        for other in (256, 512, 1024, 2048, 4096):
-            for more in range(1, 9):
+        for other in TRIED["sizes"]:
+            for more in TRIED["retain"]:
                 if fixed + peak(MEMORY, other, more, longest) <= cap:
                     assert seconds(COST, size, kept, longest) <= seconds(COST, other, more, longest)
-    first = propose(COST, MEMORY, fixed, cap_bytes=120_000_000, longest=longest, sizes=[256, 512])
-    second = propose(COST, MEMORY, fixed, cap_bytes=120_000_000, longest=longest, sizes=[256, 512], refused={first})
+    first = propose(COST, MEMORY, fixed, cap_bytes=120_000_000, longest=longest, **TRIED)
+    second = propose(COST, MEMORY, fixed, cap_bytes=120_000_000, longest=longest, **TRIED, refused={first})
     assert second != first
     with pytest.raises(ChunkflowError, match=r"nothing fits: 16384 tokens need \d+ MiB at chunk_tokens 256 and retain"):
-        propose(COST, MEMORY, fixed, cap_bytes=60_000_000, longest=longest, sizes=[256, 512])
+        propose(COST, MEMORY, fixed, cap_bytes=60_000_000, longest=longest, **TRIED)
+
+
+def test_what_was_measured_and_does_not_hold_is_named_when_nothing_else_is_left():
+    few = {"sizes": [256], "retain": [1, 2]}
+    with pytest.raises(ChunkflowError, match=r"of .* \[\(256, 1\), \(256, 2\)\] none stays under"):
+        propose(COST, MEMORY, 0, cap_bytes=1 << 40, longest=2048, refused={(256, 1), (256, 2)}, **few)
+
+
+def model_of(folder):
+    config = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder / "config.json")
+
+
+@pytest.mark.slow
+def test_the_proposal_is_one_of_those_that_were_asked_for(tmp_path):
+    found = tune(model_of(tmp_path), cap_bytes=4 << 30, longest=512, chunk_tokens=[32, 64], retain=[1])
+    assert (found.chunk_tokens, found.retain) in [(32, 1), (64, 1)]
+    assert {(row.chunk_tokens, row.retain) for row in found.rows} == {(32, 1), (64, 1)}
 
 
 @pytest.mark.slow

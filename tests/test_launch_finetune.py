@@ -112,9 +112,10 @@ def test_a_finished_run_says_so_and_fresh_starts_over(place, undisturbed):
     assert "FRESH=1" in output
     assert snapshot(run) == before
 
-    flags = settings(place / "corpus", run, run__epochs=2, run__steps=2, fresh=True)
+    flags = settings(place / "corpus", run, run__epochs=2, run__steps=2, fresh=True, model__max_positions=1024)
     code, output = run_job(flags, place / "fresh.log")
     assert code == 0, output
+    assert "1 of 41 samples have more tokens than the model's 1024 positions (max_position_embeddings)" in output
     aside = place / "whole.old-1"
     assert f"is now {aside}" in output
     assert snapshot(aside) == before

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from chunkflow.errors import ChunkflowError
 from chunkflow.records import StepBatch
 from chunkflow.runner import ChunkRunner
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+except ImportError as error:
+    raise ImportError(f"{__name__} needs Accelerate: pip install 'longrail[accelerate]' ({error})") from error
 
 
 class AcceleratedRunner:

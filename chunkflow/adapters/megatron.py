@@ -17,10 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import MegatronModule
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from chunkflow.attention.base import ChunkView
@@ -31,6 +27,14 @@ from chunkflow.loss import LogitRule
 from chunkflow.recompute import LayerCheckpoints
 from chunkflow.runner import ChunkRunner
 from chunkflow.world import resolve_group
+
+try:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import MegatronModule
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.spec_utils import ModuleSpec
+except ImportError as error:
+    raise ImportError(f"{__name__} needs Megatron-core: pip install 'longrail[megatron]' ({error})") from error
 
 
 class ChunkCoreAttention(MegatronModule):

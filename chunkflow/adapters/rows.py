@@ -24,8 +24,7 @@ class CollatedRows:
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], collate: Callable[[list[Any]], Mapping[str, Any]]) -> None:
-        if not hasattr(rows, "__len__"):
-            raise SourceError(f"{type(rows).__name__} has no length; chunks need a data set that is read by index")
+        require_rows(rows)
         if len(rows) == 0:
             raise SourceError("the data set has no rows; a source needs at least one")
         self._rows, self._collate = rows, collate
@@ -79,6 +78,15 @@ class CollatedRows:
     def select(self, indices: Iterable[int]) -> Selection:
         """Return these rows, in this order."""
         return Selection(self, indices)
+
+
+def require_rows(data: object) -> None:
+    """Raise SourceError, with what to do, for a data set that is not read by index."""
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise SourceError(
+            f"{type(data).__name__} is not read by index, and chunks are planned from the lengths of all samples: make "
+            "a datasets.Dataset of it (Dataset.from_generator), or train it with StreamLoader in a loop of your own"
+        )
 
 
 def _digest(sample: Sample) -> int:

@@ -11,71 +11,27 @@ another global batch, whose steps would be others, is refused.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+import logging
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from chunkflow.adapters.accelerate import AcceleratedRunner
-from chunkflow.adapters.rows import CollatedRows
+from chunkflow.adapters.rows import CollatedRows, require_rows
+from chunkflow.adapters.trainer_settings import ignored, require_possible
+from chunkflow.adapters.trainer_steps import ChunkPlan, StepLoader, Steps
 from chunkflow.config import PlannerConfig
 from chunkflow.errors import ChunkflowError
 from chunkflow.loader import ChunkLoader
-from chunkflow.records import StepBatch
-from chunkflow.sources import Source
+from chunkflow.positions import beyond_positions
+from chunkflow.sources import Source, is_source
 
-_STATE = "chunkflow.json"
+_log = logging.getLogger("chunkflow")
 _EPOCHS = 2**20
 """More than any run has; the trainer counts them."""
-
-
-class Steps(IterableDataset[StepBatch]):
-    """One epoch of optimizer steps at a time."""
-
-    def __init__(self, loader: ChunkLoader) -> None:
-        self.loader = loader
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is next."""
-        self._epoch = epoch
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-        return len(self.loader.source)
-
-    def __len__(self) -> int:
-        return self.loader.steps_per_epoch
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        state = {**self.loader.state_dict(), "epoch": self._epoch, "step": 0}
-        self.loader.load_state_dict(state)
-        for _, batch in zip(range(len(self)), self.loader, strict=False):
-            yield batch
-
-
-class StepLoader(DataLoader[StepBatch]):
-    """What a trainer iterates: `Steps`, unbatched."""
-
-    def __init__(self, steps: Steps) -> None:
-        super().__init__(steps, batch_size=None)
-
-    @property
-    def steps(self) -> Steps:
-        """What it iterates."""
-        assert isinstance(self.dataset, Steps)
-        return self.dataset
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is next."""
-        self.steps.set_epoch(epoch)
 
 
 class ChunkMixin(Trainer):
@@ -91,27 +47,35 @@ class ChunkMixin(Trainer):
     """The last model that was run, its class, and its runner."""
     _resumes: str | None = None
     """The checkpoint that `train` goes on from."""
-    _plan: dict[str, Any] | None = None
-    """What the steps are planned from."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        dataset = others.get("train_dataset")
+        if dataset is not None and not is_source(dataset):  # before it is prepared
+            require_rows(dataset)
+        super().__init__(*args, **others)
+        self._require_possible()
+        self.add_callback(ChunkPlan())
+        self._reported: set[str] = set()
 
     def source(self, dataset: Any) -> Source:
         """Return a data set of the trainer as samples, each with the labels that the trainer's collator gives it."""
-        if all(hasattr(dataset, name) for name in ("manifest", "lengths", "read", "select")):
+        if is_source(dataset):
             return dataset
-        return CollatedRows(dataset, self.data_collator)
+        return CollatedRows(dataset, self._get_collator_with_removed_columns(self.data_collator))
 
     def get_train_dataloader(self) -> StepLoader:
         """Return the steps of an epoch, planned and loaded ahead."""
         args = self.args
-        if args.gradient_accumulation_steps != 1:
-            raise ChunkflowError(
-                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}; set it to 1 and multiply "
-                "per_device_train_batch_size by it: memory is set by chunk_tokens, not by the batch"
-            )
-        self._require_cross_entropy()
-        self._require_no_predictions()
-        found = self._steps(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+        self._require_possible()
+        loader = self._loader(self.train_dataset, args.train_batch_size * args.world_size, epochs=_EPOCHS)
+        found = StepLoader(Steps(loader, drop_last=args.dataloader_drop_last))
         self._same_steps(found.steps)
+        beyond = beyond_positions(loader.source.lengths, self.model)
+        if beyond is not None:
+            self._tell(beyond)
+        without_effect = ignored(args)
+        if without_effect:
+            self._tell(f"{type(self).__name__} ignores {', '.join(without_effect)}")
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
@@ -121,30 +85,42 @@ class ChunkMixin(Trainer):
         if isinstance(dataset, str):
             assert isinstance(self.eval_dataset, dict)
             dataset = self.eval_dataset[dataset]
-        return self._steps(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)
+        return StepLoader(Steps(self._loader(dataset, self.args.eval_batch_size * self.args.world_size, epochs=1)))
 
     def _inner_training_loop(self, *args: Any, resume_from_checkpoint: str | None = None, **others: Any) -> Any:
         self._resumes = resume_from_checkpoint
         return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **others)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and self._plan is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / _STATE).write_text(json.dumps(self._plan))
-
     def _same_steps(self, steps: Steps) -> None:
         """Raise ChunkflowError, naming what differs, where the checkpoint's steps were planned from something else."""
-        self._plan = steps.loader.state_dict()
-        file = Path(self._resumes or "") / _STATE
-        if self._resumes is None or not file.exists():  # a plain trainer's has none
+        noted = next(one for one in self.callback_handler.callbacks if isinstance(one, ChunkPlan))
+        noted.plan = {**steps.loader.state_dict(), "steps_per_epoch": len(steps)}
+        if self._resumes is None:
+            return
+        saved = ChunkPlan.saved_in(self._resumes)
+        if saved is None:
+            self._tell(
+                f"{self._resumes} was not trained in chunks, which draw samples in another order: of the epoch it "
+                "stands in, some are trained a second time and some not at all; every later epoch is whole"
+            )
             return
         try:
-            steps.loader.load_state_dict({**json.loads(file.read_text()), "epoch": 0, "step": 0})
+            steps.loader.load_state_dict({**saved, "epoch": 0, "step": 0})
+            if saved["steps_per_epoch"] != len(steps):
+                raise ChunkflowError(
+                    f"an epoch had {saved['steps_per_epoch']} steps and has {len(steps)}: set dataloader_drop_last as "
+                    "it was"
+                )
         except ChunkflowError as error:
             raise ChunkflowError(
                 f"{self._resumes}: {error} (a step has per_device_train_batch_size times the number of ranks samples)"
             ) from error
+
+    def _require_possible(self) -> None:
+        """Raise ChunkflowError, naming it, for what chunks cannot do: when it is made, and when it trains."""
+        require_possible(self.args)
+        self._require_cross_entropy()
+        self._require_no_predictions()
 
     def _require_cross_entropy(self) -> None:
         """Raise ChunkflowError, naming it, where the trainer's loss is not the cross entropy of each target."""
@@ -178,20 +154,32 @@ class ChunkMixin(Trainer):
                     "find other metrics with a plain Trainer of the same model"
                 )
 
-    def _steps(self, dataset: Any, global_batch: int, *, epochs: int) -> StepLoader:
+    def _tell(self, line: str) -> None:
+        """Warn, on one rank."""
+        if self.is_world_process_zero():
+            _log.warning(line)
+
+    def _loader(self, dataset: Any, global_batch: int, *, epochs: int) -> ChunkLoader:
         # Several ranks: the loader takes its place from the default group, and so compares data and settings first.
         place: dict[str, Any] = {"rank": 0, "world_size": 1} if self.args.world_size == 1 else {}
-        loader = ChunkLoader(
-            self.source(dataset),
+        source = self.source(dataset)
+
+        def report(text: str) -> None:  # an evaluation comes again and again
+            if source.manifest not in self._reported:
+                print(text)
+            self._reported.add(source.manifest)
+
+        return ChunkLoader(
+            source,
             chunk_tokens=self.chunks.chunk_tokens,
             retain=self.chunks.retain,
             pair_cost=self.chunks.pair_cost,
             global_batch=global_batch,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             epochs=epochs,
+            report=report,
             **place,
         )
-        return StepLoader(Steps(loader))
 
     def num_examples(self, dataloader: Any) -> int:
         """Return the samples of a data set, of which a step holds several."""
@@ -209,9 +197,15 @@ class ChunkMixin(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 6 * parameters * tokens of a step."""
-        tokens = sum(chunk.num_tokens for chunk in inputs.chunks)
         assert self.model is not None
-        return 6 * tokens * sum(p.numel() for p in self.model.parameters())
+        return 6 * inputs.num_tokens * sum(p.numel() for p in self.model.parameters())
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count the tokens of a step over all ranks; none of them is padding."""
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(inputs.num_tokens, device=self.args.device)
+            of_ranks: Any = self.accelerator.gather(tokens)
+            self.state.num_input_tokens_seen += int(of_ranks.sum())
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,

@@ -10,12 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Trainer
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from chunkflow.adapters.trainer import ChunkMixin
 from chunkflow.errors import ChunkflowError
 from chunkflow.sources import Source
+
+try:
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+except ImportError as error:
+    raise ImportError(f"{__name__} needs TRL: pip install 'longrail[trl]' ({error})") from error
 
 
 class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):
@@ -36,8 +40,8 @@ class ChunkedSFTTrainer(ChunkMixin, SFTTrainer):
 
 def _check(args: Any) -> None:
     """Raise ChunkflowError for settings that would cut samples, pack twice or train another loss."""
-    if args.packing or args.padding_free:
-        raise ChunkflowError("SFTConfig.packing and padding_free must be off; chunks are packed already")
+    if args.packing or args.eval_packing or args.padding_free:
+        raise ChunkflowError("SFTConfig.packing, eval_packing and padding_free must be off; chunks are packed already")
     if args.max_length is not None:
         raise ChunkflowError(
             f"SFTConfig.max_length is {args.max_length}, and TRL has cut longer samples there already; set it to "

@@ -82,14 +82,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], TILE_ROWS):
             rows = slice(start, start + TILE_ROWS)
             logits, slope = rule.apply_(_projected(hidden[rows], weight, bias, tile))
-            tile_loss, d_logits = _tile(logits, slope, labels[rows], loss_weights[rows], any(wanted))
-            loss += tile_loss
+            losses, d_logits = _tile(logits, slope, labels[rows])
+            # Gradients are weighted where they are as wide as the model, not as the vocabulary.
+            weights = loss_weights[rows].to(wide)
+            loss += (losses * weights).sum()
             if d_hidden is not None:
-                d_hidden[rows] = d_logits.to(weight.dtype) @ weight
+                d_hidden[rows] = (d_logits.to(weight.dtype) @ weight).mul_(weights.unsqueeze(1))
             if d_weight is not None:
-                _add_product(d_weight, d_logits, hidden[rows])
+                _add_product(d_weight, d_logits, hidden[rows] * weights.unsqueeze(1).to(hidden.dtype))
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias += (d_logits * weights.unsqueeze(1)).sum(0)
         ctx.gradients = (d_hidden, d_weight, d_bias)
         return loss
 
@@ -122,25 +124,17 @@ def _projected(hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor
     return logits if bias is None else logits.add_(bias)
 
 
-def _tile(
-    logits: Tensor, slope: Tensor | None, labels: Tensor, loss_weights: Tensor, want_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of one tile and d(loss)/d(projection) [rows, V], which reuses the logits' memory.
+def _tile(logits: Tensor, slope: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses [rows] of one tile, and their gradients by the projection [rows, V] in the logits' memory.
 
-    Everything happens in place and every exponential is taken once: these passes are what a loss costs beside its
-    products.
+    Few passes over the logits, in place: they are what a loss costs beside its products.
     """
-    loss_weights = loss_weights.to(logits.dtype)
     labels = labels.unsqueeze(1)
-    picked = logits.gather(1, labels)
-    top = logits.amax(1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
-    loss = ((total.log() + top - picked).squeeze(1) * loss_weights).sum()
-    if not want_gradient:
-        return loss, logits
-    logits.scatter_add_(1, labels, -total)
-    logits.mul_(loss_weights.unsqueeze(1) / total)
-    return loss, logits if slope is None else logits.mul_(slope)
+    picked, top = logits.gather(1, labels), logits.amax(1, keepdim=True)
+    chances = torch.softmax(logits, 1, out=logits)
+    losses = top - picked - chances.amax(1, keepdim=True).log()  # the largest is 1 / sum(exp(logits - top))
+    chances.scatter_add_(1, labels, torch.full_like(picked, -1.0))
+    return losses.squeeze(1), chances if slope is None else chances.mul_(slope)
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

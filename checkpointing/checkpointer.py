@@ -21,6 +21,7 @@ from checkpointing.errors import CheckpointError, NotBegunError
 from checkpointing.exchange import open_exchange
 from checkpointing.folder import REQUEST, Folder, check_step
 from checkpointing.handle import SaveHandle
+from checkpointing.mirror import Mirror
 from checkpointing.records import RestoreInfo
 from checkpointing.restore import Torn, restore
 from checkpointing.retention import Keep, KeepLast
@@ -28,7 +29,6 @@ from checkpointing.save import SaveJob
 from checkpointing.state import State
 from checkpointing.storage import is_store
 from checkpointing.storage.local import LocalStorage
-from checkpointing.tiers import Mirror
 
 SINGLE = "single"
 """As `group`: this one process saves and restores alone."""
@@ -99,7 +99,7 @@ class Checkpointer:
 
         def join() -> dict[str, str]:
             if mirror is not None and self._control.rank == 0:
-                self._committer.mirror = Mirror(self._folder, os.fspath(mirror))
+                self._committer.mirror = Mirror(self._folder, os.fspath(mirror), config.timeout_s)
             return {"path": str(self._folder.root)}
 
         run_round(self._control, "opening the checkpointer", "join", join, _same_path)

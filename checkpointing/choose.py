@@ -14,7 +14,7 @@ import xxhash
 from checkpointing import manifest as manifests
 from checkpointing.commit import Committer
 from checkpointing.control import Control, told_as
-from checkpointing.errors import CheckpointError, IntegrityError, VersionError
+from checkpointing.errors import CheckpointError, IntegrityError, VersionError, is_damage
 from checkpointing.folder import Folder
 from checkpointing.records import Manifest
 from checkpointing.tiers import copy_step
@@ -30,7 +30,7 @@ class Chooser:
         self._known_bad = committer.known_bad
         self._second = committer.mirror.second if committer.mirror is not None else None
         self._left: list[int] = []
-        self._skipped: list[tuple[int, str, bool]] = []
+        self._skipped: list[tuple[int, str, bool, Folder]] = []
         self._healed: set[int] = set()
         self._trying = -1
         self._looked: Manifest | None = None
@@ -65,10 +65,10 @@ class Chooser:
         if bad:
             rank, body = next(iter(bad.items()))
             reason = body["bad"] if len(bodies) == 1 else f"{body['bad']} (read by rank {rank})"
-            self._failed(self._trying, reason, any(one["damaged"] for one in bad.values()))
+            self._failed(self._trying, reason, any(one["damaged"] for one in bad.values()), self._folder)
             return [self._next() | {"right": False}] * len(bodies)
         self._known_bad.discard(self._trying)
-        skipped = [(str(self._folder.at(step)), self._set_aside(*one)) for one in self._skipped for step in one[:1]]
+        skipped = [(str(one[3].at(one[0])), self._set_aside(*one)) for one in self._skipped]
         return [{"step": self._trying, "right": True, "skipped": skipped}] * len(bodies)
 
     def _not_left(self, steps: Sequence[int]) -> list[int]:
@@ -83,13 +83,16 @@ class Chooser:
 
     def _is_there(self, step: int, place: Path) -> bool:
         """Return whether the second tier has, as a step, what was set aside here."""
-        assert self._second is not None
+        if self._second is None:
+            return True
         own, there = place / manifests.FILE_NAME, self._second.at(step) / manifests.FILE_NAME
         try:
+            self._control.alive()
             return self._folder.storage.read(own) == self._second.storage.read(there)
         except FileNotFoundError:
             return False
-        except OSError:  # then it cannot be copied either
+        except OSError as error:  # then it cannot be copied either
+            self._go_without(error)
             return True
 
     def _second_candidates(self) -> list[int]:
@@ -101,24 +104,34 @@ class Chooser:
         except OSError as error:
             if not any(self._folder.has_manifest(step) for step in self._folder.candidates()):
                 raise
-            _log.warning("restoring without the second tier, %s: %s", self._second.root, error)
-            self._second = None
+            self._go_without(error)
             return []
+        finally:
+            self._control.alive()
 
     def _second_has(self, step: int) -> bool:
         """Return whether the second tier has a step; not, and it is said, where it cannot be reached any more."""
         try:
+            self._control.alive()
             return self._second is not None and self._second.has_manifest(step)
         except OSError as error:
-            _log.warning("%s cannot be looked at: %s", self._second and self._second.at(step), error)
+            self._go_without(error)
             return False
+
+    def _go_without(self, error: OSError) -> None:
+        """Ask the second tier no more, and say so: it may take long to give no answer, and the others wait."""
+        if self._second is not None:
+            _log.warning("restoring without the second tier, %s: %s", self._second.root, error)
+        self._second = None
 
     def _next(self) -> dict[str, Any]:
         while self._left:
-            self._trying = self._left.pop()
+            self._trying, tier = self._left.pop(), self._folder
             try:
-                if not self._folder.has_manifest(self._trying):
-                    self._fetch(self._trying)
+                if not self._folder.has_manifest(self._trying) and self._second_has(self._trying):
+                    tier = self._second or tier
+                    self._fetch(self._trying, tier)
+                    tier = self._folder
                 looked, self._looked = self._looked, None  # once: a step may be set aside, and its copy come
                 if looked is None or looked.step != self._trying:
                     looked = self._folder.inspect(self._trying)
@@ -127,17 +140,17 @@ class Chooser:
             except VersionError:
                 raise
             except IntegrityError as error:
-                self._failed(self._trying, str(error), is_damage(error))
+                self._failed(self._trying, str(error), is_damage(error), tier)
         # Starting over in silence would throw a run away; someone has to look.
-        reasons = "; ".join(reason for _, reason, _ in self._skipped)
+        reasons = "; ".join(reason for _, reason, _, _ in self._skipped)
         raise IntegrityError(
             f"nothing to restore in {self._folder.root}: {reasons}. To start over, move these folders away"
         )
 
-    def _failed(self, step: int, reason: str, damaged: bool) -> None:
+    def _failed(self, step: int, reason: str, damaged: bool, tier: Folder) -> None:
         """Try the copy in the second tier, if there is one, once; else pass the step over."""
-        has_copy = self._second_has(step)
-        if damaged and has_copy and self._folder.has_manifest(step) and step not in self._healed:
+        may_heal = damaged and tier is self._folder and tier.has_manifest(step) and step not in self._healed
+        if may_heal and self._second_has(step):
             self._healed.add(step)
             _log.warning("%s; taking the copy in %s", reason, self._second and self._second.root)
             try:
@@ -147,27 +160,31 @@ class Chooser:
             else:
                 self._left.append(step)
                 return
-        self._skip(step, reason, damaged)
-
-    def _fetch(self, step: int) -> None:
-        """Bring a step from the second tier, verified; not when neither has it. Raises IntegrityError."""
-        if self._second is None or not self._second_has(step):
-            return
-        try:
-            copy_step(self._second, self._folder, step, self._control.alive)
-        except OSError as error:
-            raise IntegrityError(f"{self._second.at(step)} cannot be copied: {error.strerror}") from error
-
-    def _skip(self, step: int, reason: str, damaged: bool) -> None:
         self._known_bad.add(step)
-        self._skipped.append((step, reason, damaged))
+        self._skipped.append((step, reason, damaged, tier))
+        _log.warning("passing over %s: %s", tier.at(step), reason)
 
-    def _set_aside(self, step: int, reason: str, damaged: bool) -> str:
+    def _fetch(self, step: int, second: Folder) -> None:
+        """Bring a step from the second tier, verified. Raises IntegrityError."""
+        try:
+            copy_step(second, self._folder, step, self._control.alive)
+        except (OSError, IntegrityError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, TimeoutError):
+                self._go_without(cause)
+            if isinstance(error, IntegrityError):
+                raise
+            raise IntegrityError(f"{second.at(step)} cannot be copied: {error.strerror}") from error
+
+    def _set_aside(self, step: int, reason: str, damaged: bool, tier: Folder) -> str:
         """Move a damaged checkpoint out of the way, now that an older one is good. Returns the reason, with the place.
 
         One that could not be read (no permission, a device error) may be good tomorrow, and one without a manifest is
-        not ours: both stay.
+        not ours: both stay. In the second tier it is done behind the restore, before the next copy.
         """
+        if damaged and tier is not self._folder and self._committer.mirror is not None:
+            self._committer.mirror.leave_bad(step)
+            return f"{reason}; it is set aside there"
         if not damaged or not self._folder.has_manifest(step):
             return reason
         try:
@@ -193,11 +210,3 @@ def identity_of(found: Manifest) -> str:
     hashes = chain.from_iterable(entry.hashes for entry in found.tensors)
     files = (f"{file.path} {file.length} {file.xxh3_64}" for file in found.files)
     return xxhash.xxh3_64_hexdigest("\n".join([found.run_id, *files, *hashes]).encode())
-
-
-def is_damage(error: IntegrityError) -> bool:
-    """Return whether the bytes were read and are wrong, or are gone; not that they could not be read just now."""
-    cause = error.__cause__
-    while isinstance(cause, CheckpointError):
-        cause = cause.__cause__
-    return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)

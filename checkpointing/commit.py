@@ -20,16 +20,18 @@ from checkpointing.datafile import file_name
 from checkpointing.errors import IntegrityError, SaveError, StateError, VersionError
 from checkpointing.folder import REQUEST, Folder
 from checkpointing.manifest_fields import file_fields
+from checkpointing.mirror import Mirror
+from checkpointing.others import Look, check_first
 from checkpointing.pieces import PIECE_BYTES
 from checkpointing.plan import agreed_values
 from checkpointing.planner import Planner
 from checkpointing.records import FileEntry, Manifest, Summary
 from checkpointing.retention import Keep, plan_pruning
 from checkpointing.storage.local import SMALL_BYTES
-from checkpointing.tiers import Mirror
 from checkpointing.transfer import write_small
 from checkpointing.values import decode
 
+_LOOK_S = 30.0
 _log = logging.getLogger("checkpointing")
 
 
@@ -52,12 +54,16 @@ class Committer:
         self.mirror: Mirror | None = None
         """The second tier."""
         self._went_back: int | None = None
+        self._settled = False
+        """Whether it is known whose run this is: one that was restored, or has a checkpoint by now."""
+        self._look: Look | None = None
 
     @told_as(SaveError, "rank 0: ")
     def open(self, step: int, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Plan the save and make its folder. Returns what each rank has to write."""
         self._planner.plan(bodies)
         self._values = agreed_values([body["values"] for body in bodies], self._planner.taken)
+        self._planner.warn_of_different(bodies)
         self._check_free(step)
         self._check_other_runs(step)
         self._storage.make_folders(self._folder.root)
@@ -79,10 +85,13 @@ class Committer:
                 f"the manifest would have {len(data)} bytes, and readers take {SMALL_BYTES}: save what is large among "
                 "the values as tensors, or by an ObjectProvider"
             )
+        if self._look is not None and self.mirror is not None:
+            self._look.check(self._step, min(_LOOK_S, self.mirror.patience_s / 2))
         write_small(self._storage, self._tmp / manifests.FILE_NAME, data)
         self._storage.sync_folder(self._tmp)
         self._leave_newer()
         self._publish()
+        self._settled = True
         return [{} for _ in bodies]
 
     def tidy(self) -> None:
@@ -135,48 +144,15 @@ class Committer:
     def goes_on_from(self, found: Manifest, *, back: bool = False) -> None:
         """Let what is saved from here on belong to the run of a checkpoint. `back`: newer ones of it are abandoned."""
         self._run_id, self.back_to = found.run_id, found.step if back else None
+        self._settled = True
 
     def _check_other_runs(self, step: int) -> None:
         """Raise StateError where a restart would go on from another run's checkpoint instead of this save."""
-        # Once, by a process that has not restored: a restore has looked at all of both tiers itself.
-        everywhere = not self._run_id
-        others: dict[int, tuple[Path, str]] = {}
-        for tier in [self._folder, *([self.mirror.second] if everywhere and self.mirror is not None else [])]:
-            for other in self._candidates(tier):
-                if other >= step or everywhere:
-                    run_id = self._run_of(tier, other)
-                    if run_id not in (None, self._run_id):
-                        others[other] = (tier.at(other), run_id)
-        if not others:
-            return
-        place, run_id = others[max(others)]
-        if max(others) >= step:
-            raise StateError(
-                f"{place} is of another run ({run_id[:8]}), and a restart would go on from it instead of step {step}; "
-                "restore it first, or save into another folder, or move it away"
-            )
-        _log.warning(
-            "%s is of a run (%s) that this process has not restored; it stays, and what is saved is a run of its own",
-            place,
-            run_id[:8],
-        )
-
-    def _candidates(self, tier: Folder) -> list[int]:
-        try:
-            return tier.candidates()
-        except OSError:
-            if tier is self._folder:
-                raise
-            return []  # a second tier that cannot be reached; copying to it says so
-
-    def _run_of(self, tier: Folder, step: int) -> str | None:
-        """Return the run of a checkpoint that a restore would try; None of what is none, or of a newer version."""
-        if tier is self._folder and step in self.known_bad:
-            return None
-        try:
-            return tier.summary(step).run_id
-        except (IntegrityError, OSError):
-            return None
+        check_first(self._folder, step, self._run_id, self.known_bad, all_steps=not self._settled)
+        # A restore has looked at all of both tiers itself; else it is looked at while ranks write.
+        self._look = None
+        if not self._settled and self.mirror is not None:
+            self._look = Look(self.mirror.second, self._run_id)
 
     def _nonce(self) -> str:
         return f"tmp-{self._run_id[:8]}-{uuid.uuid4().hex[:8]}"
@@ -244,9 +220,8 @@ class Committer:
     def _prune(self) -> None:
         committed = self._folder.committed(self._known)
         intact = {step: found.values for step, found in committed.items() if found.run_id == self._run_id}
-        copying = self.mirror.pending() if self.mirror is not None else frozenset()
         for step in plan_pruning(self._keep, intact, self.known_bad, saved=self._step):
-            if step in copying:  # it goes after a later save
+            if self.mirror is not None and not self.mirror.let_go(step):  # it goes after a later save
                 continue
             place = self._folder.at(step)
             with _warned(place):

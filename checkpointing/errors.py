@@ -46,3 +46,11 @@ class FormatError(CheckpointError):
 
 class RankError(CheckpointError):
     """A rank did not report in time, or the ranks did not make the same call; the message names the ranks."""
+
+
+def is_damage(error: IntegrityError) -> bool:
+    """Return whether the bytes were read and are wrong, or are gone; not that they could not be read just now."""
+    cause = error.__cause__
+    while isinstance(cause, CheckpointError):
+        cause = cause.__cause__
+    return not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)

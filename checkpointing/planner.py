@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from checkpointing.records import TensorEntry, TensorSpec
 from checkpointing.rows import rows_of, written_specs
 from checkpointing.snapshot import described
 
+_log = logging.getLogger("checkpointing")
+
 
 class Planner:
     """Who writes what, as long as every rank's fingerprint stays."""
@@ -29,6 +32,7 @@ class Planner:
         self.taken: dict[str, int] = {}
         """Names of tensors and objects, and a rank that holds each."""
         self._table_key, self._table = "", b""
+        self._warned: set[str] = set()
 
     @property
     def objects(self) -> dict[str, str]:
@@ -50,6 +54,21 @@ class Planner:
         self.taken = {spec.name: rank for rank, found in enumerate(specs) for spec in found}
         # Last: after an error above, nothing is known, and ranks that are asked anew send everything.
         self._specs, self._fingerprints, self._plan_id = specs, fingerprints, uuid.uuid4().hex[:16]
+
+    def warn_of_different(self, bodies: Sequence[Mapping[str, Any]]) -> None:
+        """Say once which objects are saved from one rank although another one holds other bytes under the name."""
+        first: dict[str, tuple[int, str]] = {}
+        for rank, body in enumerate(bodies):
+            for name, digest in body["digests"].items():
+                other, seen = first.setdefault(name, (rank, digest))
+                if seen != digest and name not in self._warned:
+                    self._warned.add(name)
+                    own = name.partition(".")[0] + "{rank}"
+                    _log.warning(
+                        "object %r differs between rank %d and rank %d, and one of them is saved: a restore gives that "
+                        'to every rank. To keep each, save it under a name with the rank in it, as f"%s"',
+                        *(name, other, rank, own),
+                    )
 
     def task(self, rank: int, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a rank has to write: the names only when it does not have this plan."""

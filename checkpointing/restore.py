@@ -11,16 +11,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from checkpointing.choose import Chooser, identity_of, is_damage
+from checkpointing.choose import Chooser, identity_of
 from checkpointing.commit import Committer
 from checkpointing.control import Control, run_round, told_as
-from checkpointing.errors import CheckpointError, IntegrityError
+from checkpointing.errors import CheckpointError, IntegrityError, is_damage
 from checkpointing.exchange import Exchange
 from checkpointing.folder import Folder, check_step
 from checkpointing.load import Buffers, assemble, buffers_for, hand_over, live_tensors, read_part
@@ -29,6 +28,7 @@ from checkpointing.records import Manifest, RestoreInfo, Stateful
 from checkpointing.reshard import LoadPlan, entries_by_name, plan_load
 from checkpointing.slabs import SlabRing
 from checkpointing.state import State, parts_of, under
+from checkpointing.storage import as_path
 from checkpointing.targets import targets_of
 from checkpointing.wants import Live, Need, given, live_of, live_state, need_of, shards_of
 
@@ -99,7 +99,7 @@ def restore(
 
     # A part may refuse what it is given; its own error is the cause on that rank, and the other ranks are told.
     run_round(control, what, "apply", apply, agreed)
-    skipped = tuple((Path(path), reason) for path, reason in answer["skipped"])
+    skipped = tuple((as_path(path), reason) for path, reason in answer["skipped"])
     return RestoreInfo(answer["step"], folder.at(answer["step"]), skipped)
 
 

@@ -116,8 +116,9 @@ class Saver:
         structure = job.snapshot.structure
         specs = None if structure.fingerprint == self._told else structure.specs
         self._told = ""  # until the round is over well
-        values = job.snapshot.values
-        return {"fingerprint": structure.fingerprint, "specs": specs, "plan": self._plan[0], "values": values}
+        report = {"fingerprint": structure.fingerprint, "specs": specs, "plan": self._plan[0]}
+        digests = job.snapshot.digests() if self.control.world_size > 1 else {}
+        return report | {"values": job.snapshot.values, "digests": digests}
 
     @told_as(SaveError)
     def _write(self, job: SaveJob, task: Mapping[str, Any], written: _Written) -> dict[str, Any]:

@@ -81,6 +81,10 @@ class Snapshot:
     seals: dict[str, str] = field(default_factory=dict)
     """Hashes of what is copied late, where that is checked."""
 
+    def digests(self) -> dict[str, str]:
+        """Return a hash of each object that is serialised already."""
+        return {name: made.digest() for name, made in self.made.items() if self.providers[name].encoding}
+
     def check(self) -> None:
         """Raise StateError naming what changed between `save` and now, when nothing reads live memory any more."""
         changed = [name for name, seal in self.seals.items() if _seal(self.providers[name]) != seal]

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 
 from checkpointing.datafile import octets
 from checkpointing.dtypes import itemsize
@@ -37,6 +38,13 @@ class HostSource:
         ends = np.cumsum([0, *(array.nbytes for array in self._arrays)]).tolist()
         self._parts = [(ends[i], ends[i + 1], array.ctypes.data) for i, array in enumerate(self._arrays)]
         self.num_bytes = ends[-1]
+
+    def digest(self) -> str:
+        """Return the hash of all bytes."""
+        hash_ = xxhash.xxh3_64()
+        for array in self._arrays:
+            hash_.update(array.data)
+        return hash_.hexdigest()
 
     def copy(self, at: int, slab: Slab, slab_at: int, length: int) -> None:
         """Copy without the interpreter's lock: ctypes gives it up."""

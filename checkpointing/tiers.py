@@ -6,9 +6,6 @@ by piece, and becomes visible only when it is whole: by a rename, or by its mani
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,84 +14,13 @@ from typing import Any
 import xxhash
 
 from checkpointing import manifest as manifests
-from checkpointing.errors import CheckpointError, IntegrityError, SaveError
+from checkpointing.errors import IntegrityError
 from checkpointing.folder import Folder
 from checkpointing.pieces import piece_ranges
 from checkpointing.records import FileEntry, Manifest
-from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
 
 _READ_BYTES = 8 * 2**20
-_log = logging.getLogger("checkpointing")
-
-
-class Mirror:
-    """Copies what it is told of to the second tier, one at a time, on a thread of its own."""
-
-    def __init__(self, first: Folder, second: str) -> None:
-        self.first, self.second = first, Folder(*open_storage(second))
-        if isinstance(self.second.storage, LocalStorage) and self.second.root.resolve() == first.root.resolve():
-            raise CheckpointError(f"the mirror {second} is the folder of the run itself; give another one")
-        self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
-        self._errors: list[CheckpointError] = []
-        self._pending: list[int] = []
-        self._thread = threading.Thread(target=self._serve, name="checkpoint-mirror", daemon=True)
-        self._thread.start()
-
-    def copy(self, step: int) -> None:
-        """Copy a committed step, some time soon."""
-
-        def job() -> None:
-            try:
-                copy_step(self.first, self.second, step)
-            finally:
-                self._pending.remove(step)
-
-        self._pending.append(step)
-        behind = len(self._pending)
-        if behind >= 4 and not behind & (behind - 1):  # at 4, 8, 16, ...
-            _log.warning("%s is %d checkpoints behind; they stay in the first tier meanwhile", self.second.root, behind)
-        self._jobs.put((f"step {step}", job))
-
-    def leave_newer(self, step: int, run_id: str) -> None:
-        """Set aside what is newer than a step that its run went back to, or a restart would go on from it."""
-
-        def job() -> None:
-            for other in self.second.candidates():
-                if other > step and self.second.has_manifest(other) and self.second.summary(other).run_id == run_id:
-                    self.second.set_aside(other, "aside")
-
-        self._jobs.put((f"going back to step {step}", job))
-
-    def pending(self) -> frozenset[int]:
-        """Return the steps that are not copied yet: they must stay."""
-        return frozenset(self._pending)
-
-    def close(self, timeout_s: float) -> None:
-        """Wait for what was asked for. Raises SaveError when a copy failed or is not done in time."""
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise SaveError(f"copying to {self.second.root} is not done after {timeout_s:g} s; the first tier is whole")
-        self.raise_errors()
-
-    def raise_errors(self) -> None:
-        """Raise what went wrong since the last call. Raises SaveError."""
-        errors, self._errors[:] = list(self._errors), []
-        if errors:
-            told = "; ".join(map(str, errors[:3])) + (f"; and {len(errors) - 3} more" if len(errors) > 3 else "")
-            raise SaveError(f"the second tier lacks a checkpoint: {told}") from errors[0]
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            what, work = job
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001 - whatever it is: later steps are copied, and it is told
-                ours = isinstance(error, CheckpointError)
-                told = error if ours else SaveError(f"{what} to {self.second.root}: {error}")
-                _log.error("the second tier: %s", told)  # the close that raises it may be weeks away
-                self._errors.append(told)
 
 
 def copy_step(source: Folder, dest: Folder, step: int, alive: Callable[[], None] = lambda: None) -> Path:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,11 @@ from checkpointing import SINGLE, Checkpointer, KeepLast
 from checkpointing.errors import CheckpointError, IntegrityError, SaveError
 from checkpointing.folder import Folder
 from checkpointing.formats import open_source
+from checkpointing.mirror import Mirror
 from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
-from checkpointing.tiers import Mirror, copy_step
+from checkpointing.tiers import copy_step
+from tests.buckets import BUCKET, served
 from tests.flat_states import Flat, assorted, same
 from tests.spawn import ROOT
 from tests.test_checkpointing_cli import run, run_json
@@ -29,21 +30,8 @@ DATA = "rank-00000.safetensors"
 @pytest.fixture(scope="module")
 def bucket():
     """A bucket on a server that this test starts; yields its URL."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/runs", method="PUT")).read()
-        yield "s3://runs"
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch, served(patch):
+        yield BUCKET
 
 
 @pytest.fixture
@@ -200,7 +188,7 @@ def test_a_run_that_went_back_goes_on_from_there_in_both_tiers(bucket, tmp_path,
         assert back.loaded == {"a": "anew, too"}
 
 
-def test_a_copy_that_fails_is_said_at_once_and_later_ones_are_made(tmp_path, monkeypatch, caplog):
+def test_a_copy_that_fails_is_said_at_once_and_made_later(tmp_path, monkeypatch, caplog):
     stream, errors = LocalStorage.write_stream, iter([OSError(122, "Disk quota exceeded"), MemoryError("none")])
 
     def fails(self, path, length, parts):
@@ -217,10 +205,9 @@ def test_a_copy_that_fails_is_said_at_once_and_later_ones_are_made(tmp_path, mon
     while mirror.pending():
         time.sleep(0.01)
     assert "the second tier: step 1 to" in caplog.text
-    assert sorted(path.name for path in (tmp_path / "safe").iterdir()) == ["step-3"]
-    with pytest.raises(SaveError, match=r"lacks a checkpoint: step 1 to .*quota exceeded; step 2 to .*: none"):
-        ckpt.close()
-    assert ckpt.steps() == [1, 2, 3]
+    assert "the second tier: step 2 to" in caplog.text
+    ckpt.close()
+    assert sorted(path.name for path in (tmp_path / "safe").iterdir()) == ["step-1", "step-2", "step-3"]
 
 
 def test_a_save_that_failed_is_raised_before_a_copy_that_failed(tmp_path, monkeypatch):
@@ -239,6 +226,7 @@ AT_EXIT = """
 import sys, time
 from checkpointing import SINGLE, Checkpointer, KeepLast
 from checkpointing.storage.local import LocalStorage
+from tests.buckets import BUCKET, served
 from tests.flat_states import Flat
 stream = LocalStorage.write_stream
 def slow(self, path, length, parts):
@@ -281,7 +269,7 @@ def test_a_second_tier_that_goes_away_while_a_restore_looks(run_folder, tmp_path
     monkeypatch.setattr(LocalStorage, "names", away)
     with Checkpointer(run_folder.root, group=SINGLE, mirror=safe) as ckpt:
         assert ckpt.restore(Flat({})).step == 10
-    assert "cannot be looked at" in caplog.text
+    assert "restoring without the second tier" in caplog.text
 
 
 def test_prune_and_doctor_know_buckets(bucket, run_folder):

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from checkpointing.errors import CheckpointError
 from checkpointing.storage.local import LocalStorage
+from checkpointing.storage.paths import STORES, as_path, is_store
 
-_STORES = ("s3", "gs", "az")
-
-
-def is_store(path: str | os.PathLike[str]) -> bool:
-    """Return whether a text means an object store, also one of which a `Path` has taken a slash: `s3:/bucket/run`."""
-    scheme, separator, _ = os.fspath(path).partition(":/")
-    return "://" in os.fspath(path) or bool(separator and scheme in _STORES)
+__all__ = ["as_path", "is_store", "open_storage"]
 
 
-def open_storage(text: str) -> tuple[Path, Any]:
+def open_storage(text: str, patience_s: float = 600.0) -> tuple[Path, Any]:
     """Return (root, storage) of a path, or of `s3://bucket/prefix` (needs `pip install longrail[s3]`).
 
-    Raises CheckpointError on what is neither.
+    A store that does not answer is an OSError well before `patience_s`, for which others wait for the caller. Raises
+    CheckpointError on what is neither.
     """
     scheme, _, rest = text.partition(":/")
-    whole = rest.startswith("/") and scheme in _STORES and rest.strip("/")
+    whole = rest.startswith("/") and scheme in STORES and rest.strip("/")
     if not whole and is_store(text):
         raise CheckpointError(f"{text!r} is neither a folder nor s3://bucket/prefix (or gs://, az://)")
     if "://" not in text:
         return Path(text).absolute(), LocalStorage()
     from checkpointing.storage.object_store import ObjectStorage
 
-    return ObjectStorage.open_url(text)
+    return ObjectStorage.open_url(text, patience_s)

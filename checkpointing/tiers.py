@@ -20,7 +20,7 @@ from checkpointing.pieces import piece_ranges
 from checkpointing.records import FileEntry, Manifest
 from checkpointing.storage.local import LocalStorage
 
-_READ_BYTES = 8 * 2**20
+_READ_BYTES = 4 * 2**20
 
 
 def copy_step(source: Folder, dest: Folder, step: int, alive: Callable[[], None] = lambda: None) -> Path:

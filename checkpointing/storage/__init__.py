@@ -18,15 +18,20 @@ def is_store(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path) or bool(separator and scheme in _STORES)
 
 
+def is_place(text: str) -> bool:
+    """Return whether a text is a folder's name or a whole URL of an object store; not whether anything is there."""
+    scheme, _, rest = text.partition(":/")
+    whole = rest.startswith("/") and scheme in _STORES and rest.strip("/")
+    return bool(text) and (bool(whole) or not is_store(text))
+
+
 def open_storage(text: str) -> tuple[Path, Any]:
     """Return (root, storage) of a path, or of `s3://bucket/prefix` (needs `pip install longrail[s3]`).
 
     Raises CheckpointError on what is neither.
     """
-    scheme, _, rest = text.partition(":/")
-    whole = rest.startswith("/") and scheme in _STORES and rest.strip("/")
-    if not whole and is_store(text):
-        raise CheckpointError(f"{text!r} is neither a folder nor s3://bucket/prefix (or gs://, az://)")
+    if not is_place(text):
+        raise CheckpointError(f"{text!r} is neither a folder nor s3://bucket/prefix")
     if "://" not in text:
         return Path(text).absolute(), LocalStorage()
     from checkpointing.storage.object_store import ObjectStorage

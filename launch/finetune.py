@@ -75,6 +75,8 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
         saver = Saver(checkpoints, job.state, timeout_s=timeout_s)
         job.times.fence = checkpoints.fence
+        if world.rank == 0:
+            saver.requested()  # from here on `checkpoint request` finds the folder, and its end takes requests back
         resumed_from = resume(saver, console)
         if resumed_from is not None and resumed_from >= job.total_steps and summed_up(folder.summary, resumed_from):
             console.print(
@@ -82,7 +84,6 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             )
             return
         if world.rank == 0:
-            saver.requested()  # from here on `checkpoint request` finds the folder, and a job that listens
             write_json(folder.facts, job_facts(job))
             for change in record_config(folder.config, config):
                 console.print(f"Changed since this run last started: {change}")

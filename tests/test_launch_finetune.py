@@ -107,6 +107,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
 def test_a_finished_run_says_so_and_fresh_starts_over(place, undisturbed):
     run, _ = undisturbed
     before = snapshot(run)
+    (run / "checkpoints" / "request").touch()  # which no step is left to meet
     code, output = run_job(settings(place / "corpus", run, run__epochs=2), place / "again.log")
     assert code == 0
     assert "This run is finished" in output

@@ -221,7 +221,7 @@ class CheckpointConfig:
     """A second tier: a folder, or s3://bucket/prefix, to which every checkpoint is copied in the background, and from
     which a resume takes what run.folder has lost. One place is one run's."""
     incremental: bool = False
-    """Whether large tensors that did not change (of a frozen model, say) are hard links to an older checkpoint's."""
+    """Whether large tensors, and rows of them, that did not change (of a frozen model, say) stay in older files."""
 
     def __post_init__(self) -> None:
         _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep, checkpoint__timeout_s=self.timeout_s)

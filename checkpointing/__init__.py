@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from checkpointing.checkpointer import SINGLE, Checkpointer
-    from checkpointing.errors import CheckpointError
+    from checkpointing.config import CheckpointConfig
+    from checkpointing.errors import (
+        CheckpointError,
+        FormatError,
+        IntegrityError,
+        PassedOverError,
+        RankError,
+        SaveError,
+        StateError,
+        VersionError,
+    )
     from checkpointing.handle import SaveHandle
     from checkpointing.providers import (
         CompositeProvider,
@@ -25,14 +35,20 @@ if TYPE_CHECKING:
     from checkpointing.retention import KeepBest, KeepEvery, KeepLast
 
 __all__ = [
-    "SINGLE", "CheckpointError", "Checkpointer", "CompositeProvider", "Cost", "KeepBest", "KeepEvery", "KeepLast",
-    "Mutability", "ObjectProvider", "Place", "Provider", "RestoreInfo", "SaveHandle", "TensorProvider",
+    "SINGLE", "CheckpointConfig", "CheckpointError", "Checkpointer", "CompositeProvider", "Cost", "FormatError",
+    "IntegrityError", "KeepBest", "KeepEvery", "KeepLast", "Mutability", "ObjectProvider", "PassedOverError", "Place",
+    "Provider", "RankError", "RestoreInfo", "SaveError", "SaveHandle", "StateError", "TensorProvider", "VersionError",
 ]  # fmt: skip
 
+_ERRORS = (
+    "CheckpointError", "FormatError", "IntegrityError", "PassedOverError", "RankError", "SaveError", "StateError",
+    "VersionError",
+)  # fmt: skip
 _HOMES = {
     "SINGLE": "checkpointer",
     "Checkpointer": "checkpointer",
-    "CheckpointError": "errors",
+    "CheckpointConfig": "config",
+    **dict.fromkeys(_ERRORS, "errors"),
     "SaveHandle": "handle",
     "RestoreInfo": "records",
     **dict.fromkeys(("KeepBest", "KeepEvery", "KeepLast"), "retention"),

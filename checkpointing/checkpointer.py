@@ -6,20 +6,22 @@ import logging
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch.distributed as dist
 
+from checkpointing import requests
 from checkpointing.commit import Committer
-from checkpointing.config import Busy, CheckpointConfig
+from checkpointing.config import CheckpointConfig, Settings
 from checkpointing.control import Alone, Control, run_round, told_as
 from checkpointing.control_store import StoreControl
 from checkpointing.engine import Engine
 from checkpointing.errors import CheckpointError, NotBegunError
 from checkpointing.exchange import open_exchange
-from checkpointing.folder import REQUEST, Folder, check_step
+from checkpointing.folder import Folder, check_step
 from checkpointing.handle import SaveHandle
 from checkpointing.mirror import Mirror
 from checkpointing.records import RestoreInfo
@@ -34,20 +36,6 @@ SINGLE = "single"
 """As `group`: this one process saves and restores alone."""
 
 _log = logging.getLogger("checkpointing")
-
-
-class Settings(TypedDict, total=False):
-    """The settings of CheckpointConfig that a Checkpointer takes by keyword."""
-
-    busy: Busy
-    staging_bytes: int
-    flush_threads: int
-    hurried_threads: int
-    max_bytes_per_s: float | None
-    incremental: bool
-    check: bool
-
-
 _AFTER_ERROR_S = 20.0
 """For saves in flight when an exception leaves the block."""
 
@@ -91,7 +79,7 @@ class Checkpointer:
         self._committer = Committer(self._folder, config.keep)
         self._engine = Engine(self._control, self._folder, self._committer, config)
         self._owed: list[SaveHandle] = []
-        self._closing = False
+        self._closing = self._listens = False
         # At exit too: a save in flight is finished, others may not have read rank 0's last answer, and a failed save
         # must not go unheard.
         self._end = weakref.finalize(self, _at_exit, self._engine, self._owed, self._committer, config.timeout_s)
@@ -123,6 +111,7 @@ class Checkpointer:
             error = NotBegunError(f"not begun, as an earlier one: {owed}")
             self._engine.submit(SaveJob(what, step, SaveHandle(what, self._engine.pool.hurry), error=error))
             raise owed
+        self._listens = self._listens or self._control.rank == 0
         handle = self._engine.save(what, step, state)
         self._owed.append(handle)
         return handle
@@ -130,11 +119,15 @@ class Checkpointer:
     def requested(self) -> bool:
         """Return whether someone asked for a save, by a file `request` in the folder: `checkpoint request`.
 
-        A look by this rank alone; let one rank look, and all ranks save together. The next durable save takes the file
-        away.
+        A look by this rank alone: let rank 0 look, and all ranks save together. Not while a save is under way, which
+        may be the answer. The next durable save takes the file away, and so does `close`. Makes the folder, so that
+        the first save can be asked for.
         """
         with told_as(CheckpointError):
-            return REQUEST in self._folder.storage.names(self._folder.root)
+            if not self._listens:
+                self._folder.storage.make_folders(self._folder.root)
+                self._listens = True
+            return not self._engine.is_busy and requests.is_asked(self._folder)
 
     def restore(self, state: State, step: int | None = None) -> RestoreInfo | None:
         """Restore the newest checkpoint that verifies, or exactly `step`; every rank must call.
@@ -201,11 +194,12 @@ class Checkpointer:
     def close(self) -> None:
         """End, once the saves in flight have; every rank must call. May be called twice.
 
-        What is not durable after `timeout_s` is given up. Raises what no `wait` has raised.
+        What is not durable after `timeout_s` is given up, and a request that no save has met is taken away. Raises what
+        no `wait` has raised.
         """
         self._close(self._config.timeout_s)
 
-    def _close(self, timeout_s: float) -> None:
+    def _close(self, timeout_s: float, *, well: bool = True) -> None:
         if not self._end.alive or self._engine.is_forked():
             return
         self._closing = True
@@ -219,6 +213,10 @@ class Checkpointer:
             raise
         if self._end.detach() is None:  # another thread closes, too
             return
+        if well and self._listens:  # after an error the job may be started again, and answer it
+            with suppress(OSError):
+                if requests.withdraw(self._folder):
+                    _log.info("a request for a save came too late and was taken away: %s", self._folder.root)
         owed = self._owed_error() or lacks  # what the second tier lacks is in the log as well
         if owed is not None:
             raise owed
@@ -238,7 +236,7 @@ class Checkpointer:
                 told = str(error).partition("\n")[0]
                 _log.error("%s: %s; ending within %g s the save in flight", type(error).__name__, told, timeout_s)
         try:
-            self._close(timeout_s)
+            self._close(timeout_s, well=error is None)
         except CheckpointError as owed:
             if error is None:
                 raise

@@ -18,16 +18,19 @@ from typing import Annotated, Any
 import typer
 
 from checkpointing import cli_output as out
+from checkpointing.cli_places import folder_of, inside, is_ours, newest, other_whole, say_passed_over, source_of
 from checkpointing.errors import CheckpointError, IntegrityError
-from checkpointing.folder import REQUEST, Folder, split_step
-from checkpointing.storage import open_storage
+from checkpointing.folder import REQUEST
+from checkpointing.storage import is_store
 
 app = typer.Typer(
     name="checkpoint", help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Run = Annotated[str, typer.Argument(help="Folder of a run's checkpoints (or s3://bucket/prefix).")]
+Run = Annotated[
+    str, typer.Argument(help="Folder of a run's checkpoints, or of the job around it (or s3://bucket/prefix).")
+]
 Ours = Annotated[str, typer.Argument(help="A run's folder, RUN@STEP or RUN/step-N.")]
 One = Annotated[
     str,
@@ -43,7 +46,7 @@ def ls(run: Run, json: Json = False) -> None:
     """List the checkpoints of a run."""
     from checkpointing.show import list_steps
 
-    rows = list_steps(_folder(run)[0])
+    rows = list_steps(folder_of(run)[0])
     out.show_steps(rows, json)
     raise typer.Exit(0 if all(row["ok"] for row in rows) else 1)
 
@@ -57,14 +60,14 @@ def show(
     """Show the tensors, shapes, sizes and shards of a checkpoint, and its values."""
     from checkpointing.show import describe, describe_source
 
-    if _is_ours(source):
-        folder, step = _folder(source)
+    if is_ours(source):
+        folder, step = folder_of(source)
         if step is None:
-            step = _newest(folder)
-            _say_passed_over(folder, step)
+            step = newest(folder)
+            say_passed_over(folder, step)
         found = describe(folder.inspect(step), only)
     else:
-        found = describe_source(_source(source), only)
+        found = describe_source(source_of(source), only)
     if only != "*" and not (found["tensors"] or found["aliases"] or found["values"]):
         raise CheckpointError(f"no name of {source} matches {only!r}")
     out.show_checkpoint(found, json)
@@ -75,7 +78,7 @@ def verify(source: Ours, json: Json = False) -> None:
     """Read every byte of a checkpoint (of all of a run's, without a step); name file, tensor and piece that differ."""
     from checkpointing.verify import damages
 
-    folder, step = _folder(source)
+    folder, step = folder_of(source)
     steps = [step] if step is not None else folder.candidates()
     if not steps:
         raise CheckpointError(f"there is no checkpoint in {source}")
@@ -107,7 +110,7 @@ def diff(
     """Compare two checkpoints of any two formats, tensor by tensor."""
     from checkpointing.diff import compare
 
-    left, right = (_source(one) for one in (a, b))
+    left, right = (source_of(one) for one in (a, b))
     if only is not None:
         left, right = left.only(only), right.only(only)
     with out.progress(json) as bar:
@@ -126,9 +129,9 @@ def save(
     """Turn a checkpoint of another tool into a committed, verified one."""
     from checkpointing.convert import save_source
 
-    opened = _source(source)
+    opened = source_of(source)
     with out.progress(json) as bar:
-        place = save_source(opened, dest, step, bar.bytes("reading", opened.num_bytes))
+        place = save_source(opened, Path(inside(str(dest))), step, bar.bytes("reading", opened.num_bytes))
     done = {"path": str(place), "tensors": len(opened.tensors)}
     out.show_done(done, json, f"committed {place}, with {len(opened.tensors)} tensors")
 
@@ -149,7 +152,7 @@ def restore(
     from checkpointing.convert import restore_source
 
     notes: list[str] = []
-    opened = _source(source)
+    opened = source_of(source)
     try:
         with out.progress(json) as bar:
             restore_source(
@@ -157,23 +160,48 @@ def restore(
                 wrote=bar.bytes("writing", None if only else opened.num_bytes),
             )  # fmt: skip
     except IntegrityError as error:
-        folder, named = _folder(source) if opened.kind == "longrail" else (None, None)
-        others = [step for step in folder.candidates() if step != opened.step] if folder and named is None else []
-        if not others:
+        folder, named = folder_of(source) if opened.kind == "longrail" else (None, None)
+        other = other_whole(folder, opened.step) if folder and named is None else None
+        if other is None:
             raise
-        raise IntegrityError(f"{error}; another step: {source}@{max(others)}") from error
+        raise IntegrityError(f"{error}; another step: {source}@{other}") from error
     out.show_done({"path": str(dest), "format": format_, "notes": notes}, json, f"wrote {dest}", *notes)
 
 
 @app.command()
-def request(run: Run, json: Json = False) -> None:
-    """Ask a running job to save now; it does at its next step."""
-    folder, _ = _folder(run)
-    asked = REQUEST in folder.storage.names(folder.root)
-    if not asked:
-        folder.storage.write_new(folder.root / REQUEST, b"")
-    said = "was asked already" if asked else "asked: a job that saves there does at its next step"
-    out.show_done({"path": str(folder.root / REQUEST), "already": asked}, json, said)
+def request(
+    run: Run,
+    wait: Annotated[
+        float | None, typer.Option(help="Wait so many seconds until it is committed; exit 1 when it is not.", min=0)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Ask a running job to save now; it does at its next step. For its local folder, which the job looks at."""
+    from checkpointing import requests
+
+    if is_store(run):
+        raise CheckpointError(f"{run} is a second tier, which no job looks at; give the local folder of the run")
+    if wait is not None and not wait <= 1e8:
+        raise CheckpointError(f"--wait is {wait}; give seconds, at most 1e8")
+    folder, _ = folder_of(run)
+    before = requests.stamps(folder)
+    asked = requests.ask(folder)
+    told: dict[str, Any] = {"path": str(folder.root / REQUEST), "already": asked}
+    if wait is None:
+        said = "was asked already" if asked else "asked"
+        out.show_done(told, json, f"{said}: is saved at the next step of a job that runs there")
+        return
+    lacks = "the job that was asked has ended without another save"
+    try:
+        step = requests.await_answer(folder, before, wait)
+    except TimeoutError:
+        step, lacks = None, f"nothing was saved within {wait:g} s; the request stays for a job that runs there"
+    if step is None:
+        print(f"checkpoint: {folder.root}: {lacks}", file=sys.stderr)
+    place = None if step is None else str(folder.at(step))
+    lines = [] if place is None else [f"saved step {step} as {place}"]
+    out.show_done(told | {"step": step, "checkpoint": place}, json, *lines)
+    raise typer.Exit(0 if place is not None else 1)
 
 
 @app.command()
@@ -187,7 +215,7 @@ def prune(
     from checkpointing.prune import prune_run
 
     with out.progress(json) as bar:
-        gone = prune_run(_folder(run)[0], keep, dry_run=dry_run, read=bar.bytes("verifying", None))
+        gone = prune_run(folder_of(run)[0], keep, dry_run=dry_run, read=bar.bytes("verifying", None))
     said = [f"{'would remove' if dry_run else 'removed'} {one}" for one in gone] or ["nothing to remove"]
     out.show_done({"removed": gone, "dry_run": dry_run}, json, *said)
 
@@ -197,7 +225,7 @@ def doctor(run: Run, json: Json = False) -> None:
     """Check that a folder is fit for checkpoints and that nothing is wrong in it."""
     from checkpointing.doctor import examine
 
-    findings = list(examine(_folder(run)[0]))
+    findings = list(examine(folder_of(run)[0]))
     out.show_findings(findings, json)
     raise typer.Exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
@@ -212,78 +240,3 @@ def main() -> None:
     except (CheckpointError, OSError) as error:
         print(f"checkpoint: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _split(text: str) -> tuple[str, int | None]:
-    """Return (path, step) of `path` or `path@step`."""
-    path, at, step = text.rpartition("@")
-    if at and step.isascii() and step.isdigit():
-        return path, int(step)
-    if at and Path(path).exists() and not Path(text).exists():
-        raise CheckpointError(f"{step!r} is no step of {path}; give a number, as in {path}@20")
-    return text, None
-
-
-def _folder(text: str) -> tuple[Folder, int | None]:
-    path, step = _split(text)
-    if Path(path).is_file():
-        raise CheckpointError(f"{path} is a file; give the folder of a run")
-    root, storage = open_storage(path)
-    root, named = split_step(root)
-    folder = Folder(root, storage)
-    if "://" in path and not storage.names(root):
-        raise CheckpointError(f"{path} does not exist or is empty; give the folder of a run")
-    if "://" not in path and not root.is_dir():
-        raise CheckpointError(f"{path} does not exist; give the folder of a run")
-    if not folder.is_of_a_run():
-        raise CheckpointError(f"{path} is no folder of a run: {_said_of(folder)}")
-    step, there = step if step is not None else named, folder.candidates()
-    if step is not None and step not in there:
-        raise CheckpointError(f"there is no step {step} in {root}; there are: {there or 'none'}")
-    return folder, step
-
-
-def _said_of(folder: Folder) -> str:
-    """Say what a folder that is none of a run holds, and which one inside of it may have been meant."""
-    names = sorted(folder.storage.names(folder.root))
-    if "manifest.json" in names:
-        return "it is one checkpoint, under another name; give the folder it was in"
-    meant = folder.root / "checkpoints" if "checkpoints" in names else "the folder that a job saves to"
-    return f"it holds {', '.join(names[:3])} and no step-N; give {meant}"
-
-
-def _is_ours(text: str) -> bool:
-    """Return whether it is for the readers that need no torch: ours, or nothing that is there."""
-    path = Path(_split(text)[0])
-    if "://" in text or not path.exists():
-        return True
-    return path.is_dir() and any(one.name == "manifest.json" or one.name.startswith("step-") for one in path.iterdir())
-
-
-def _newest(folder: Folder) -> int:
-    committed = folder.committed()
-    if not committed:
-        raise CheckpointError(f"there is no committed checkpoint in {folder.root}")
-    return max(committed)
-
-
-def _source(text: str) -> Any:
-    from checkpointing.formats import open_source
-
-    path, step = _split(text)
-    opened = open_source(path if "://" in path else Path(path), step=step)
-    if opened.kind == "longrail":
-        folder, named = _folder(text)
-        if named is None and opened.step is not None:
-            _say_passed_over(folder, opened.step)
-    return opened
-
-
-def _say_passed_over(folder: Folder, taken: int) -> None:
-    """Say on stderr which newer steps are no whole checkpoints, where the newest was asked for."""
-    for step in folder.candidates():
-        if step > taken:
-            try:
-                folder.inspect(step)
-            except IntegrityError as error:
-                print(f"checkpoint: passed over, for step {taken}: {error}", file=sys.stderr)

@@ -98,14 +98,17 @@ def show_checkpoint(found: Mapping[str, Any], as_json: bool) -> None:
     for name, first in found["aliases"].items():
         table.add_row(name, "", "", "", f"is {first}")
     _console.print(table)
+    shown, there = len(found["tensors"]), found["num_tensors"]
+    part = "" if shown == there else f"{shown} of "
+    size = size_text(sum(one["bytes"] for one in found["tensors"]))
     if "format" in found:
-        total = sum(one["bytes"] for one in found["tensors"])
-        _console.print(f"a {found['format']} checkpoint: {len(found['tensors'])} tensors, {size_text(total)}")
+        _console.print(f"a {found['format']} checkpoint: {part}{_count(there, 'tensor')}, {size}")
     else:
-        total = sum(file["bytes"] for file in found["files"])
+        total = size_text(sum(file["bytes"] for file in found["files"]))
         _console.print(
-            f"step {found['step']} of run {found['run_id'][:8]}: {len(found['tensors'])} tensors, {size_text(total)} "
-            f"in {len(found['files'])} files of {found['world_size']} ranks"
+            f"step {found['step']} of run {found['run_id'][:8]}: {part}{_count(there, 'tensor')}, "
+            f"{f'{size}, of ' if part else ''}{total} in {_count(len(found['files']), 'file')} of "
+            f"{_count(found['world_size'], 'rank')}"
         )
     for name, value in found["values"].items():
         text = json.dumps(value, default=str)
@@ -169,6 +172,10 @@ def size_text(num_bytes: int) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _shards(shards: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from checkpointing.errors import CheckpointError
 from checkpointing.pieces import PIECE_BYTES
@@ -53,3 +53,15 @@ class CheckpointConfig:
             )
         if self.max_bytes_per_s is not None and not self.max_bytes_per_s > 0:
             raise CheckpointError(f"max_bytes_per_s is {self.max_bytes_per_s}; it must be more than 0, or None")
+
+
+class Settings(TypedDict, total=False):
+    """The settings of CheckpointConfig that a Checkpointer takes by keyword."""
+
+    busy: Busy
+    staging_bytes: int
+    flush_threads: int
+    hurried_threads: int
+    max_bytes_per_s: float | None
+    incremental: bool
+    check: bool

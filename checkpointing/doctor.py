@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpointing.errors import IntegrityError
-from checkpointing.folder import Folder
+from checkpointing.folder import REQUEST, Folder
 from checkpointing.records import Manifest
 from checkpointing.storage.local import LocalStorage
 
@@ -96,6 +96,8 @@ def _checkpoints(folder: Folder) -> Iterator[Finding]:  # returns {step: Manifes
         some = sorted(name for name in names if f".{kind}-" in name)
         if some:
             yield Finding("note", f"{len(some)} folders {why}: {', '.join(some[:3])}")
+    if REQUEST in names:
+        yield Finding("note", "a save is asked for (`request`) and not made yet; the next job that runs there makes it")
     if found and "latest" in names:
         yield _latest(folder, max(found))
     return found

@@ -117,6 +117,11 @@ class Engine:
         """Return whether this is a child of the process that saves: its threads and its store are not here."""
         return os.getpid() != self._pid
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save of this rank is under way, chores included."""
+        return bool(self._open)
+
     def idle(self, timeout_s: float | None = None) -> bool:
         """Return whether every save is over, chores included, after waiting for it."""
         with self.pool.hurried(), self._changed:

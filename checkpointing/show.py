@@ -30,7 +30,10 @@ def list_steps(folder: Folder) -> list[dict[str, Any]]:
 
 
 def describe(manifest: Manifest, pattern: str = "*") -> dict[str, Any]:
-    """Return the checkpoint as a record: files, tensors with their shards, aliases, objects and values."""
+    """Return the checkpoint as a record: files, tensors with their shards, aliases and values, and how many tensors.
+
+    Of tensors, aliases and values those whose names match.
+    """
     by_name: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in manifest.tensors:
         if fnmatchcase(entry.name, pattern):
@@ -40,6 +43,7 @@ def describe(manifest: Manifest, pattern: str = "*") -> dict[str, Any]:
         "run_id": manifest.run_id,
         "world_size": manifest.world_size,
         "files": [{"path": file.path, "bytes": file.length} for file in manifest.files],
+        "num_tensors": len({entry.name for entry in manifest.tensors}),
         "tensors": [_tensor(name, entries, manifest) for name, entries in sorted(by_name.items())],
         "aliases": {name: first for name, first in manifest.aliases.items() if fnmatchcase(name, pattern)},
         "values": {name: value for name, value in without_trees(manifest.values).items() if fnmatchcase(name, pattern)},
@@ -62,6 +66,7 @@ def describe_source(source: Any, pattern: str = "*") -> dict[str, Any]:
     return {
         "format": source.kind,
         "step": source.step,
+        "num_tensors": len(source.tensors),
         "tensors": tensors,
         "aliases": {name: first for name, first in source.aliases.items() if fnmatchcase(name, pattern)},
         "values": {name: value for name, value in without_trees(source.values).items() if fnmatchcase(name, pattern)},

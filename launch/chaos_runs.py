@@ -147,6 +147,7 @@ class Chaos:
         waits = {f"{name}.timeout_s": self.deadline_s for name in ("run", "checkpoint", "pipeline", "moe")}
         keep = max(2, self.settings["checkpoint.keep"])  # one has to be left when one is damaged
         changes = {"run.folder": folder.path, "run.log_every": 1, "checkpoint.keep": keep, **waits}
+        changes["checkpoint.mirror"] = "null"  # the runs would go on from each other
         flags = [*self.flags, *(word for key, value in changes.items() for word in (f"--{key}", str(value)))]
         log = self.work / f"{folder.path.name}.log"
         return Job(flags, log, ranks=self.ranks, restarts=restarts, hosts=hosts)

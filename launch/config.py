@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from checkpointing.storage import is_place
 from chunkflow.config import PlannerConfig
 from launch.compose import EngineName, LibraryName, require_composable
 from launch.errors import ConfigError
@@ -216,9 +217,16 @@ class CheckpointConfig:
     """How many of the newest stay."""
     timeout_s: float = 600.0
     """Seconds after which a checkpoint that is not durable is an error."""
+    mirror: str | None = None
+    """A second tier: a folder, or s3://bucket/prefix, to which every checkpoint is copied in the background, and from
+    which a resume takes what run.folder has lost. One place is one run's."""
+    incremental: bool = False
+    """Whether large tensors, and rows of them, that did not change (of a frozen model, say) stay in older files."""
 
     def __post_init__(self) -> None:
         _at_least(1, checkpoint__every=self.every, checkpoint__keep=self.keep, checkpoint__timeout_s=self.timeout_s)
+        if self.mirror is not None and not is_place(self.mirror):
+            raise ConfigError(f"checkpoint.mirror is {self.mirror!r}; give a folder, s3://bucket/prefix, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,5 +269,8 @@ class FinetuneConfig:
         return min(self.run.timeout_s, self.pipeline.timeout_s)
 
     def __post_init__(self) -> None:
+        mirror, folder = self.checkpoint.mirror, Path(self.run.folder).absolute()
+        if mirror is not None and Path(mirror).absolute() in (folder, folder / "checkpoints"):
+            raise ConfigError(f"checkpoint.mirror is {mirror!r}, in which the run itself is; give another place")
         _at_least(1, tensor_parallel=self.tensor_parallel, context_parallel=self.context_parallel)
         require_composable(self)

@@ -70,6 +70,10 @@ class Recorder:
         for note in metrics.notes:
             self._console.print(note)
 
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text)
+
     def sync(self) -> None:
         """Make what was recorded durable."""
         if self._log is not None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from rich.console import Console
 
 from checkpointing import Checkpointer, KeepLast
-from checkpointing.storage.local import LocalStorage
 from launch.claim import claimed
 from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
@@ -31,7 +30,7 @@ from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, record_config
-from launch.saving import Saver
+from launch.saving import Saver, check_mirror
 from launch.stale_steps import steps_together, train_together
 from launch.stop import StopSignals
 from launch.summary import print_summary, summarize, summed_up
@@ -60,18 +59,24 @@ def run(argv: Sequence[str] | None, world: World, stop: StopSignals, *, restarts
 def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: bool) -> None:
     """Train a job from its last checkpoint, or its beginning, to its end or until it is asked to stop."""
     console, folder = make_console(world.rank), RunFolder(Path(config.run.folder))
+    world.board.together("mirror", lambda: check_mirror(config.checkpoint.mirror, fresh=fresh and world.rank == 0))
     job = prepare(config, world)
     describe_job(job, console)
-    keep, timeout_s = KeepLast(config.checkpoint.keep), config.checkpoint.timeout_s
+    settings, timeout_s = config.checkpoint, config.checkpoint.timeout_s
     with (
         claimed(folder, world, fresh=fresh) as aside,
-        Checkpointer(folder.checkpoints, keep=keep, timeout_s=timeout_s) as checkpoints,
+        Checkpointer(
+            folder.checkpoints, keep=KeepLast(settings.keep), timeout_s=timeout_s, mirror=settings.mirror,
+            incremental=settings.incremental,
+        ) as checkpoints,
         told_at_once(world.rank),
-    ):
+    ):  # fmt: skip
         if aside is not None:
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
         saver = Saver(checkpoints, job.state, timeout_s=timeout_s)
         job.times.fence = checkpoints.fence
+        if world.rank == 0:
+            saver.requested()  # from here on `checkpoint request` finds the folder, and its end takes requests back
         resumed_from = resume(saver, console)
         if resumed_from is not None and resumed_from >= job.total_steps and summed_up(folder.summary, resumed_from):
             console.print(
@@ -79,7 +84,6 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             )
             return
         if world.rank == 0:
-            LocalStorage().make_folders(folder.checkpoints)  # `checkpoint request` is heard before the first save, too
             write_json(folder.facts, job_facts(job))
             for change in record_config(folder.config, config):
                 console.print(f"Changed since this run last started: {change}")
@@ -137,6 +141,8 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
                 report.sync()
                 with job.times.part("checkpoint"):
                     saver.save()
+                if save:
+                    report.note(f"Saving step {job.state.step}, as `checkpoint request` asked")
             begun = time.perf_counter()
     saver.wait()
     return stopped

@@ -5,7 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpointing import Checkpointer, RestoreInfo, SaveHandle
+from checkpointing.folder import Folder
+from checkpointing.storage import open_storage
+from launch.errors import FolderError
 from launch.state import TrainState
+
+
+def check_mirror(mirror: str | None, *, fresh: bool) -> None:
+    """Raise what makes a second tier unfit, before anything is built; of a `fresh` run also an earlier run in it."""
+    if mirror is None:
+        return
+    second = Folder(*open_storage(mirror))
+    try:
+        there = second.candidates() if fresh else []
+    except OSError as error:
+        raise FolderError(f"checkpoint.mirror {mirror} cannot be looked at: {error}") from error
+    if there:
+        raise FolderError(
+            f"checkpoint.mirror {mirror} holds step {max(there)}, from which a fresh run would go on; give another "
+            "checkpoint.mirror, or move what is there away"
+        )
 
 
 class Saver:
@@ -40,12 +59,8 @@ class Saver:
         self._saved = self.state.step
 
     def requested(self) -> bool:
-        """Return whether someone asked this job to save now: `checkpoint request`. A look by this rank alone.
-
-        Not while a save is under way: it may be the very answer.
-        """
-        self._note_durable()
-        return self._pending is None and self._checkpoints.requested()
+        """Return whether someone asked this job to save now: `checkpoint request`. For rank 0."""
+        return self._checkpoints.requested()
 
     def wait(self) -> None:
         """Return when what was saved is durable; raises what went wrong."""

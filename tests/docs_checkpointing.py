@@ -21,14 +21,19 @@ def code(folder, texts):
     optimizer = torch.optim.AdamW(model.parameters())
     state = Flat({"w": model.weight, "step": 3})
     known = {"torch": torch, "model": model, "optimizer": optimizer, "state": state, "dcp_state": {"w": torch.ones(9)}}
+    known |= {"rank": 0, "world_size": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns that it is alone
         for text in texts:
+            if "ckpt.requested()" in text:
+                (folder / "runs/b/checkpoints").mkdir(parents=True)
+                (folder / "runs/b/checkpoints/request").touch()
             execute(PAGE, text, known)
     known["ckpt"].close()
     written = {str(path) for path in folder.rglob("step-*") if path.is_dir()}
     assert written == {str(folder / "runs" / name) for name in (
-        "a/checkpoints/step-1", "a/checkpoints/step-2", "c/step-10", "c/step-20", "d/checkpoints/step-1",
+        "a/checkpoints/step-1", "a/checkpoints/step-2", "b/checkpoints/step-4", "second/step-4", "c/step-10",
+        "c/step-20", "d/checkpoints/step-1",
     )}  # fmt: skip
 
 
@@ -107,7 +112,8 @@ def trainer(folder, texts):
 
 
 CODE = (
-    "keep=KeepLast(3))\nckpt.restore", "class Mine:", 'busy="skip"', "import DcpReader, DcpWriter", "import AppState",
+    "keep=KeepLast(3))\nckpt.restore", "class Mine:", 'busy="skip"', "ckpt.requested()", "import DcpReader, DcpWriter",
+    "import AppState",
 )  # fmt: skip
 RUNS = [
     Run(PAGE, ("use_for_datastates()\n", "engine.checkpoint_engine ="), deepspeed, slow=True),

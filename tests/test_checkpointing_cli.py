@@ -207,6 +207,43 @@ def test_restore_verifies_what_it_reads(saved, tmp_path):
     assert not (tmp_path / "x.pt").exists()
 
 
+def test_what_is_damaged_is_not_offered_instead(saved, tmp_path):
+    root = copied(saved, tmp_path)
+    with Checkpointer(root, group=SINGLE) as ckpt:
+        ckpt.adopt(20)
+        ckpt.save(30, {"run": Flat(assorted(3))}).wait()
+    for step, other in ((30, "; another step: {root}@20"), (20, "; another step: {root}@10"), (10, "")):
+        data = bytearray((root / f"step-{step}" / DATA).read_bytes())
+        data[-1] ^= 1
+        (root / f"step-{step}" / DATA).write_bytes(data)
+        _, text = run("restore", root, tmp_path / "x.pt", "--format", "torch", ok=(1,))
+        assert "step-30" in text.partition("; another step")[0]
+        assert text.endswith(other.format(root=root))
+        assert ("another" in text) == bool(other)
+
+
+def test_a_torch_file_needs_no_suffix_to_be_read(saved, tmp_path):
+    run("restore", f"{saved}@10", tmp_path / "out", "--format", "torch", "--only", "run.page")
+    assert run_json("show", tmp_path / "out")["format"] == "torch"
+    run("save", tmp_path / "out", tmp_path / "back")
+    (tmp_path / "other").write_bytes(b"P")
+    _, text = run("show", tmp_path / "other", ok=(2,))
+    assert f"{tmp_path}/other is a file we cannot tell by its name or beginning" in text
+
+
+def test_show_says_whose_size_it_is(saved, tmp_path):
+    state = {"a": torch.zeros(1000), "b": torch.zeros(10), "c": torch.zeros(10)}
+    with Checkpointer(tmp_path / "run", group=SINGLE) as ckpt:
+        ckpt.save(1, Flat(state)).wait()
+    run("restore", tmp_path / "run", tmp_path / "a.pt", "--format", "torch")
+    size = (tmp_path / "run" / "step-1" / DATA).stat().st_size / 1000
+    for only, said in (("*", f"3 tensors, {size:.1f} kB in 1 file of 1 rank"), ("a", "1 of 3 tensors, 4.0 kB, of"),
+                       ("a", f"of {size:.1f} kB in 1 file of 1 rank"), ("[bc]", "2 of 3 tensors, 80 B")):  # fmt: skip
+        assert said in run("show", tmp_path / "run", "--only", only)[1]
+    assert "a torch checkpoint: 1 of 3 tensors, 40 B\n" in run("show", tmp_path / "a.pt", "--only", "b")[1]
+    assert "a torch checkpoint: 3 tensors, 4.1 kB\n" in run("show", tmp_path / "a.pt")[1]
+
+
 def test_save_commits_what_another_tool_wrote(tmp_path):
     nested = {"model": {"w": torch.randn(3)}, "optimizer": {"state": {0: {"step": 1}}, "betas": (0.9, 0.95)}}
     torch.save(nested, tmp_path / "old.pt")
@@ -248,23 +285,27 @@ def test_request_leaves_the_file_a_job_looks_for(saved, tmp_path):
     root = copied(saved, tmp_path)
     assert run_json("request", root) == {"path": str(root / "request"), "already": False}
     assert run_json("request", root)["already"] is True
+    assert run("request", root)[1] == "was asked already: is saved at the next step of a job that runs there\n"
+    assert "a save is asked for" in run("doctor", root)[1]
     assert "does not exist" in run("request", tmp_path / "none", ok=(2,))[1]
+    _, text = run("request", "s3://bucket/run", ok=(2,))
+    assert text == "s3://bucket/run is a second tier, which no job looks at; give the local folder of the run"
 
 
 def test_a_folder_of_other_things_is_no_run_and_an_empty_one_is(saved, tmp_path):
     """A new run's folder is there and empty until the first save, which a `request` may ask for."""
     verbs = {"ls": (), "doctor": (), "prune": ("--keep", 1), "request": (), "verify": ()}
     (tmp_path / "job" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "job" / "config.json").write_text("{}")
+    (tmp_path / "job" / "checkpoints" / "config.json").write_text("{}")
     for verb, more in verbs.items():
         _, text = run(verb, tmp_path / "job", *more, ok=(2,))
-        assert f"job is no folder of a run: it holds checkpoints, config.json and no step-N; give {tmp_path}" in text
+        assert "job is no folder of a run: it holds checkpoints and no step-N; give the folder that a job" in text
         _, text = run(verb, tmp_path, *more, ok=(2,))
         assert "it holds job and no step-N; give the folder that a job saves to" in text
     shutil.copytree(saved / "step-10", tmp_path / "renamed")
     assert "it is one checkpoint, under another name" in run("ls", tmp_path / "renamed", ok=(2,))[1]
-    assert sorted(os.listdir(tmp_path / "job")) == ["checkpoints", "config.json"]
-    new = tmp_path / "job" / "checkpoints"
+    assert os.listdir(tmp_path / "job" / "checkpoints") == ["config.json"]
+    (new := tmp_path / "new").mkdir()
     assert (run_json("ls", new), run_json("prune", new, "--keep", 1)["removed"]) == ([], [])
     assert run_json("request", new)["already"] is False
     assert {one["level"] for one in run_json("doctor", new)} == {"ok", "note"}
@@ -272,6 +313,23 @@ def test_a_folder_of_other_things_is_no_run_and_an_empty_one_is(saved, tmp_path)
         assert ckpt.requested()
         ckpt.save(1, Flat(assorted(1))).wait()
     assert sorted(os.listdir(new)) == ["latest", "step-1"]
+
+
+def test_the_folder_of_a_job_stands_for_the_checkpoints_in_it(saved, tmp_path):
+    """As `run.folder` of launch.finetune does; a folder that is a checkpoint itself is meant as such."""
+    job = tmp_path / "job"
+    shutil.copytree(saved, job / "checkpoints")
+    (job / "config.json").write_text("{}")
+    assert [row["step"] for row in run_json("ls", job)] == [10, 20]
+    assert run_json("show", f"{job}@10")["step"] == 10
+    assert run("diff", job, job / "checkpoints" / "step-20")[0] == run("doctor", job)[0] == run("verify", job)[0] == 0
+    assert run_json("prune", job, "--keep", 2)["removed"] == []
+    assert run_json("request", job)["path"] == str(job / "checkpoints" / "request")
+    run("restore", job, tmp_path / "a.pt", "--format", "torch", "--only", "run.page")
+    assert run_json("save", tmp_path / "a.pt", job, "--step", 30)["path"] == str(job / "checkpoints" / "step-30")
+    run("restore", f"{job}@10", tmp_path / "hf", "--format", "hf", "--only", "run.page")
+    shutil.copytree(saved, tmp_path / "hf" / "checkpoints")
+    assert run_json("show", tmp_path / "hf")["format"] == "hf"
 
 
 def test_a_step_without_its_manifest_is_a_failed_check_for_every_verb(saved, tmp_path):

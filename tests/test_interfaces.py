@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.claims import Claim
 from chunkflow import ChunkLoader, MemorySource, StepBatch
 from chunkflow.program import align, depths, operations
 from launch.state import TrainState
+from tests.spawn import ROOT
 from tests.tiny import sequence, tiny_model
 
 
@@ -34,6 +36,17 @@ def fields(kind):
 
 def test_groups_one_word_for_one_process():
     assert chunkflow.SINGLE == checkpointing.SINGLE == "single"
+
+
+def test_every_name_that_checkpointing_speaks_of_can_be_imported():
+    """What the facade's help and the pages of docs call by a name of a class."""
+    told = inspect.getdoc(checkpointing.Checkpointer) or ""
+    told += "".join(inspect.getdoc(one) or "" for _, one in inspect.getmembers(checkpointing.Checkpointer))
+    told += "".join((ROOT / "docs" / page).read_text() for page in ("checkpointing.md", "durability.md"))
+    kinds = (*vars(checkpointing.errors), *vars(checkpointing.config))
+    named = {name for name in kinds if name[0].isupper() and re.search(rf"\b{name}\b", told)}
+    assert named >= {"StateError", "IntegrityError", "CheckpointConfig"}
+    assert all(hasattr(checkpointing, name) and name in checkpointing.__all__ for name in named - {"Keep"})
 
 
 def test_a_records():

@@ -24,6 +24,7 @@ def test_flags_override_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("run:\n  seed: 3\n  steps: 7\ndata:\n  long_files: [a.py, b.py]\n")
     config = read("--config", str(recipe), "--run.steps", "9", "--fresh", "true", "--optimizer.clip_norm", "null")
+    assert read("--checkpoint.mirror", "second", "--checkpoint.mirror", "null").checkpoint.mirror is None
     assert (config.run.seed, config.run.steps, config.fresh) == (3, 9, True)
     assert config.data.long_files == ("a.py", "b.py")
     assert config.optimizer.clip_norm is None
@@ -73,6 +74,11 @@ def test_help_says_what_every_setting_means(capsys):
         (["--optimizer.lr", ".nan"], "optimizer.lr is nan"),
         (["--schedule.final_ratio", "2"], "schedule.final_ratio is 2.0"),
         (["--checkpoint.every", "0"], "checkpoint.every is 0"),
+        (["--checkpoint.mirror", ""], "checkpoint.mirror is ''; give a folder, s3://bucket/prefix, or null"),
+        (["--checkpoint.mirror", "s3://"], "checkpoint.mirror is 's3://'; give a folder"),
+        (["--checkpoint.mirror", "ftp://a/b"], "checkpoint.mirror is 'ftp://a/b'; give a folder"),
+        (["--run.folder", "a/b", "--checkpoint.mirror", "a/b/checkpoints"], "in which the run itself is"),
+        (["--checkpoint.incremental", "sometimes"], "checkpoint.incremental"),
         (["--data.kind", "csv"], "data.kind"),
         (["--optimizer.lr", "fast"], "optimizer.lr"),
         (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate"),

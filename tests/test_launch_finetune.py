@@ -71,7 +71,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
 
     job = start(flags, log)  # stopped politely, through one rank, between checkpoints
     wait_for_step(job, run / "metrics.jsonl", 0, log)
-    asked = CliRunner().invoke(cli.app, ["request", str(run / "checkpoints")])  # before there is a first one
+    asked = CliRunner().invoke(cli.app, ["request", str(run)])  # before there is a first one
     assert asked.exit_code == 0, asked.exception
     wait_for_step(job, run / "metrics.jsonl", 4, log)
     os.kill(workers(job)[1], signal.SIGTERM)
@@ -82,6 +82,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
     assert 4 <= stopped < 22
     assert (run / "checkpoints" / f"step-{stopped}" / "manifest.json").exists()
     assert not (run / "checkpoints" / "request").exists()
+    assert log.read_text().count(", as `checkpoint request` asked") == 1
     assert not (run / "summary.json").exists()
 
     job = start(flags, log)  # killed without warning, behind a checkpoint
@@ -106,6 +107,7 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
 def test_a_finished_run_says_so_and_fresh_starts_over(place, undisturbed):
     run, _ = undisturbed
     before = snapshot(run)
+    (run / "checkpoints" / "request").touch()  # which no step is left to meet
     code, output = run_job(settings(place / "corpus", run, run__epochs=2), place / "again.log")
     assert code == 0
     assert "This run is finished" in output

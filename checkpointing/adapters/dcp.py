@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from checkpointing.adapters.dcp_reader import INNER, DcpReader
-from checkpointing.checkpointer import Checkpointer, Settings
+from checkpointing.checkpointer import Checkpointer
+from checkpointing.config import Settings
 from checkpointing.errors import SaveError, StateError
 from checkpointing.fence import Owned, Owners, StepHook
 from checkpointing.folder import split_step

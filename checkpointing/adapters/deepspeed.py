@@ -28,7 +28,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from checkpointing.checkpointer import Checkpointer, Settings
+from checkpointing.checkpointer import Checkpointer
+from checkpointing.config import Settings
 from checkpointing.errors import CheckpointError, IntegrityError, StateError
 from checkpointing.folder import Folder
 from checkpointing.formats.plain_pickle import UnpicklingError

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from checkpointing.checkpointer import Checkpointer, Settings
+from checkpointing.checkpointer import Checkpointer
+from checkpointing.config import Settings
 from checkpointing.errors import StateError
 from checkpointing.nested import flatten, unflatten
 from checkpointing.retention import Keep

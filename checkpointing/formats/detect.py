@@ -24,6 +24,8 @@ FORMATS: dict[str, str] = {
 """Name of a format to the module with its `read(path, step)` and, but for ours, its `write(source, target)`."""
 
 _BY_RANK = ("dcp", "deepspeed")
+_ZIP = b"PK\x03\x04"
+"""How what torch.save writes begins."""
 
 
 def detect(path: Path) -> str:
@@ -112,7 +114,17 @@ def _of_file(path: Path) -> str:
         return "hf"
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return "torch"
-    raise FormatError(f"{path} is a file we cannot tell; .safetensors, .pt, .pth, .bin and .ckpt are read")
+    storage, head = LocalStorage(), bytearray(len(_ZIP))
+    fd = storage.open(path)
+    try:
+        storage.read_into(fd, memoryview(head), 0)
+    finally:
+        storage.close(fd)
+    if head == _ZIP:
+        return "torch"
+    raise FormatError(
+        f"{path} is a file we cannot tell by its name or beginning; .safetensors, .pt, .pth, .bin and .ckpt are read"
+    )
 
 
 def _tagged(path: Path, names: set[str]) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 from checkpointing.errors import CheckpointError
 from checkpointing.storage.local import LocalStorage
-from checkpointing.storage.paths import STORES, as_path, is_store
+from checkpointing.storage.paths import as_path, is_place, is_store
 
-__all__ = ["as_path", "is_store", "open_storage"]
+__all__ = ["as_path", "is_place", "is_store", "open_storage"]
 
 
 def open_storage(text: str, patience_s: float = 600.0) -> tuple[Path, Any]:
@@ -18,10 +18,8 @@ def open_storage(text: str, patience_s: float = 600.0) -> tuple[Path, Any]:
     A store that does not answer is an OSError well before `patience_s`, for which others wait for the caller. Raises
     CheckpointError on what is neither.
     """
-    scheme, _, rest = text.partition(":/")
-    whole = rest.startswith("/") and scheme in STORES and rest.strip("/")
-    if not whole and is_store(text):
-        raise CheckpointError(f"{text!r} is neither a folder nor s3://bucket/prefix (or gs://, az://)")
+    if not is_place(text):
+        raise CheckpointError(f"{text!r} is neither a folder nor s3://bucket/prefix")
     if "://" not in text:
         return Path(text).absolute(), LocalStorage()
     from checkpointing.storage.object_store import ObjectStorage

@@ -26,3 +26,10 @@ def is_store(path: str | os.PathLike[str]) -> bool:
 def as_path(text: str) -> Path:
     """Return the path of a folder, or of a place in an object store, which keeps both its slashes."""
     return StorePath(text) if is_store(text) else Path(text)
+
+
+def is_place(text: str) -> bool:
+    """Return whether a text is a folder's name or a whole URL of an object store; not whether anything is there."""
+    scheme, _, rest = text.partition(":/")
+    whole = rest.startswith("/") and scheme in STORES and rest.strip("/")
+    return bool(text) and (bool(whole) or not is_store(text))

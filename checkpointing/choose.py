@@ -149,6 +149,7 @@ class Chooser:
 
     def _failed(self, step: int, reason: str, damaged: bool, tier: Folder) -> None:
         """Try the copy in the second tier, if there is one, once; else pass the step over."""
+        self._committer.found_damage = True
         may_heal = damaged and tier is self._folder and tier.has_manifest(step) and step not in self._healed
         if may_heal and self._second_has(step):
             self._healed.add(step)

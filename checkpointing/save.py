@@ -94,6 +94,8 @@ class Saver:
                 self._plan = (task["plan"], task["names"])
                 self._fills.clear()
                 self._layouts.clear()
+            if task["anew"]:
+                self._last = None
             written = _Written()
             run_round(self.control, job.what, "commit", lambda: self._write(job, task, written), self.committer.commit)
         except BaseException as error:

@@ -112,6 +112,9 @@ class Mirror:
                 told = (count, self.second.root, max(0.0, give_up - time.monotonic()))
                 _log.warning("waiting for %d copies to %s, for %.0f s at most", *told)
                 pause = _SAY_EVERY_S
+        if self._pending and not self._thread.is_alive():
+            at = self._pending[0]
+            raise SaveError(f"copying to {self.second.root} broke off at step {at}; the first tier is whole")
         for step in filter(self._is_gone, list(self._failed)):
             self.let_go(step)
         if self._never:

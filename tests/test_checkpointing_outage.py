@@ -270,3 +270,15 @@ def test_a_failed_copy_of_what_the_run_went_back_behind_is_not_owed(tmp_path, mo
         ckpt.restore(Flat({}), step=1)
         ckpt.save(2, Flat({"a": -2})).wait()
     assert mirror.second.candidates() == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_copying_that_broke_off_is_told(tmp_path, monkeypatch):
+    def breaks(*_):
+        raise KeyboardInterrupt  # as a panic in a library of Rust is: no Exception
+
+    ckpt = Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe")
+    monkeypatch.setattr(LocalStorage, "write_stream", breaks)
+    ckpt.save(1, Flat({"a": 1})).wait()
+    with pytest.raises(SaveError, match="broke off at step 1; the first tier is whole"):
+        ckpt.close()

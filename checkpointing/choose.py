@@ -168,6 +168,8 @@ class Chooser:
     def _fetch(self, step: int, second: Folder) -> None:
         """Bring a step from the second tier, verified. Raises IntegrityError."""
         try:
+            if step in self._folder.candidates() and not self._folder.has_manifest(step):
+                self._folder.set_aside(step, "bad")  # no checkpoint, and in the way of one
             copy_step(second, self._folder, step, self._control.alive)
         except (OSError, IntegrityError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__

@@ -282,3 +282,13 @@ def test_copying_that_broke_off_is_told(tmp_path, monkeypatch):
     ckpt.save(1, Flat({"a": 1})).wait()
     with pytest.raises(SaveError, match="broke off at step 1; the first tier is whole"):
         ckpt.close()
+
+
+def test_what_lost_its_manifest_is_not_in_the_way_of_its_copy(tmp_path):
+    with Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe") as ckpt:
+        ckpt.save(1, Flat({"a": 1})).wait()
+    (tmp_path / "run" / "step-1" / "manifest.json").unlink()
+    with Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe") as ckpt:
+        assert ckpt.restore(Flat({})) is not None
+    Folder(tmp_path / "run", LocalStorage()).verify(1, lambda: None)
+    assert len(list((tmp_path / "run").glob("step-1.bad-*"))) == 1

@@ -18,9 +18,9 @@ from tests import test_checkpointing_crash_states as crash
 from tests import test_checkpointing_faults as nth
 from tests.crash_disk import Disk
 from tests.faults import Faults
-from tests.flat_states import Flat
+from tests.flat_states import Flat, same
 from tests.test_checkpointing_corruption import first_damage, write_through
-from tests.test_checkpointing_rows import links, opened, save
+from tests.test_checkpointing_rows import links, opened, restored, save
 
 
 def table(step, columns):
@@ -139,3 +139,16 @@ def test_a_checkpoint_that_is_replaced_while_it_is_copied_is_no_copy(tmp_path, m
         with pytest.raises(IntegrityError, match="was replaced by another"):
             copy_step(first, Folder(tmp_path / "safe", LocalStorage()), 2)
     assert list((tmp_path / "safe").iterdir()) == []
+
+
+def test_names_with_line_breaks_are_not_taken_for_two(tmp_path):
+    one, two, both = torch.randn(40_000), torch.randn(40_000), torch.randn(80_000)
+    with opened(tmp_path) as ckpt:
+        for step in range(1, 5):
+            if step % 2:
+                both = both + 1
+            else:
+                one, two = one + 1, two + 1
+            state = {"one": one, "two": two, "one\ntwo": both}
+            save(ckpt, step, state)
+            assert same(restored(tmp_path, step), state), step

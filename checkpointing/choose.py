@@ -149,6 +149,7 @@ class Chooser:
 
     def _failed(self, step: int, reason: str, damaged: bool, tier: Folder) -> None:
         """Try the copy in the second tier, if there is one, once; else pass the step over."""
+        self._committer.found_damage = True
         may_heal = damaged and tier is self._folder and tier.has_manifest(step) and step not in self._healed
         if may_heal and self._second_has(step):
             self._healed.add(step)
@@ -167,6 +168,8 @@ class Chooser:
     def _fetch(self, step: int, second: Folder) -> None:
         """Bring a step from the second tier, verified. Raises IntegrityError."""
         try:
+            if step in self._folder.candidates() and not self._folder.has_manifest(step):
+                self._folder.set_aside(step, "bad")  # no checkpoint, and in the way of one
             copy_step(second, self._folder, step, self._control.alive)
         except (OSError, IntegrityError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__

@@ -53,6 +53,8 @@ class Committer:
         """The step a restore was asked to go back to: newer ones are set aside once the run goes on from there."""
         self.mirror: Mirror | None = None
         """The second tier."""
+        self.found_damage = False
+        """Whether a restore found a checkpoint damaged, or could not read it, since the last save."""
         self._went_back: int | None = None
         self._settled = False
         """Whether it is known whose run this is: one that was restored, or has a checkpoint by now."""
@@ -73,7 +75,7 @@ class Committer:
         self._tmp = self._folder.root / f"step-{step}.{self._nonce()}"
         self._storage.make_folder(self._tmp)
         self._lock = self._storage.lock(self._tmp)
-        common = {"folder": self._tmp.name, "run_id": self._run_id}
+        common = {"folder": self._tmp.name, "run_id": self._run_id, "anew": self._take_damage()}
         return [common | self._planner.task(rank, body) for rank, body in enumerate(bodies)]
 
     @told_as(SaveError, "rank 0: ")
@@ -125,6 +127,13 @@ class Committer:
                 self._storage.remove_tree(self._tmp)
         with suppress(OSError):
             self._release()
+
+    def _take_damage(self) -> bool:
+        """Return whether damage was found since the last save: it may be in a file that the next one would refer to."""
+        found, self.found_damage = self.found_damage, False
+        if self.mirror is not None:
+            found, self.mirror.found_damage = found or self.mirror.found_damage, False
+        return found
 
     def _check_free(self, step: int) -> None:
         """Raise StateError where a checkpoint stands that a save would have to replace."""

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from checkpointing import manifest as manifests
@@ -49,6 +50,8 @@ class Mirror:
         self._failed: dict[int, CheckpointError] = {}
         self._never: list[int] = []
         self._leaving: list[_Leave] = []
+        self.found_damage = False
+        """Whether a checkpoint of the first tier could not be copied, as it is damaged."""
         self._thread = threading.Thread(target=self._serve, name="checkpoint-mirror", daemon=True)
         self._thread.start()
 
@@ -109,6 +112,11 @@ class Mirror:
                 told = (count, self.second.root, max(0.0, give_up - time.monotonic()))
                 _log.warning("waiting for %d copies to %s, for %.0f s at most", *told)
                 pause = _SAY_EVERY_S
+        if self._pending and not self._thread.is_alive():
+            at = self._pending[0]
+            raise SaveError(f"copying to {self.second.root} broke off at step {at}; the first tier is whole")
+        for step in filter(self._is_gone, list(self._failed)):
+            self.let_go(step)
         if self._never:
             steps = ", ".join(map(str, sorted(self._never)))
             _log.warning("%s never got steps that are gone from the first tier since: %s", self.second.root, steps)
@@ -158,6 +166,7 @@ class Mirror:
             copy_step(self.first, self.second, step)
         except Exception as raised:  # noqa: BLE001 - whatever it is: later steps are copied, and it is told
             error = self._told(f"step {step}", raised)
+            self.found_damage |= _is_final(error) and not self._is_gone(step)
         with self._lock:
             again = step in self._failed
             if error is not None:
@@ -194,11 +203,19 @@ class Mirror:
             else:
                 self._leaving.remove(one)
 
+    def _is_gone(self, step: int) -> bool:
+        """Return whether the first tier has a step no more: its run went back behind it, say."""
+        with suppress(OSError):
+            return not self.first.has_manifest(step)
+        return False
+
     def _make_room(self, step: int) -> None:
         """Set aside what has the place of a step and is damaged, or was left by this run; nothing else is touched."""
         if not self.second.has_manifest(step):
             # Garbage by definition. In an object store it is written over; a folder could not be renamed to it.
-            if isinstance(self.second.storage, LocalStorage) and step in self.second.candidates():
+            local = isinstance(self.second.storage, LocalStorage)
+            # Again, as another job's copy may have come meanwhile, whole.
+            if local and step in self.second.candidates() and not self.second.has_manifest(step):
                 self.second.set_aside(step, "bad")
             return
         whose, own = self._run_of(step), self.first.at(step) / manifests.FILE_NAME

@@ -52,11 +52,16 @@ def _bad_newest(folder: Folder, steps: list[int], read: Callable[[int], None]) -
 
 
 def _remove_unlocked(folder: Folder, name: str) -> bool:
-    lock = folder.storage.lock(folder.root / name)
+    try:
+        lock = folder.storage.lock(folder.root / name)
+    except FileNotFoundError:  # it was finished meanwhile, or given up
+        return False
     if lock is None:  # a save is writing in it; or nobody can tell on this file system
         return False
     try:
         folder.storage.remove_tree(folder.root / name)
+    except FileNotFoundError:
+        return False
     finally:
         folder.storage.close(lock)
     return True

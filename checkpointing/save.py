@@ -94,6 +94,8 @@ class Saver:
                 self._plan = (task["plan"], task["names"])
                 self._fills.clear()
                 self._layouts.clear()
+            if task["anew"]:
+                self._last = None
             written = _Written()
             run_round(self.control, job.what, "commit", lambda: self._write(job, task, written), self.committer.commit)
         except BaseException as error:
@@ -217,9 +219,7 @@ class Saver:
         """Return how the file is filled; kept while the plan, the snapshot's structure and the links stay."""
         assert job.snapshot is not None
         specs = [part.spec for part in parts] or specs
-        key = (
-            xxhash.xxh3_64_hexdigest("\n".join(spec.name for spec in specs).encode()) if self.config.incremental else ""
-        )
+        key = xxhash.xxh3_64_hexdigest(repr([spec.name for spec in specs]).encode()) if self.config.incremental else ""
         placed = self._layouts.get(key)
         if placed is None:
             self._layouts.clear()

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from checkpointing import manifest as manifests
-from checkpointing.errors import IntegrityError
+from checkpointing.errors import IntegrityError, SaveError
 from checkpointing.folder import Folder
 from checkpointing.pieces import piece_ranges
 from checkpointing.records import FileEntry, Manifest
@@ -32,7 +32,7 @@ def copy_step(source: Folder, dest: Folder, step: int, alive: Callable[[], None]
     manifest = source.inspect(step)
     place = dest.at(step)
     if dest.has_manifest(step):
-        if source.storage.read(source.at(step) / manifests.FILE_NAME) != _manifest_of(dest, step):
+        if _manifest_of(source, step) != _manifest_of(dest, step):
             raise IntegrityError(f"{place} is another checkpoint; nothing is overwritten: move it away")
         return place
     dest.storage.make_folders(dest.root)
@@ -47,6 +47,7 @@ def _copy_by_rename(source: Folder, dest: Folder, manifest: Manifest, alive: Cal
     place = dest.at(manifest.step)
     tmp = place.with_name(f"{place.name}.tmp-{manifest.run_id[:8]}-{uuid.uuid4().hex[:8]}")
     dest.storage.make_folder(tmp)
+    lock = dest.storage.lock(tmp)  # or pruning would take it for what a crash has left
     try:
         _copy_files(source, dest.storage, tmp, manifest, alive)
         dest.storage.sync_folder(tmp)
@@ -54,18 +55,35 @@ def _copy_by_rename(source: Folder, dest: Folder, manifest: Manifest, alive: Cal
     except BaseException:
         dest.storage.discard(tmp)
         raise
+    finally:
+        if lock is not None:
+            dest.storage.close(lock)
     dest.storage.sync_folder(dest.root)
 
 
 def _copy_files(source: Folder, storage: Any, place: Path, manifest: Manifest, alive: Callable[[], None]) -> None:
-    origin = source.at(manifest.step)
+    """Copy a checkpoint to a place that another job may be writing to, too, where that is no folder of our own."""
+    origin, data = source.at(manifest.step), _manifest_of(source, manifest.step)
+    stamps: dict[Path, Any] = {}
+
+    def parts(fd: int, file: FileEntry) -> Iterator[memoryview]:
+        yield from _verified(source, fd, manifest, file, alive)
+        if manifests.FILE_NAME in storage.names(place):  # an object is replaced once all of its parts are there
+            raise IntegrityError(f"{place} is another checkpoint by now; nothing is overwritten")
+
     for file in manifest.files:
         fd = source.storage.open(origin / file.path)
         try:
-            storage.write_stream(place / file.path, file.length, _verified(source, fd, manifest, file, alive))
+            storage.write_stream(place / file.path, file.length, parts(fd, file))
         finally:
             source.storage.close(fd)
-    storage.write_new(place / manifests.FILE_NAME, source.storage.read(origin / manifests.FILE_NAME))
+        stamps[place / file.path] = storage.stamp(place / file.path)
+    if _manifest_of(source, manifest.step) != data:
+        raise IntegrityError(f"{origin} was replaced by another checkpoint while it was copied")
+    storage.write_new(place / manifests.FILE_NAME, data)
+    if any(storage.stamp(path) != stamp for path, stamp in stamps.items()):
+        storage.remove_file(place / manifests.FILE_NAME)
+        raise SaveError(f"another job has written to {place} at the same time; the copy is taken back")
 
 
 def _verified(

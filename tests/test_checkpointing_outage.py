@@ -11,6 +11,7 @@ from checkpointing import SINGLE, Checkpointer, KeepLast, ObjectProvider
 from checkpointing.errors import CheckpointError, SaveError, StateError
 from checkpointing.folder import Folder
 from checkpointing.mirror import Mirror
+from checkpointing.prune import prune_run
 from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
 from tests.buckets import BUCKET, Door, reach, served
@@ -233,3 +234,61 @@ def test_an_object_that_is_not_the_same_on_all_ranks_is_said_once(tmp_path):
     assert said[0].startswith("object 'mine.seen' differs between rank 0 and rank 1, and one of them is saved")
     assert said[0].endswith('as f"mine{rank}"')
     assert others == []
+
+
+def test_what_prunes_the_second_tier_leaves_a_copy_under_way_alone(tmp_path, monkeypatch):
+    safe, new = Folder(tmp_path / "safe", LocalStorage()), LocalStorage.write_new
+    pruned = []
+
+    def prunes(self, path, data):
+        if path.is_relative_to(safe.root):
+            pruned.append(prune_run(safe, 9, dry_run=False, read=lambda _: None))
+        new(self, path, data)
+
+    monkeypatch.setattr(LocalStorage, "write_new", prunes)
+    with Checkpointer(tmp_path / "run", group=SINGLE, mirror=safe.root) as ckpt:
+        ckpt.save(1, Flat({"w": torch.zeros(30_000)})).wait()
+    assert pruned == [[]]
+    safe.verify(1, lambda: None)
+
+
+def test_a_failed_copy_of_what_the_run_went_back_behind_is_not_owed(tmp_path, monkeypatch):
+    stream = LocalStorage.write_stream
+
+    def fails(self, path, length, parts):
+        if path.is_relative_to(tmp_path / "safe") and "step-3" in str(path):
+            raise OSError(5, "Input/output error")
+        stream(self, path, length, parts)
+
+    monkeypatch.setattr(LocalStorage, "write_stream", fails)
+    with Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe", keep=KeepLast(9)) as ckpt:
+        mirror = ckpt._committer.mirror
+        assert mirror is not None
+        for step in (1, 2, 3):
+            ckpt.save(step, Flat({"a": step})).wait()
+        until(lambda: ckpt._engine.idle(1) and not mirror.pending())
+        ckpt.restore(Flat({}), step=1)
+        ckpt.save(2, Flat({"a": -2})).wait()
+    assert mirror.second.candidates() == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_copying_that_broke_off_is_told(tmp_path, monkeypatch):
+    def breaks(*_):
+        raise KeyboardInterrupt  # as a panic in a library of Rust is: no Exception
+
+    ckpt = Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe")
+    monkeypatch.setattr(LocalStorage, "write_stream", breaks)
+    ckpt.save(1, Flat({"a": 1})).wait()
+    with pytest.raises(SaveError, match="broke off at step 1; the first tier is whole"):
+        ckpt.close()
+
+
+def test_what_lost_its_manifest_is_not_in_the_way_of_its_copy(tmp_path):
+    with Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe") as ckpt:
+        ckpt.save(1, Flat({"a": 1})).wait()
+    (tmp_path / "run" / "step-1" / "manifest.json").unlink()
+    with Checkpointer(tmp_path / "run", group=SINGLE, mirror=tmp_path / "safe") as ckpt:
+        assert ckpt.restore(Flat({})) is not None
+    Folder(tmp_path / "run", LocalStorage()).verify(1, lambda: None)
+    assert len(list((tmp_path / "run").glob("step-1.bad-*"))) == 1

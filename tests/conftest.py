@@ -1,6 +1,7 @@
 """What every test shares: one thread a process, no network, no deadlines of hypothesis, one pool of warm ranks."""
 
 import os
+import signal
 
 # Before torch is imported by any test module; the ranks inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,9 @@ from tests.spawn import close_pool
 # The same examples on every machine: what gates a commit does not depend on luck.
 settings.register_profile("longrail", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("longrail")
+
+# A shell that starts the tests in the background has them ignore it, and every job that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@
 by three peers (`benchmarks.chunkflow_ways`), in turn, round by round; data is ready before the clock starts. Every way
 stays under the same memory cap (`CAP_BYTES` of `benchmarks.chunkflow_work`: of a rank, above model, gradients and
 data), set so that the longest sequence needs recompute. `--scan` runs every setting of every way once instead; the
-settings in `BEST` are the fastest of it. Beside every ratio stands what a model of the
+settings in `BEST` are the fastest of it, or within its noise. Beside every ratio stands what a model of the
 hardware gives for it (`benchmarks.chunkflow_bound`). `memory`: how the peak grows from 32 to 256 chunks
 (`benchmarks.chunk_memory`). `--add` keeps the rows that are in FILE.
 """

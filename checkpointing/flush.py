@@ -41,7 +41,8 @@ class FlushFile:
         with self._changed:
             self._pending -= 1
             self._error = self._error or error
-            self._changed.notify_all()
+            if not self._pending:
+                self._changed.notify_all()
 
     def give_up(self, error: BaseException) -> None:
         """Drop the writes that have not begun."""
@@ -72,7 +73,7 @@ class FlushPool:
         self._calm, self._hurried, self._rate = calm, hurried, max_bytes_per_s
         self._queue: deque[_Write] = deque()
         self._changed = threading.Condition()
-        self._waiting, self._closed = 0, False
+        self._writing, self._waiting, self._closed = 0, 0, False
         self._next_at = 0.0
         self._threads: list[threading.Thread] = []
 
@@ -86,13 +87,13 @@ class FlushPool:
                 self._start()
             file.began()
             self._queue.append(_Write(file, slab, length, offset))
-            self._changed.notify_all()
+            self._wake()
 
     def hurry(self, on: bool) -> None:
         """Count someone who waits, or waits no longer."""
         with self._changed:
             self._waiting += 1 if on else -1
-            self._changed.notify_all()
+            self._wake()
 
     @contextmanager
     def hurried(self) -> Iterator[None]:
@@ -118,9 +119,8 @@ class FlushPool:
 
     def _start(self) -> None:
         for index in range(max(self._calm, self._hurried)):
-            name = f"checkpoint-flush-{index}"
             # Daemons: a write that hangs must not keep the process from ending.
-            thread = threading.Thread(target=self._serve, args=(index,), name=name, daemon=True)
+            thread = threading.Thread(target=self._serve, name=f"checkpoint-flush-{index}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # no more threads: those that are there do the work
@@ -129,16 +129,26 @@ class FlushPool:
                 return
             self._threads.append(thread)
 
-    def _next(self, index: int) -> _Write | None:
-        def mine() -> bool:
-            return self._closed or bool(self._queue and index < (self._hurried if self._waiting else self._calm))
+    def _may_write(self) -> bool:
+        return bool(self._queue) and self._writing < (self._hurried if self._waiting else self._calm)
 
+    def _wake(self) -> None:
+        # One at a time, and only for work: a crowd that wakes for one write takes time, and the lock, from training.
+        if self._may_write():
+            self._changed.notify()
+
+    def _next(self) -> _Write | None:
         with self._changed:
-            self._changed.wait_for(mine)
-            return None if self._closed else self._queue.popleft()
+            self._changed.wait_for(lambda: self._closed or self._may_write())
+            if self._closed:
+                return None
+            self._writing += 1
+            write = self._queue.popleft()
+            self._wake()
+            return write
 
-    def _serve(self, index: int) -> None:
-        while (write := self._next(index)) is not None:
+    def _serve(self) -> None:
+        while (write := self._next()) is not None:
             error: BaseException | None = None
             try:
                 if write.file.error is None:  # what is behind an error is not worth writing
@@ -146,6 +156,8 @@ class FlushPool:
                     self._write(write)
             except BaseException as caught:  # noqa: BLE001 - told to the save, which tells the other ranks
                 error = caught
+            with self._changed:
+                self._writing -= 1
             self._ring.release(write.slab)
             write.file.ended(error)
 

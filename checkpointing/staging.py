@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -29,34 +29,40 @@ class Stager:
     hashes: dict[int, str] = field(default_factory=dict)
     """By where a block begins, the hashes of its pieces, one behind the other."""
 
-    def stage(self, blocks: Iterable[Block], sources: Mapping[int, Source]) -> None:
+    def stage(self, blocks: Sequence[Block], sources: Mapping[int, Source]) -> None:
         """Copy, hash and hand on every block."""
-        for block in blocks:
-            slab = self._slab()
-            try:
+        slabs: list[Slab] = []
+        try:
+            for index, block in enumerate(blocks):
+                self._check()
+                slabs = slabs or self._slabs(len(blocks) - index)
                 for one in block.segments:
-                    sources[one.source].copy(one.source_at, slab, one.block_at, one.length)
-                self.hashes[block.begin] = _hashed(slab, block)
-                self.pool.submit(self.file, slab, block.length, block.begin)
-            except BaseException:
+                    sources[one.source].copy(one.source_at, slabs[-1], one.block_at, one.length)
+                self.hashes[block.begin] = _hashed(slabs[-1], block)
+                self.pool.submit(self.file, slabs[-1], block.length, block.begin)
+                slabs.pop()  # it is the pool's now
+        finally:
+            for slab in slabs:
                 self.ring.release(slab)
-                raise
 
     def pieces(self) -> str:
         """Return the hashes of all pieces, in the order of the file."""
         return "".join(self.hashes[begin] for begin in sorted(self.hashes))
 
-    def _slab(self) -> Slab:
+    def _slabs(self, wanted: int) -> list[Slab]:
+        """Wait for slabs: for a third of all, so that two thirds are on their way to the disk meanwhile."""
         give_up = time.monotonic() + self.timeout_s
-        while True:
-            self.alive()
-            if self.file.error is not None:
-                raise self.file.error
-            slab = self.ring.acquire(0.25)
-            if slab is not None:
-                return slab
+        wanted = min(wanted, max(1, self.ring.num_slabs // 3))
+        while not (slabs := self.ring.acquire_several(wanted, 0.25)):
+            self._check()
             if time.monotonic() > give_up:
                 raise SaveError(f"no buffer came free for {self.timeout_s:g} s: the disk has stopped")
+        return slabs
+
+    def _check(self) -> None:
+        self.alive()
+        if self.file.error is not None:
+            raise self.file.error
 
 
 def _hashed(slab: Slab, block: Block) -> str:

@@ -23,15 +23,15 @@ class Slow(LocalStorage):
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.now, self.most, self.writes = seconds, 0, 0, 0
-        self.lock = threading.Lock()
+        self.guard = threading.Lock()
 
     def write_at(self, fd: int, data: memoryview, offset: int) -> None:
-        with self.lock:
+        with self.guard:
             self.now, self.writes = self.now + 1, self.writes + 1
             self.most = max(self.most, self.now)
         time.sleep(self.seconds)
         super().write_at(fd, data, offset)
-        with self.lock:
+        with self.guard:
             self.now -= 1
 
 
@@ -117,6 +117,45 @@ def test_a_thread_that_has_nothing_to_write_sleeps(tmp_path: Path) -> None:
     # Each of the 100 wakes the thread that writes it, which may sleep for the disk and for a lock; it woke all five.
     idle = sorted(after[one] - before.get(one, 0) for one in after)[: HURRIED - CALM]
     assert sum(idle) < 100
+
+
+def test_several_slabs_come_together_and_fewer_where_the_rest_is_held() -> None:
+    ring = SlabRing(8 * PIECE_BYTES)
+    slabs = ring.acquire_several(6, 0.0)
+    assert len(slabs) == 6
+    assert len(ring.acquire_several(6, 0.01)) == 2  # the others are held
+    assert ring.acquire_several(6, 0.01) == []
+    got: list[int] = []
+    waiting = threading.Thread(target=lambda: got.append(len(ring.acquire_several(4, 30))))
+    waiting.start()
+    for slab in slabs:
+        ring.release(slab)
+    waiting.join(30)
+    assert got == [4]
+
+
+def test_one_who_wants_one_slab_is_not_kept_by_one_who_wants_several() -> None:
+    ring = SlabRing(8 * PIECE_BYTES)
+    slabs = ring.acquire_several(8, 0.0)
+    got: list[str] = []
+
+    def several() -> None:
+        got.append(f"{len(ring.acquire_several(8, 0.5))} of 8")
+
+    def one() -> None:
+        slab = ring.acquire(30)
+        assert slab is not None
+        got.append("one")
+
+    threads = [threading.Thread(target=several), threading.Thread(target=one)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    for slab in slabs[:3]:
+        ring.release(slab)
+    for thread in threads:
+        thread.join(30)
+    assert got == ["one", "2 of 8"]
 
 
 def _wakes() -> dict[str, int]:

@@ -104,8 +104,7 @@ class _Files:
         begin, end = at + -at % _PAGE, (at + len(memory)) // _PAGE * _PAGE
         if self._direct is None or end - begin < _DIRECT_BYTES or (_address(memory) - at) % _PAGE:
             return self._storage.read_into(self._plain, memory, at)
-        # In the middle: reading what lies before it may have brought its beginning along.
-        if self._storage.is_cached(self._plain, (begin + end) // 2):
+        if self._storage.is_cached(self._plain, begin, end - begin):
             return self._storage.read_into(self._plain, memory, at)
         middle = self._storage.read_aligned(self._direct, memory[begin - at : end - at], begin)
         if middle < end - begin:
@@ -118,7 +117,7 @@ class _Files:
         skew = at % _PAGE
         memory = slab[skew : skew + length]
         is_large = length >= _DIRECT_BYTES
-        if self._direct is not None and is_large and not self._storage.is_cached(self._plain, at + length // 2):
+        if self._direct is not None and is_large and not self._storage.is_cached(self._plain, at, length):
             end = skew + length
             if self._storage.read_aligned(self._direct, slab[: end + -end % _PAGE], at - skew) >= end:
                 return memory, length

@@ -12,6 +12,7 @@ import torch
 from checkpointing import SINGLE, Checkpointer
 from checkpointing.pieces import PIECE_BYTES
 from checkpointing.storage.local import LocalStorage
+from checkpointing.storage.page_cache import cached_bytes
 from tests.flat_states import Flat, assorted, same
 
 STATE = assorted(1) | {"large": torch.arange(PIECE_BYTES // 4 + 999.0)}
@@ -87,3 +88,24 @@ def refusing(real: Callable[..., int]) -> Callable[..., int]:
         return real(fd, *args)
 
     return call
+
+
+def test_what_is_cached_is_told_and_asking_reads_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PIECE_BYTES))
+    storage, fd = LocalStorage(), os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        if not storage.is_cached(fd, 0, PIECE_BYTES):
+            pytest.skip("this kernel does not say what it has cached (Linux 6.5 does)")
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if storage.is_cached(fd, 0, PIECE_BYTES):
+            pytest.skip("this file system has no other place")
+        os.pread(fd, 1, 0)
+        os.posix_fadvise(fd, PIECE_BYTES // 2, 0, os.POSIX_FADV_DONTNEED)
+        before = cached_bytes(fd, 0, PIECE_BYTES)
+        assert not storage.is_cached(fd, PIECE_BYTES // 2, PIECE_BYTES // 2)
+        assert cached_bytes(fd, 0, PIECE_BYTES) == before
+        assert not storage.is_cached(99999, 0, PIECE_BYTES)
+    finally:
+        os.close(fd)

@@ -13,6 +13,8 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from checkpointing.storage.page_cache import cached_bytes
+
 # One write or read returns at most about 2 GiB anyway; smaller pieces keep signs of life coming.
 CHUNK_BYTES = 64 * 2**20
 SMALL_BYTES = 2**29
@@ -231,12 +233,9 @@ class LocalStorage:
         except OSError:  # whoever opens it plainly is told why
             return None
 
-    def is_cached(self, fd: int, offset: int) -> bool:
-        """Return whether the page at `offset` is in memory, so that reading it past the cache would be a waste."""
-        try:
-            return bool(os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT))
-        except (OSError, AttributeError):
-            return False
+    def is_cached(self, fd: int, offset: int, length: int) -> bool:
+        """Return whether most of a range is in memory, so that reading it past the cache would be a waste."""
+        return 2 * cached_bytes(fd, offset, length) > length
 
     def read_aligned(self, fd: int, data: memoryview, offset: int) -> int:
         """Fill `data` past the page cache; memory, offset and length are to be aligned.

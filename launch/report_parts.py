@@ -38,14 +38,19 @@ def draw_parts(axes: Axes, lines: Sequence[Mapping[str, float]]) -> None:
 def draw_ranks(axes: Axes, lines: Sequence[Mapping[str, float]], rows: Sequence[Sequence[float]], unit: str) -> None:
     """Draw a number of every rank over the steps; of many ranks the least, the mean and the most."""
     steps = np.array([line["step"] for line in lines], dtype=float)
-    table = np.array(rows, dtype=float)
+    # A job may go on with another number of ranks than it began with: who was not there has no line.
+    table = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
     if table.shape[1] <= _MOST_LINES:
         for rank in range(table.shape[1]):
             axes.plot(steps, table[:, rank], linewidth=1.1, label=f"rank {rank}")
     else:
-        axes.fill_between(steps, table.min(1), table.max(1), color=COLOURS["bubble"], label="least to most")
-        axes.plot(steps, table.mean(1), color=COLOURS["compute"], label="mean")
-    axes.set_ylim(0, 1.08 * table.max(initial=0) or 1)
+        axes.fill_between(
+            steps, np.nanmin(table, 1), np.nanmax(table, 1), color=COLOURS["bubble"], label="least to most"
+        )
+        axes.plot(steps, np.nanmean(table, 1), color=COLOURS["compute"], label="mean")
+    axes.set_ylim(0, 1.08 * np.nanmax(table, initial=0) or 1)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.legend(fontsize=8, ncols=4)

@@ -59,7 +59,7 @@ class RoundPipeRunner:
     ) -> None:
         self.num_positions = require_exact(model, WholeParameters(None)).num_positions
         self.whole, self._config, self._seed = WholeModel.of(model), config, seed
-        self._group, self._data_group = group, data_group
+        self._group, self._data_group, self._microbatches = group, data_group, microbatches
         kept = _kept_bytes(model, tokens, group) if config.device_memory_bytes is not None else ()
         self._slot_layers = SlotLayers(model, device)
         layers = self._slot_layers.layers
@@ -137,7 +137,7 @@ class RoundPipeRunner:
         the number of the step among these and the norm of the gradient. Every rank calls. Afterwards the weights are
         those behind the last step. Raises what `before_step` raised, and WatchdogError as `forward_backward`.
         """
-        sizes = tuple(len(batch.chunks) for batch in batches)
+        sizes = tuple(map(self._size, batches))
         config = self._config
         schedule = steps_schedule(self.plan, devices=config.ranks, microbatches=sizes, staleness=config.staleness)
         self._slot_layers.begin(batches, seed=self._seed)
@@ -184,13 +184,21 @@ class RoundPipeRunner:
         total = torch.zeros((), dtype=torch.float64)
         if batch.chunks:
             self._slot_layers.begin([batch], seed=self._seed)
-            schedule = step_schedule(self.plan, devices=self._config.ranks, microbatches=len(batch.chunks))
+            schedule = step_schedule(self.plan, devices=self._config.ranks, microbatches=self._size(batch))
             schedule = scoring(schedule) if is_scoring else schedule
             seed = dropout_seed(self._seed, batch.step)
             total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step).sum()
         if self._data_group is not None:
             dist.all_reduce(total, group=self._data_group)
         return total
+
+    def _size(self, batch: StepBatch) -> int:
+        if len(batch.chunks) > self._microbatches:
+            raise ConfigError(
+                f"step {batch.step} has {len(batch.chunks)} chunks, and there is host memory for pipeline.microbatches "
+                f"= {self._microbatches}; raise it, or leave it out for chunks.global_batch"
+            )
+        return len(batch.chunks)
 
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self.model.named_buffers())

@@ -72,13 +72,23 @@ def _bytes(text: str | None) -> float | None:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _costs(path: Path | None) -> Costs | None:
-    if path is None:
-        return None
+def _costs(path: Path | None, cap: float | None = None) -> Costs | None:
+    """The costs of a file; with a memory cap they have to say something of bytes, or every cap would hold."""
     try:
-        return Costs.from_json(path.read_text())
+        costs = None if path is None else Costs.from_json(path.read_text())
     except (OSError, ValueError, TypeError) as e:
         typer.echo(f"error: cannot read costs from {path}: {e}", err=True)
+        raise typer.Exit(2) from e
+    if cap is not None and (costs is None or not costs.count_bytes):
+        raise typer.BadParameter("needs --costs with weight_bytes or activation_bytes", param_hint="--memory-cap")
+    return costs
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as e:
+        typer.echo(f"error: cannot write {path}: {e.strerror}", err=True)
         raise typer.Exit(2) from e
 
 
@@ -149,12 +159,13 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Run a schedule by its costs: makespan, useful share, bubble and its parts, peak bytes. Exit 1 over the cap."""
-    cap, read = _bytes(memory_cap), _costs(costs)
+    cap = _bytes(memory_cap)
+    read = _costs(costs, cap)
     settings = {"devices": ranks, "microbatches": microbatches, "stages": stages, "recompute": recompute}
     found = _whole(_schedule(schedule, read, **settings, rounds=rounds, open_slots=open_slots))
     result = _simulated(found, read, cap)
     if svg is not None:
-        svg.write_text(gantt_svg([result]))
+        _write(svg, gantt_svg([result]))
     if as_json:
         typer.echo(json.dumps(result.to_json()))
         return
@@ -180,7 +191,9 @@ def compare(
 ) -> None:
     """All schedules on one model: a table and, with --svg, a picture. Those that do not fit are listed with why."""
     cap = _bytes(memory_cap)
-    read = _costs(costs) or Costs.uniform(layers or 2 * ranks)
+    if costs is not None and layers is not None:
+        raise typer.BadParameter("the layers are those of --costs; leave one of the two out", param_hint="--layers")
+    read = _costs(costs, cap) or Costs.uniform(layers or 2 * ranks)
     results, refused = [], {}
     for name in SCHEDULES:
         own: dict[str, Any] = {"rounds": rounds, "open_slots": open_slots} if name == "roundpipe" else {}
@@ -193,11 +206,13 @@ def compare(
             refused[name] = str(e).splitlines()[0]
     results.sort(key=lambda r: r.makespan_s)
     if svg is not None:
-        svg.write_text(gantt_svg(results))
+        _write(svg, gantt_svg(results))
     if as_json:
         typer.echo(json.dumps({"results": [r.to_json() for r in results], "refused": refused}))
     else:
-        _print([(f"{results[0].makespan_s / r.makespan_s:.3f}", r) for r in results])
+        if results:
+            best = results[0].makespan_s
+            _print([(f"{best / r.makespan_s if best else 1:.3f}", r) for r in results])
         for name, why in refused.items():
             typer.echo(f"{name}: {why}")
     if not results:
@@ -229,7 +244,7 @@ def trace(
             typer.echo(f"error: cannot read events from {measured}: {e}", err=True)
             raise typer.Exit(2) from e
     with _exits(2):
-        out.write_text(json.dumps(perfetto(runs)))
+        _write(out, json.dumps(perfetto(runs)))
     typer.echo(f"{sum(map(len, runs.values()))} events in {out}; open it at ui.perfetto.dev")
 
 
@@ -241,7 +256,9 @@ def plan(
         list[int],
         typer.Option(min=1, help="Micro-batches of one step; again for other numbers to try. Costs are of the first."),
     ] = [8],  # noqa: B006  (typer's own form)
-    stages: Annotated[int, typer.Option(min=2, help="Layers, without costs; the head is one.")] = 17,
+    stages: Annotated[
+        int | None, typer.Option("--layers", "--stages", min=2, help="Without costs; the head is one. 17 if not given.")
+    ] = None,
     memory_cap: Cap = None,
     effort: Annotated[float, typer.Option(min=0.001, help="Of the search; 1 is some seconds.")] = 1.0,
     as_json: AsJson = False,
@@ -250,7 +267,10 @@ def plan(
     # Compiling takes seconds, which the other commands need not pay.
     from pipeline.roundpipe.plan_cli import print_plan
 
-    cap, profile = _bytes(memory_cap), _costs(costs) or Costs.uniform(stages)
+    if costs is not None and stages is not None:
+        raise typer.BadParameter("the layers are those of --costs; leave one of the two out", param_hint="--layers")
+    cap = _bytes(memory_cap)
+    profile = _costs(costs, cap) or Costs.uniform(stages or 17)
     with _exits(2):
         print_plan(
             profile, devices=ranks, microbatches=microbatches, memory_cap_bytes=cap, effort=effort, as_json=as_json
@@ -261,22 +281,11 @@ def _print(rows: list[tuple[str, Result]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = (
-        "schedule",
-        "makespan",
-        "of best",
-        "useful",
-        "bubble",
-        "fill",
-        "switch",
-        "drain",
-        "imbalance",
-        "transfer",
-    )
-    table = Table(*columns, "peak bytes", box=None)
+    shown = "schedule,makespan,of best,useful,bubble,fill,switch,drain,imbalance,transfer,peak bytes"
+    table = Table(*shown.split(","), box=None)
     for relative, r in rows:
         b = r.bubble
         shares = (r.useful, b.total, b.fill, b.switch, b.drain, b.imbalance, b.transfer)
         percent = [f"{100 * share:.2f}%" for share in shares]
-        table.add_row(r.name, f"{r.makespan_s:.6g}", relative, *percent, f"{max(r.peak_bytes):.6g}")
+        table.add_row(r.name, f"{r.makespan_s:.6g}", relative, *percent, f"{max(r.peak_bytes):,.0f}")
     Console(width=140).print(table)

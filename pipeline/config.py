@@ -45,6 +45,10 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise PlanError(f"pipeline.ranks is {self.ranks}; it must be at least 1")
+        if self.schedule == "roundpipe" and self.stages is not None:
+            raise PlanError(
+                f"pipeline.stages is {self.stages}, and roundpipe plans its slots from the layers; leave it out"
+            )
         if self.stages is not None and (self.stages < 1 or self.stages % self.ranks):
             raise PlanError(f"pipeline.stages is {self.stages}; it must be a multiple of pipeline.ranks, {self.ranks}")
         if self.stages is not None and self.stages != self.num_stages:
@@ -56,15 +60,16 @@ class PipelineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PlanError(f"pipeline.{name} is {value}; it must be at least 1")
-        if self.schedule == "roundpipe" and self.stages is not None:
-            raise PlanError(
-                f"pipeline.stages is {self.stages}, and roundpipe plans its slots from the layers; leave it out"
-            )
         if self.staleness not in (0, 1):
             raise PlanError(f"pipeline.staleness is {self.staleness}; it must be 0 or 1")
         if self.staleness and self.schedule != "roundpipe":
             raise PlanError(
                 f"pipeline.staleness is 1, and {self.schedule} ends every step before the next; use roundpipe"
+            )
+        if self.device_memory_bytes is not None and self.schedule != "roundpipe":
+            raise PlanError(
+                f"pipeline.device_memory_bytes is {self.device_memory_bytes}, and {self.schedule} keeps no cap; use "
+                "roundpipe, or leave it out"
             )
         if not self.timeout_s > 0:
             raise PlanError(f"pipeline.timeout_s is {self.timeout_s}; it must be more than 0")

@@ -56,7 +56,9 @@ class Costs:
         layers = len(self.forward_s[0]) if self.forward_s else 0
         for name in _ROWS:
             lengths, one = [len(row) for row in getattr(self, name)], name in ("activation_bytes", "state_bytes")
-            if not layers or not lengths or any(n != layers and not (one and n == 1) for n in lengths):
+            if not layers or not lengths:
+                raise PlanError(f"{name} of the costs holds no layers; give one number a layer")
+            if any(n != layers and not (one and n == 1) for n in lengths):
                 raise PlanError(f"{name} has rows of {lengths[:8]} layers; all need {layers}")
         for name in ("weight_bytes", "optimizer_s"):
             if len(getattr(self, name)) not in (1, layers):
@@ -74,6 +76,12 @@ class Costs:
             if not x <= most or (x == 0 and name in _RATES) or (x == float("inf") and name not in _RATES):
                 need = "more than 0" if name in _RATES else "from 0 to 1" if most == 1 else "finite"
                 raise PlanError(f"{name} of the costs holds {x}; it has to be {need}")
+
+    @property
+    def count_bytes(self) -> bool:
+        """Whether anything that a device holds has a size."""
+        held = (self.weight_bytes, self.activation_bytes, self.state_bytes, self.boundary_bytes, self.kept_bytes)
+        return any(_numbers(held))
 
     @property
     def num_layers(self) -> int:
@@ -97,6 +105,21 @@ class Costs:
         values["boundary_bytes"] = tuple(f * self.boundary_bytes[0] for f in factors)
         return Costs(**values)
 
+    def mean_s(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the mean forward and backward seconds over the micro-batches, per layer."""
+        forward, backward = (
+            tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+            for rows in (self.forward_s, self.backward_s)
+        )
+        return forward, backward
+
+    def check_microbatches(self, number: int) -> None:
+        """Raise PlanError unless every row and number that is given for each micro-batch is there for `number`."""
+        for name in (*_ROWS, "boundary_bytes"):
+            have = len(getattr(self, name))
+            if have != 1 and have < number:
+                raise PlanError(f"{name} of the costs is of {have} micro-batches; {number} were asked for")
+
     def forward(self, microbatch: int, layers: tuple[int, int]) -> float:
         """Seconds of a forward over layers lo to hi - 1."""
         return _total(_row(self.forward_s, microbatch), layers)
@@ -119,7 +142,8 @@ class Costs:
             return self.boundary_bytes[0]
         if microbatch >= len(self.boundary_bytes):
             raise PlanError(
-                f"boundary_bytes has {len(self.boundary_bytes)} micro-batches; a schedule needs {microbatch + 1}"
+                f"boundary_bytes has numbers for {len(self.boundary_bytes)} micro-batches; the schedule has a "
+                f"micro-batch {microbatch}. Give one for each, or one for all"
             )
         return self.boundary_bytes[microbatch]
 
@@ -149,9 +173,12 @@ class Costs:
         """
         given = json.loads(value) if isinstance(value, str) else dict(value)
         known = {f.name for f in fields(Costs)}
-        if not isinstance(given, dict) or given.keys() - known or not {"forward_s", "backward_s"} <= given.keys():
-            keys = str(sorted(given))[:200] if isinstance(given, dict) else type(given).__name__
-            raise PlanError(f"costs hold {keys}; they need forward_s and backward_s, and may have {sorted(known)}")
+        if not isinstance(given, dict):
+            raise PlanError(f"costs are a {type(given).__name__}; they have to be an object of names and numbers")
+        unknown, missing = sorted(given.keys() - known), sorted({"forward_s", "backward_s"} - given.keys())
+        if unknown or missing:
+            what = f"hold {str(unknown)[:200]}" if unknown else f"lack {missing}"
+            raise PlanError(f"costs {what}; they need forward_s and backward_s, and may have {sorted(known)}")
         lists = ("boundary_bytes", "weight_bytes", "optimizer_s", "pcie_roots")
         values = dict(given)
         for name in given.keys() & {*_ROWS, *lists}:

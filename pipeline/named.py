@@ -51,6 +51,10 @@ def named_schedule(
     if name not in SCHEDULES:
         raise PlanError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}")
     if name == "roundpipe":
+        if costs is not None and stages is not None:
+            raise PlanError(
+                f"roundpipe got {stages} stages and costs of {costs.num_layers} layers; leave the stages out"
+            )
         layers = costs.num_layers if costs is not None else stages
         schedule = SCHEDULES[name](devices=devices, microbatches=microbatches, layers=layers, rounds=rounds)
         if open_slots > 1:
@@ -61,7 +65,7 @@ def named_schedule(
     count = stages_of(name, devices, stages)
     more: dict[str, Any] = {"stages_per_device": count // devices} if name in ("interleaved", "looped_bfs") else {}
     if costs is not None:
-        layer_s = [f * (1 + recompute) + b for f, b in zip(costs.forward_s[0], costs.backward_s[0], strict=True)]
+        layer_s = [f * (1 + recompute) + b for f, b in zip(*costs.mean_s(), strict=True)]
         more["layers"] = balanced_stages(layer_s, count)
     schedule = SCHEDULES[name](devices=devices, microbatches=microbatches, **more)
     return with_recompute(schedule) if recompute else schedule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.deferred import WeightJob, deferring, run_weight_jobs
-from pipeline.errors import ScheduleError
+from pipeline.errors import PipelineError, ScheduleError
 from pipeline.random_state import RandomState, replayed
 
 Run = Callable[[Tensor | None, int], Tensor]
@@ -63,12 +63,12 @@ class GraphStage:
         """Run the layers on a micro-batch; with `keep`, their graph stays for `backward`, else only the input."""
         if not self._trained or not torch.is_grad_enabled():
             with torch.no_grad():
-                return self._run(x, mb)
+                return self._output(x, mb)
         if keep:
             return self._with_graph(mb, _Live(x)).detach()
         self._live[mb] = _Live(x, RandomState.now(self._device))
         with torch.no_grad():
-            return self._run(x, mb)
+            return self._output(x, mb)
 
     def recompute(self, mb: int) -> None:
         """Run forward again from the saved input and random state."""
@@ -90,6 +90,11 @@ class GraphStage:
         live = self._live_one(mb, "I")
         out, live.out = live.out, None
         assert out is not None
+        if grad is None and out.numel() != 1:
+            raise PipelineError(
+                f"the last stage gave {list(out.shape)} numbers for micro-batch {mb}; `run` has to return the loss, "
+                "one number, there"
+            )
         if out.requires_grad:
             torch.autograd.backward(out, grad)
         x, live.x = live.x, None
@@ -109,12 +114,21 @@ class GraphStage:
         """Forget all micro-batches, after an error."""
         self._live.clear()
 
+    def _output(self, x: Tensor | None, mb: int) -> Tensor:
+        out = self._run(x, mb)
+        if not isinstance(out, Tensor):
+            raise PipelineError(
+                f"`run` of a stage gave {type(out).__name__} for micro-batch {mb}; it has to return one tensor, which "
+                "the next stage takes, and the last stage the loss"
+            )
+        return out
+
     def _with_graph(self, mb: int, live: _Live) -> Tensor:
         if live.x is not None:
             live.x = live.x.detach().requires_grad_(self._input_grad)
         defer: AbstractContextManager[None] = deferring(live.jobs) if self._halves else nullcontext()
         with defer:
-            live.out = self._run(live.x, mb)
+            live.out = self._output(live.x, mb)
         self._live[mb] = live
         return live.out
 

@@ -88,6 +88,16 @@ def test_every_plot_is_there_and_drawn(folder):
         assert len(list(svg.iter("{http://www.w3.org/2000/svg}path"))) > 10, name
 
 
+@pytest.mark.parametrize("most", [3, 40])
+def test_a_job_that_went_on_with_another_number_of_ranks(folder, most):
+    lines = [job_line(n) for n in (1, 2, 3, 4)]
+    for entry, count in zip(lines, (2, most, 1, 2), strict=True):
+        entry["ranks"] = {"compute": [1.0] * count, "peak_bytes": [2.0**30] * count}
+    folder.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    drawn = pictures(write_report(folder).read_text())
+    assert list(drawn) == PLOTS
+
+
 def test_the_page_needs_nothing_from_outside(folder):
     html = write_report(folder).read_text()
     assert "default-src 'none'" in html

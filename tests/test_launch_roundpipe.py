@@ -244,6 +244,8 @@ def test_a_job_by_one_setting(tmp_path, flags):
             ["--pipeline.stages", "2", "--pipeline.ranks", "2"],
             "roundpipe plans its slots from the layers; leave",
         ),
+        (["--pipeline.stages", "4", "--pipeline.ranks", "2"], "roundpipe plans its slots from the layers; leave"),
+        (["--pipeline.schedule", "1f1b", "--pipeline.device_memory_bytes", "9"], "1f1b keeps no cap; use roundpipe"),
         (["--pipeline.rounds", "0"], "rounds is 0; it must be at least 1"),
         (["--pipeline.device_memory_bytes", "0"], "pipeline.device_memory_bytes is 0; it must be at least 1"),
         (["--lora.rank", "0"], "lora.rank is 0; it must be at least 1, or null"),
@@ -300,9 +302,17 @@ def rank_is_capped(info, cap_bytes):
 
 
 def rank_meets_caps(info):
-    with pytest.raises(PlanError, match=r"needs .* bytes on a device, the cap is 10,000; cut finer or raise it"):
+    with pytest.raises(PlanError, match=r"layer \d+ alone needs .* bytes on a device .* the cap is 10,000; raise it"):
         rank_is_capped(info, 10_000)
-    rank_is_capped(info, 10_000_000).close()
+    runner = rank_is_capped(info, 10_000_000)
+    with ChunkLoader(SOURCE, chunk_tokens=TOKENS, global_batch=BATCH, rank=0, world_size=1) as loader:
+        batch = next(iter(loader))
+    assert len(batch.chunks) > 2
+    expected = f"step 0 has {len(batch.chunks)} chunks, and there is host memory for pipeline.microbatches = 2; raise"
+    for run in (runner.forward_backward, runner.evaluate):
+        with pytest.raises(ConfigError, match=expected):
+            run(batch)
+    runner.close()
 
 
 def test_a_micro_batch_that_no_device_has_room_for_is_an_error_before_training():

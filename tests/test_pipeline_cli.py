@@ -117,6 +117,58 @@ def test_a_broken_file_is_a_failed_check(tmp_path):
     assert "nothing makes its output gradient" in call("simulate", broken, exit_code=1)
 
 
+def test_files_that_cannot_be_written_are_one_line(tmp_path):
+    nowhere = tmp_path / "none" / "x"
+    for words in (("simulate", "1f1b", "--svg"), ("compare", "--svg"), ("trace", "1f1b", "--out")):
+        said = call(*words, nowhere, exit_code=2)
+        assert said.startswith(f"error: cannot write {nowhere}: ")
+        assert len(said.splitlines()) == 1
+
+
+def test_costs_say_what_is_wrong_with_them(tmp_path):
+    path, rows = tmp_path / "costs.json", {"forward_s": [1, 1], "backward_s": [2, 2]}
+    cases = [
+        ({**rows, "boundary_bytes": [1, 2, 3]}, "numbers for 3 micro-batches; the schedule has a micro-batch"),
+        ({**rows, "activations": 1}, "costs hold ['activations']"),
+        ({"forward_s": [1]}, "costs lack ['backward_s']"),
+        ({"forward_s": [], "backward_s": []}, "holds no layers"),
+        ([1, 2], "costs are a list"),
+    ]
+    for given, expected in cases:
+        path.write_text(json.dumps(given))
+        assert expected in call("simulate", "1f1b", "--ranks", 2, "--microbatches", 4, "--costs", path, exit_code=2)
+
+
+def test_settings_that_would_be_ignored_are_refused(tmp_path, costs_file):
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps({"forward_s": [1, 1], "backward_s": [2, 2]}))
+    for words in (("simulate", "1f1b", "--ranks", 2), ("compare", "--ranks", 2), ("plan", "--ranks", 2)):
+        said = call(*words, "--costs", bare, "--memory-cap", "1GiB", exit_code=2)
+        assert "weight_bytes or activation_bytes" in " ".join(said.replace("│", " ").split())
+    for command in ("compare", "plan"):
+        said = call(command, "--costs", costs_file, "--layers", 7, exit_code=2)
+        assert "those of --costs" in " ".join(said.split())
+    assert "leave the stages out" in call("show", "roundpipe", "--costs", costs_file, "--stages", 3, exit_code=2)
+
+
+def test_compare_where_nothing_fits_or_costs_anything(tmp_path, costs_file):
+    said = call("compare", "--ranks", 2, "--costs", costs_file, "--memory-cap", 1, exit_code=1)
+    assert "makespan" not in said
+    assert said.count("the cap is 1") == len(SCHEDULES)
+    free = tmp_path / "free.json"
+    free.write_text(json.dumps({"forward_s": [0] * 4, "backward_s": [0] * 4}))
+    assert "makespan" in call("compare", "--ranks", 2, "--costs", free)
+
+
+def test_stages_are_balanced_by_all_microbatches(tmp_path):
+    """The first micro-batch alone would have the heavy layer elsewhere."""
+    path = tmp_path / "costs.json"
+    rows = [[9, 1, 1, 1], *[[1, 1, 1, 9]] * 3]
+    path.write_text(json.dumps({"forward_s": rows, "backward_s": rows}))
+    shown = call("show", "1f1b", "--ranks", 2, "--microbatches", 4, "--costs", path, "--form", "json")
+    assert json.loads(shown)["stages"] == [[0, 3], [3, 4]]
+
+
 def test_compare_lists_all_schedules_best_first(costs_file, tmp_path):
     svg = tmp_path / "compare.svg"
     words = ("--ranks", 2, "--microbatches", 6, "--costs", costs_file, "--recompute", "--rounds", 6, "--open-slots", 3)

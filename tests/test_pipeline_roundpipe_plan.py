@@ -179,6 +179,34 @@ def test_memory_cap_is_kept_or_refused():
         plan(costs, num_devices=2, num_microbatches=4, memory_cap_bytes=250, effort=0.02)
 
 
+def test_a_layer_over_the_cap_is_named_before_any_search():
+    costs = uniform(8, weight_bytes=(100,) * 7 + (900,), activation_bytes=(10,) * 8)
+    with pytest.raises(PlanError, match=r"layer 7 alone needs 1,810 bytes .* the cap is 1,000; raise it"):
+        plan(costs, num_devices=2, num_microbatches=4, memory_cap_bytes=1000, effort=1e9)
+
+
+def test_a_tiny_model_is_searched_no_longer_than_it_has_partitions():
+    """With this effort the search would take hours, were it not bounded by what there is to see."""
+    costs = uniform(3)
+    found, less = (plan(costs, num_devices=5, num_microbatches=2, effort=effort) for effort in (100.0, 1.0))
+    assert found.makespan_s == less.makespan_s
+    assert found.makespan_s <= min(evaluate(
+        Problem(costs=costs, rounds=(1, 1), num_devices=5, open_slots=1), Slots(forward=f, fused=1, backward=b)
+    ).makespan_s for f in ((2,), (1, 1)) for b in ((2,), (1, 1)))  # fmt: skip
+
+
+def test_costs_of_unequal_microbatches_are_planned_by_their_mean():
+    rows = ((1.0, 2.0, 3.0), (3.0, 2.0, 1.0), (2.0, 2.0, 8.0))
+    found = LayerCosts.of(Costs(
+        forward_s=rows, backward_s=((4.0, 4.0, 4.0),), activation_bytes=((1,), (7,), (2,)), boundary_bytes=(10, 20, 60),
+        link_bytes_per_s=10,
+    ))  # fmt: skip
+    assert (found.forward_s, found.backward_s) == ((2.0, 2.0, 4.0), (4.0,) * 3)
+    assert (found.activation_bytes, found.transfer_s) == ((7, 7, 7), 3.0)
+    with pytest.raises(PlanError, match="forward_s of the costs is of 3 micro-batches; 4 were asked for"):
+        Costs(forward_s=rows, backward_s=rows).check_microbatches(4)
+
+
 def test_the_number_of_microbatches_is_planned_too():
     """Costs are of the first number; the finest deal idles least, and is the one that fits a memory cap."""
     costs = uniform(12, transfer_s=0.0, weight_bytes=(10,) * 12, activation_bytes=(100,) * 12)

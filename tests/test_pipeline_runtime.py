@@ -5,9 +5,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.actions import Action, Op, Phase
-from pipeline.errors import ScheduleError
+from pipeline.comms import complete
+from pipeline.errors import PipelineError, ScheduleError
 from pipeline.runtime import PipelineRuntime
 from pipeline.schedule import Schedule
+from pipeline.schedules import SCHEDULES
+from pipeline.stage import GraphStage
 from pipeline.tracing import Trace, read_trace
 from pipeline.transport import GroupTransport
 from pipeline.trimmed import forward_only, without_frozen
@@ -123,6 +126,30 @@ def test_what_a_schedule_forgot_is_an_error_that_names_it():
     bad([f0, Action(Op.SEND, 0, 0, Phase.F)], "sends the activation .* not computed yet, or sent already")
     bad([f0, f1, Action(Op.RECV, 1, 0, Phase.B)], "names no peer; complete the schedule with its communication")
     bad([Action(Op.OPT, 0)], r"0OPT cannot run on rank 0, which holds stages \[0, 1\] and runs F, B")
+
+
+def rank_meets_mistakes(info):
+    """What an own loop gets wrong is told on each rank, and at once."""
+    size, schedules = 2, {n: complete(SCHEDULES["1f1b"](devices=n, microbatches=2)) for n in (2, 3)}
+
+    def wide(x, mb):
+        return torch.ones(3, 4, requires_grad=True) if x is None else x
+
+    mistakes = [
+        (3, lambda x, mb: torch.ones(3, 4), f"this pipeline has {size} rank"),
+        (2, lambda x, mb: (x, x), "gave tuple for micro-batch 0; it has to return one tensor"),
+        (2, wide, r"gave \[3, 4\] numbers for micro-batch 0; `run` has to return the loss"),
+    ]
+    for number, run, expected in mistakes:
+        stage = GraphStage(run, input_grad=info.rank > 0)
+        runtime = PipelineRuntime({info.rank: stage}, GroupTransport(dist.group.WORLD), rank=info.rank, timeout_s=30)
+        with pytest.raises(PipelineError, match=expected):
+            runtime.run(schedules[number], step=0)
+        runtime.close()
+
+
+def test_mistakes_of_an_own_loop_are_told():
+    run_ranks(rank_meets_mistakes, 2)
 
 
 def rank_trains(info, place, dtype, dropout, steps):

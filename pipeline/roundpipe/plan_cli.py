@@ -25,6 +25,7 @@ def print_plan(
 
     Raises PlanError where nothing fits.
     """
+    costs.check_microbatches(microbatches[0])
     found = plan(
         LayerCosts.of(costs),
         num_devices=devices,
@@ -33,7 +34,14 @@ def print_plan(
         memory_cap_bytes=None if memory_cap_bytes is None else int(memory_cap_bytes),
         effort=effort,
     )
-    typer.echo(json.dumps(found.to_json()) if as_json else as_text(found))
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    typer.echo(as_text(found))
+    if len(costs.forward_s) > 1 or len(costs.backward_s) > 1:
+        typer.echo(
+            "- the costs of micro-batches differ: this is the plan of as many with their mean seconds, most bytes"
+        )
 
 
 def as_text(found: RoundPipePlan) -> str:

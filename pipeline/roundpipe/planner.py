@@ -30,6 +30,8 @@ HOT = (0.32, 0.12)
 """First temperatures, in shares of the ideal makespan of a layer: a coarse search, one that keeps more of its start."""
 AS_GOOD = 0.005
 """How much longer than the shortest a step may be for the sake of a smaller bubble."""
+SEEN = 64
+"""How often a search may look at as many partitions as there are: a model of a few layers needs no more."""
 STARTS, SETTLED = 1, 4
 """Even cuts to start from, for each number of fused layers; results of the survey to search from longer."""
 
@@ -139,9 +141,9 @@ def anneal_all(
     """Anneal every start at every temperature within a budget; return (seconds, partition), best first."""
     runs = list(product(starts, hot))
     share = operations / len(runs) * (1 if problem.open_slots == 1 else READY_SHARE)
-    found = []
+    found, most = [], SEEN * 4**problem.costs.num_layers
     for i, (start, temperature) in enumerate(runs):
-        evaluations = int(share / (sum(problem.rounds) * start.num_slots))
+        evaluations = min(most, int(share / (sum(problem.rounds) * start.num_slots)))
         found.append(
             search(problem, start, seed=seed + i, evaluations=evaluations, hot=temperature / problem.costs.num_layers)
         )
@@ -199,6 +201,7 @@ def plan(
         costs=costs, rounds=(), num_devices=num_devices, open_slots=1, fused=fused, memory_cap_bytes=memory_cap_bytes
     )
     numbers = (num_microbatches,) if isinstance(num_microbatches, int) else tuple(num_microbatches)
+    check_layers_fit(costs.dealt(numbers[0] / max(numbers)), memory_cap_bytes)
     deals = {rounds_of(m, n): costs.dealt(numbers[0] / m) for m in numbers for n in num_rounds if n <= m}
     settings = [
         replace(base, costs=c, rounds=r, open_slots=k) for (r, c), k in product(deals.items(), sorted(set(open_slots)))
@@ -212,6 +215,18 @@ def plan(
     best = evaluate(problem, settle(problem, found, seed=seed + 1000, operations=effort * SETTLE_OPS))
     others = [(t, p) for t, p, _ in survey if p is not problem]
     return replace(best, reasons=reasons(best, others, problem.costs))
+
+
+def check_layers_fit(costs: LayerCosts, memory_cap_bytes: int | None) -> None:
+    """Raise PlanError, naming the layer, where one layer's backward alone is over the cap, however layers are cut."""
+    weights, kept = (row or (0,) * costs.num_layers for row in (costs.weight_bytes, costs.activation_bytes))
+    needs = [2 * w + a for w, a in zip(weights, kept, strict=True)]
+    worst = max(range(costs.num_layers), key=needs.__getitem__)
+    if memory_cap_bytes is not None and needs[worst] > memory_cap_bytes:
+        raise PlanError(
+            f"layer {worst} alone needs {needs[worst]:,} bytes on a device (weights, their gradients, activations of "
+            f"one micro-batch), the cap is {memory_cap_bytes:,}; raise it, or use smaller micro-batches"
+        )
 
 
 def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs: LayerCosts) -> tuple[str, ...]:

@@ -50,18 +50,20 @@ class LayerCosts:
 
     @classmethod
     def of(cls, costs: Costs) -> LayerCosts:
-        """Return what the planner uses of a measured profile: its first micro-batch's row."""
+        """Return what the planner uses of a measured profile: mean seconds of its micro-batches, most bytes."""
         num = costs.num_layers
+        forward_s, backward_s = costs.mean_s()
+        boundary = sum(costs.boundary_bytes) / len(costs.boundary_bytes)
 
         def row(values: tuple[float, ...]) -> tuple[int, ...]:
             return tuple(int(x) for x in (values if len(values) == num else values * num))
 
         return cls(
-            forward_s=costs.forward_s[0],
-            backward_s=costs.backward_s[0],
-            transfer_s=costs.hop_s + costs.boundary(0) / costs.link_bytes_per_s,
+            forward_s=forward_s,
+            backward_s=backward_s,
+            transfer_s=costs.hop_s + boundary / costs.link_bytes_per_s,
             weight_bytes=row(costs.weight_bytes),
-            activation_bytes=row(costs.activation_bytes[0]),
+            activation_bytes=tuple(map(max, zip(*map(row, costs.activation_bytes), strict=True))),
         )
 
     def dealt(self, share: float) -> LayerCosts:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import WatchdogError
+from pipeline.errors import ScheduleError, WatchdogError
 from pipeline.transport.base import Mailbox, Message
 from pipeline.transport.wire import HEADER_WORDS, decode, encode, encode_abort
 
@@ -55,12 +55,12 @@ class GroupTransport:
         """Let the threads take so many messages of each peer."""
         for peer, count in expected.items():
             for _ in range(count):
-                self._incoming[peer].put(None)
+                self._link(self._incoming, peer).put(None)
 
     def send(self, message: Message, tensor: Tensor, *, peer: int) -> None:
         """Queue a tensor."""
         tensor = tensor.detach().contiguous().to(self._wire)
-        self._outgoing[peer].put((encode(message, tensor), tensor))
+        self._link(self._outgoing, peer).put((encode(message, tensor), tensor))
 
     def receive(self, message: Message, *, peer: int, timeout_s: float) -> Tensor:
         """Wait for a tensor."""
@@ -89,6 +89,14 @@ class GroupTransport:
         """End the threads that are idle; one inside a wait ends with the process."""
         for link in [*self._outgoing.values(), *self._incoming.values()]:
             link.stop()
+
+    def _link(self, links: Mapping[int, _Link], peer: int) -> _Link:
+        if peer not in links:
+            raise ScheduleError(
+                f"the schedule has messages between ranks {self._rank} and {peer}, and this pipeline has "
+                f"{len(links) + 1} rank(s): make it with devices={len(links) + 1}"
+            )
+        return links[peer]
 
     def _send_one(self, link: _Link, item: tuple[Tensor, Tensor]) -> None:
         header, payload = item

@@ -27,7 +27,7 @@ from pipeline.costs import Costs
 from pipeline.errors import PipelineError, PlanError
 from pipeline.render import gantt_svg, perfetto, trace_events
 from pipeline.result import Result
-from pipeline.schedule import Schedule
+from pipeline.schedule import MOST_LAYERS, MOST_MICROBATCHES, Schedule
 from pipeline.schedules import SCHEDULES
 from pipeline.simulate import simulate as run
 from pipeline.torch_csv import dump_csv
@@ -42,9 +42,11 @@ app = typer.Typer(
 
 _NAMES = ", ".join(SCHEDULES)
 Name = Annotated[str, typer.Argument(metavar="SCHEDULE", help=f"One of {_NAMES}; or a .json, .txt or .csv file.")]
-Ranks = Annotated[int, typer.Option(min=1, help="Devices.")]
-Microbatches = Annotated[int, typer.Option(min=1, help="Micro-batches of one step.")]
-Stages = Annotated[int | None, typer.Option(min=1, help="Stages over all ranks; for roundpipe without costs, layers.")]
+Ranks = Annotated[int, typer.Option(min=1, max=MOST_LAYERS, help="Devices.")]
+Microbatches = Annotated[int, typer.Option(min=1, max=MOST_MICROBATCHES, help="Micro-batches of one step.")]
+Stages = Annotated[
+    int | None, typer.Option(min=1, max=MOST_LAYERS, help="Stages over all ranks; for roundpipe without costs, layers.")
+]
 CostsFile = Annotated[Path | None, typer.Option("--costs", help="Costs as JSON; without, every layer is 1 + 2 s.")]
 Recompute = Annotated[bool, typer.Option(help="Recompute activations before each backward.")]
 Rounds = Annotated[int, typer.Option(min=1, help="RoundPipe: passes of the micro-batches of a step.")]
@@ -66,7 +68,7 @@ def _exits(code: int) -> Iterator[None]:
 def _bytes(text: str | None) -> float | None:
     if text is None:
         return None
-    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(|KiB|MiB|GiB)", text.strip())
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?(?:e\d{1,2})?)\s*(|KiB|MiB|GiB)", text.strip())
     if match is None:
         raise typer.BadParameter(f"{text!r} is no number of bytes; write 24GiB, 512MiB, 64KiB or 25769803776")
     return float(match[1]) * _UNITS[match[2]]
@@ -76,7 +78,7 @@ def _costs(path: Path | None, cap: float | None = None) -> Costs | None:
     """The costs of a file; with a memory cap they have to say something of bytes, or every cap would hold."""
     try:
         costs = None if path is None else Costs.from_json(path.read_text())
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         typer.echo(f"error: cannot read costs from {path}: {e}", err=True)
         raise typer.Exit(2) from e
     if cap is not None and (costs is None or not costs.count_bytes):
@@ -184,7 +186,9 @@ def compare(
     recompute: Recompute = False,
     rounds: Rounds = 1,
     open_slots: OpenSlots = 1,
-    layers: Annotated[int | None, typer.Option(min=1, help="Without costs: equal layers of 1 + 2 s.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_LAYERS, help="Without costs: equal layers of 1 + 2 s.")
+    ] = None,
     memory_cap: Cap = None,
     svg: Annotated[Path | None, typer.Option(help="Write Gantt charts on one scale of time here.")] = None,
     as_json: AsJson = False,
@@ -240,7 +244,7 @@ def trace(
     if measured is not None:
         try:
             runs["measured"] = [json.loads(line) for line in measured.read_text().splitlines() if line.strip()]
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             typer.echo(f"error: cannot read events from {measured}: {e}", err=True)
             raise typer.Exit(2) from e
     with _exits(2):
@@ -257,7 +261,10 @@ def plan(
         typer.Option(min=1, help="Micro-batches of one step; again for other numbers to try. Costs are of the first."),
     ] = [8],  # noqa: B006  (typer's own form)
     stages: Annotated[
-        int | None, typer.Option("--layers", "--stages", min=2, help="Without costs; the head is one. 17 if not given.")
+        int | None,
+        typer.Option(
+            "--layers", "--stages", min=2, max=MOST_LAYERS, help="Without costs; the head is one. 17 if not given."
+        ),
     ] = None,
     memory_cap: Cap = None,
     effort: Annotated[float, typer.Option(min=0.001, help="Of the search; 1 is some seconds.")] = 1.0,

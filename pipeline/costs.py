@@ -16,6 +16,9 @@ from pipeline.errors import PlanError
 
 Rows = tuple[tuple[float, ...], ...]
 
+MOST = 1e100
+"""Of any number: sums over layers and micro-batches stay finite."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
@@ -67,15 +70,16 @@ class Costs:
             raise PlanError("boundary_bytes is empty; it needs one for every micro-batch, or one for all")
 
     def _check_numbers(self, name: str) -> None:
-        most = 1.0 if name == "input_share" else float("inf")
+        most = 1.0 if name == "input_share" else MOST
         for x in _numbers(getattr(self, name)):
             if isinstance(x, bool) or not isinstance(x, Real):
                 raise PlanError(f"{name} of the costs holds {str(x)[:60]}; it takes numbers")
             if x < 0:
-                raise PlanError(f"{name} of the costs is negative: {x}")
-            if not x <= most or (x == 0 and name in _RATES) or (x == float("inf") and name not in _RATES):
-                need = "more than 0" if name in _RATES else "from 0 to 1" if most == 1 else "finite"
-                raise PlanError(f"{name} of the costs holds {x}; it has to be {need}")
+                raise PlanError(f"{name} of the costs is negative: {str(x)[:60]}")
+            endless = name in _RATES and x == float("inf")
+            if not (x <= most or endless) or (x == 0 and name in _RATES):
+                need = "more than 0" if name in _RATES and x == 0 else f"from 0 to {most:g}"
+                raise PlanError(f"{name} of the costs holds {str(x)[:60]}; it has to be {need}")
 
     @property
     def count_bytes(self) -> bool:

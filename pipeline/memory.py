@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.actions import COMPUTE, Op
+from pipeline.actions import COMPUTE, Op, Phase
 from pipeline.costs import Costs
 from pipeline.listing import Listing
 
 Curve = tuple[tuple[float, float], ...]
 Held = tuple[int, float, float | None, float]
 """Device, from when, until when (None: to the end), bytes."""
+
+_FORWARD, _BACKWARD = (Op.F, Op.FB), (Op.B, Op.I, Op.FB)
+"""What makes or takes a message, by its direction."""
 
 
 def memory_curves(found: Listing, costs: Costs, start: Sequence[float], end: Sequence[float]) -> tuple[Curve, ...]:
@@ -73,10 +76,12 @@ def _held(
                 release = _of(found, device, action.stage, first, Op.FREE, Op.B)
                 yield device, start[i], None if release is None else end[release], costs.state(mb, layers)
         case Op.SEND | Op.PUT:
-            maker = max(found.own(i, op) or -1 for op in (Op.F, Op.FB, Op.B, Op.I))
+            maker = found.own(i, *(_FORWARD if action.phase is Phase.F else _BACKWARD))
+            assert maker is not None  # the graph has asked for it
             yield device, end[maker], end[i], costs.boundary(mb)
         case Op.RECV | Op.GET:
-            users = [j for op in COMPUTE if (j := _next(found, i, op)) is not None]
+            ops = (*_FORWARD, Op.R) if action.phase is Phase.F else _BACKWARD
+            users = [j for op in ops if (j := _next(found, i, op)) is not None]
             yield device, start[i], end[min(users)] if users else end[i], costs.boundary(mb)
         case Op.UPLOAD:
             free = _free_after(found, i)

@@ -69,6 +69,8 @@ def _read_line(line: str, fields: dict[str, Any]) -> None:
         words = line.split()
         values = {k: int(v) for k, v in zip(words[::2], words[1::2], strict=True)}
         fields["num_microbatches"] = values.pop("microbatches")
+        if unknown := values.keys() - {*_INTEGERS}:
+            raise ValueError(f"{', '.join(sorted(unknown))[:60]} is no number of a schedule")
         fields |= values
     elif key == "stages":
         fields["stages"] = tuple((int(lo), int(hi)) for lo, hi in (s.split(":") for s in rest.split()))

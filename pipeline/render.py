@@ -61,8 +61,7 @@ def perfetto(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     for pid, (run, events) in enumerate(runs.items()):
         found.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": run}})
         for n, event in enumerate(events):
-            if not event.keys() >= _EVENT_KEYS:
-                raise PlanError(f"event {n} of {run} lacks {sorted(_EVENT_KEYS - event.keys())}; got {sorted(event)}")
+            _check_event(event, f"event {n} of {run}")
         first = min((e["t0_ns"] for e in events), default=0)
         threads = sorted({(e["rank"], e["lane"]) for e in events})
         for tid, (rank, name) in enumerate(threads):
@@ -81,6 +80,17 @@ def perfetto(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
             for e in events
         ]
     return {"traceEvents": found, "displayTimeUnit": "ms"}
+
+
+def _check_event(event: Any, which: str) -> None:
+    if not isinstance(event, Mapping) or not event.keys() >= _EVENT_KEYS:
+        got = sorted(event) if isinstance(event, Mapping) else event
+        raise PlanError(f"{which} lacks keys of {sorted(_EVENT_KEYS)}; got {str(got)[:200]}")
+    kinds = {"rank": int, "lane": str, "name": str, "t0_ns": int | float, "t1_ns": int | float}
+    wrong = [key for key, kind in kinds.items() if not isinstance(event[key], kind)]
+    if wrong or not isinstance(event["predicted_ns"], int | float | None):
+        key = (*wrong, "predicted_ns")[0]
+        raise PlanError(f"{which} has {key} {str(event[key])[:60]}; rank and times are numbers, lane and name strings")
 
 
 def gantt_svg(results: Iterable[Result], *, width: int = 1200) -> str:

@@ -24,6 +24,8 @@ from pipeline.units import Unit
 
 MOST_LAYERS, MOST_MICROBATCHES = 2**13, 2**20
 """Larger numbers are a mistake in a file; checks go through every layer of every micro-batch."""
+MOST_PAIRS = 2**21
+"""Of stages and micro-batches; more do not fit into memory as actions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

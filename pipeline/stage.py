@@ -67,8 +67,15 @@ class GraphStage:
         if keep:
             return self._with_graph(mb, _Live(x)).detach()
         self._live[mb] = _Live(x, RandomState.now(self._device))
+        before = None if x is None else x._version
         with torch.no_grad():
-            return self._output(x, mb)
+            out = self._output(x, mb)
+        if x is not None and x._version != before:
+            raise PipelineError(
+                f"the stage changes its input in place (micro-batch {mb}), so it cannot run forward again from it: "
+                "let its first layer return a new tensor"
+            )
+        return out
 
     def recompute(self, mb: int) -> None:
         """Run forward again from the saved input and random state."""
@@ -98,7 +105,9 @@ class GraphStage:
         if out.requires_grad:
             torch.autograd.backward(out, grad)
         x, live.x = live.x, None
-        return None if x is None or not self._input_grad else x.grad
+        if x is None or not self._input_grad:
+            return None
+        return torch.zeros_like(x) if x.grad is None else x.grad  # the stages before wait for it all the same
 
     def backward_weight(self, mb: int) -> None:
         """Run the half of the backward that only the optimizer waits for."""

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from pipeline import graph as graphs
-from pipeline.actions import COMPUTE, FORWARD, Op
+from pipeline.actions import COMPUTE, FORWARD, Op, Phase
 from pipeline.costs import Costs
 from pipeline.errors import ScheduleError
 from pipeline.graph import Graph
@@ -23,7 +23,7 @@ def validate(schedule: Schedule, *, costs: Costs | None = None, memory_cap_bytes
     """Check a schedule, of compute actions only or completed with communication.
 
     - every (layer, micro-batch) runs forward once, and backward once unless frozen: ranges tile the layers;
-    - what an action needs is made, arrives, and on its own device stands before it; data come in the order sent;
+    - what an action needs is made, arrives once, and on its own device stands before it; data come in the order sent;
     - no wait is circular, with queues in order and a SEND that waits for its RECV (so with or without buffers);
     - one weight version in forward, recompute and backward of a micro-batch, within the declared staleness;
     - weights are uploaded before use and freed after it, gradients downloaded after the last micro-batch and used by
@@ -37,6 +37,7 @@ def validate(schedule: Schedule, *, costs: Costs | None = None, memory_cap_bytes
     found = graph.listing
     _check_tiling(found)
     _check_pairs(found)
+    _check_arrivals(found)
     _check_local_order(graph)
     check_versions(found)
     check_streams(found)
@@ -87,6 +88,21 @@ def _check_pairs(found: Listing) -> None:
             first = found.local.get((key[0], Op.F, *key[1:]), [])
             if not after or again or any(j > i for j in first):
                 raise found.fail(i, "an R stands once, after its F and before the B or I that uses it")
+
+
+def _check_arrivals(found: Listing) -> None:
+    """What arrives is taken by an action behind it, and arrives once."""
+    first: dict[tuple, int] = {}
+    for i, action in enumerate(found.actions):
+        if action.op not in (Op.RECV, Op.GET):
+            continue
+        device, mb = found.where[i][0], action.microbatch
+        other = first.setdefault((device, action.phase, action.stage, mb), i)
+        if other != i:
+            raise found.fail(i, f"brings what position {found.where[other][1]} has brought already; it arrives once")
+        takers = (Op.F, Op.FB, Op.R) if action.phase is Phase.F else (Op.B, Op.I)
+        if not any(j > i for op in takers for j in found.local.get((device, op, action.stage, mb), [])):
+            raise found.fail(i, "no action of its stage and micro-batch behind it on this device takes what it brings")
 
 
 def _check_local_order(graph: Graph) -> None:
@@ -150,6 +166,8 @@ def _check_groups(found: Listing) -> None:
             continue
         device = found.where[i][0]
         key = (device, action.stage, unit.group)
+        if action.op is Op.FREE and unit.index > 0:
+            raise found.fail(i, f"chunk {unit.index} of group {unit.group}: the FREE of a group names its first chunk")
         if action.op in FORWARD:
             if unit.index != forward.get(key, -1) + 1:
                 raise found.fail(i, f"chunk {unit.index} of group {unit.group} runs forward out of ascending order")

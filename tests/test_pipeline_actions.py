@@ -104,6 +104,9 @@ def test_what_is_no_schedule_is_refused(changes, message):
 def test_a_text_that_cannot_be_read_names_its_line():
     with pytest.raises(ScheduleError, match=r"line 2 .*no action"):
         Schedule.from_text("schedule x\ndevice 0: 0Q0\n")
+    for name in ("devices", "stages", "units", "sizes", "name"):  # of something else than a number
+        with pytest.raises(ScheduleError, match=rf"line 2 .*{name} is no number of a schedule"):
+            Schedule.from_text(f"schedule x\nmicrobatches 1 {name} 1\nstages 0:1\ndevice 0: 0F0 0B0\n")
 
 
 GOOD = {"format_version": 1, "name": "x", "num_microbatches": 1, "stages": [[0, 1]], "devices": [["0F0", "0B0"]]}

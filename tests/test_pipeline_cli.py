@@ -69,7 +69,8 @@ def test_simulate_exits_1_over_the_cap_and_2_on_bad_input(costs_file, tmp_path):
     assert "the cap is 60" in over
     assert "<-- here, device 0" in over
     assert "there is no schedule 'nosuch'" in call("simulate", "nosuch", exit_code=2)
-    assert "write 24GiB" in " ".join(call("simulate", "1f1b", "--memory-cap", "much", exit_code=2).split())
+    for cap in ("much", "1.2.3", "1e999", "nan"):
+        assert "write 24GiB" in " ".join(call("simulate", "1f1b", "--memory-cap", cap, exit_code=2).split())
     assert "cannot read costs" in call("simulate", "1f1b", "--costs", tmp_path / "none.json", exit_code=2)
     assert "a multiple of 4" in call("simulate", "interleaved", "--stages", 6, exit_code=2)
     assert "5 layers do not fill 8 stages" in call("simulate", "1f1b", "--ranks", 8, "--costs", costs_file, exit_code=2)
@@ -90,7 +91,9 @@ def test_a_file_that_is_no_schedule_is_bad_input(tmp_path, command, name, text):
     "text",
     ["[", "[]", "3", '{"forward_s": 1}', '{"forward_s": "a", "backward_s": "b"}', '{"forward_s": [], "backward_s": []}',
      '{"forward_s": [null], "backward_s": [1]}', '{"forward_s": [NaN], "backward_s": [1]}',
-     '{"forward_s": [1], "backward_s": [Infinity]}', '{"forward_s": [1], "backward_s": [1], "hop_s": [1]}',
+     '{"forward_s": [1], "backward_s": [Infinity]}', '{"forward_s": [1e308, 1e308], "backward_s": [1, 1]}',
+     '{"forward_s": [1, 1], "backward_s": [1, 1], "hop_s": 1' + "0" * 400 + "}", "[" * 10**6,
+     '{"forward_s": [1], "backward_s": [1], "hop_s": [1]}',
      '{"forward_s": [1], "backward_s": [1], "hop_s": "1"}', '{"forward_s": [1], "backward_s": [1], "pcie_roots": [0]}',
      '{"forward_s": [1, 1], "backward_s": [1, 1], "link_bytes_per_s": 0}',
      '{"forward_s": [1, 1], "backward_s": [1, 1], "chunk_bytes": 0}',
@@ -195,8 +198,17 @@ def test_trace_puts_the_measured_run_beside_the_prediction(tmp_path):
     assert min(e["ts"] for e in run) == 0
     assert max(e["ts"] + e["dur"] for e in run) == 2 * 12e6  # microseconds
     assert {e["args"]["predicted_us"] for e in run} == {1e6, 2e6}
-    lines.write_text('{"rank": 0}\n')
-    assert "lacks" in call("trace", "1f1b", "--ranks", 2, "--out", out, "--measured", lines, exit_code=2)
+    for text, error in (
+        ('{"rank": 0}', "lacks"),
+        ("[1, 2]", "lacks"),
+        (json.dumps({**measured[0], "t0_ns": "now"}), "t0_ns now; rank and times are numbers"),
+        (json.dumps({**measured[0], "predicted_ns": [1]}), "predicted_ns [1]"),
+        ("[" * 10**6, "cannot read events"),
+    ):
+        lines.write_text(text + "\n")
+        said = call("trace", "1f1b", "--ranks", 2, "--out", out, "--measured", lines, exit_code=2)
+        assert said.startswith("error: ")
+        assert error in said
 
 
 def test_a_gantt_chart_has_a_bar_for_every_compute_action():

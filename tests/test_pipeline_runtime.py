@@ -204,3 +204,18 @@ def test_a_recompute_sees_the_dropout_of_its_first_forward():
         assert losses == losses2
         assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True))
         assert torch.equal(rng, rng2)
+
+
+def test_a_stage_that_does_not_use_its_input_still_has_a_gradient_for_it():
+    weight = torch.nn.Parameter(torch.ones(3))
+    stage = GraphStage(lambda x, mb: weight.sum(), input_grad=True)
+    stage.forward(torch.ones(2, 3), mb=0, group=None, index=0, keep=True)
+    assert torch.equal(stage.backward(0, None), torch.zeros(2, 3))
+
+
+def test_an_input_that_is_changed_cannot_be_run_again():
+    stage = GraphStage(lambda x, mb: x.relu_().sum(), input_grad=False)
+    with pytest.raises(
+        PipelineError, match=r"changes its input in place \(micro-batch 4\), so it cannot run forward again"
+    ):
+        stage.forward(torch.ones(2), mb=4, group=None, index=0, keep=False)

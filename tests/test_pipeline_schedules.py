@@ -146,6 +146,10 @@ def test_splits():
     ("make", "message"),
     [
         (lambda: SCHEDULES["1f1b"](devices=0, microbatches=4), "at least one of each"),
+        (lambda: SCHEDULES["1f1b"](devices=10**9, microbatches=4), "their product may be 2097152 at most"),
+        (lambda: SCHEDULES["zbv"](devices=2, microbatches=10**9), "their product may be"),
+        (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=10**9), "their product may be"),
+        (lambda: SCHEDULES["roundpipe"](devices=2, microbatches=2, layers=10**9), "their product may be"),
         (lambda: SCHEDULES["1f1b"](devices=2, microbatches=2, layers=[(0, 1)]), "got layer ranges for 1"),
         (
             lambda: SCHEDULES["state_aware_1f1b"](devices=2, units=[Unit(1, 0, 1, 2), Unit(1, 0, 0, 2)]),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.actions import Op, Phase
 from pipeline.comms import complete, with_messages
 from pipeline.costs import Costs
 from pipeline.schedules import SCHEDULES
@@ -159,3 +160,27 @@ def test_the_optimizer_of_the_host_delays_the_next_step_unless_it_may_lag():
         for s in (0, 1)
     )
     assert stale.makespan_s < sync.makespan_s
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_byte_of_a_message_is_given_back_after_it_was_taken(name):
+    """The first action of the first device makes one, too; a gradient is there until its backward has ended."""
+    costs = Costs.uniform(8, boundary_bytes=(10,), hop_s=0.5, link_bytes_per_s=20.0, host_bytes_per_s=20.0)
+    schedule = complete(SCHEDULES[name](devices=2, microbatches=3))
+    result = simulate(schedule, costs)
+    for curve in result.memory:
+        assert min(level for _, level in curve) == 0
+        assert curve[-1][1] == 0
+    for span in result.spans:
+        brings = span.action.op in (Op.RECV, Op.GET) and span.action.phase is Phase.B
+        used = [
+            s
+            for s in result.spans
+            if brings
+            and s.device == span.device
+            and s.action.op in (Op.B, Op.I)
+            and (s.action.stage, s.action.microbatch) == (span.action.stage, span.action.microbatch)
+        ]
+        for user in used:
+            inside = (user.start_s + user.end_s) / 2
+            assert [level for time, level in result.memory[span.device] if time <= inside][-1] >= 10

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.actions import COMPUTE, Action, Op
+from pipeline.actions import COMPUTE, Action, Op, Phase
 from pipeline.comms import complete, with_messages
 from pipeline.costs import Costs
 from pipeline.errors import ScheduleError
@@ -233,3 +233,37 @@ def test_frozen_layers_need_no_backward():
     validate(whole)
     assert not [a for a in whole.of(0) if a.op in (Op.RECV, Op.B)]
     assert all(a.op in COMPUTE or a.op is Op.SEND for a in whole.of(0))
+
+
+def test_what_arrives_twice_or_for_nobody_is_refused():
+    """Also where its SEND is doubled as well, so that every message has its partner."""
+    whole = with_messages(SCHEDULES["1f1b"](devices=2, microbatches=3))
+    for op, phase in ((Op.SEND, "F"), (Op.SEND, "B")):
+        rows = [list(row) for row in whole.devices]
+        sender = 0 if phase == "F" else 1
+        for device, kind in ((sender, op), (1 - sender, Op.RECV)):
+            at = next(i for i, a in enumerate(rows[device]) if a.op is kind and a.phase and a.phase.value == phase)
+            rows[device].insert(at, rows[device][at])
+        with pytest.raises(ScheduleError, match=r"brings what position \d+ has brought already; it arrives once"):
+            validate(whole.with_devices(rows))
+    slots = complete(SCHEDULES["roundpipe"](devices=2, microbatches=2))
+    at = next(i for i, a in enumerate(slots.of(1)) if a.op is Op.GET)
+    with pytest.raises(ScheduleError, match="it arrives once"):
+        validate(edited(slots, 1, lambda row: row.insert(at, row[at])))
+    rows = [list(row) for row in whole.devices]
+    rows[0].append(Action(Op.SEND, 0, 0, Phase.F, peer=1))
+    rows[1].append(Action(Op.RECV, 1, 0, Phase.F, peer=0))
+    with pytest.raises(ScheduleError, match="it arrives once"):
+        validate(whole.with_devices(rows))
+    three = with_messages(SCHEDULES["1f1b"](devices=3, microbatches=1))
+    rows = [list(row) for row in three.devices]
+    rows[0].append(Action(Op.SEND, 0, 0, Phase.F, peer=2))  # a device that has no use for it
+    rows[2].append(Action(Op.RECV, 1, 0, Phase.F, peer=0))
+    with pytest.raises(ScheduleError, match="no action of its stage and micro-batch behind it on this device takes"):
+        validate(three.with_devices(rows))
+
+
+def test_the_state_of_a_group_is_freed_by_the_name_of_its_first_chunk():
+    schedule = SCHEDULES["state_aware_1f1b"](devices=1, units=GROUPS)
+    with pytest.raises(ScheduleError, match="chunk 1 of group 0: the FREE of a group names its first chunk"):
+        validate(edited(schedule, 0, lambda row: row.insert(4, Action(Op.FREE, 0, 2))))

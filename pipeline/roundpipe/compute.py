@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.actions import Op
-from pipeline.errors import ScheduleError
+from pipeline.errors import PipelineError, ScheduleError
 from pipeline.random_state import seed_generators
 from pipeline.roundpipe.arena import Arena, Lease
 from pipeline.roundpipe.layers import SlotLayer
@@ -127,12 +127,18 @@ class LayerCompute:
             self._live = None
 
     def _through(self, visit: Visit, x: Tensor | None, mb: int, keep: Collection[int]) -> Outputs:
-        outputs = {}
+        outputs, versions = {}, {}
         for layer in range(*visit.layers):
             seed_generators(self.seed(visit, mb, layer), self._device)
             x = self._layers[layer].run(x, mb)
             if layer + 1 in keep:
-                outputs[layer + 1] = x
+                outputs[layer + 1], versions[layer + 1] = x, x._version
+        changed = next((at for at, out in outputs.items() if out._version != versions[at]), None)
+        if changed is not None:
+            raise PipelineError(
+                f"{visit}: layer {changed}, {self._layers[changed].name}, changes its input in place, which is also "
+                "what its backward runs again from; let it return a new tensor"
+            )
         return outputs
 
     @contextmanager

@@ -1,7 +1,7 @@
 """What lies where in the memory that the ranks of a node share. Pure: every rank computes the same.
 
 words        who is how far: see `WordMap`
-losses       fp64, one for every micro-batch of a run;  norms  fp64, one for every parameter
+losses       fp64, one for every micro-batch of a run;  norms  fp64, one for every parameter, twice
 headers      shape and dtype of every activation and gradient
 weights      every parameter, in as many versions as the staleness needs
 gradients    of every trained parameter; of a tied one, one for each layer that uses it
@@ -156,7 +156,7 @@ def plan_host(
     row.add(("words",), 8 * words.num)
     row.add(("text",), TEXT_BYTES)
     row.add(("losses",), 8 * MAX_LOSSES)
-    row.add(("norms",), 8 * len(parameters))
+    row.add(("norms",), 2 * 8 * len(parameters))
     for p in parameters.values():
         for version in range(1 + staleness if p.trained else 1):
             row.add(("weights", p.name, version), p.nbytes)

@@ -37,8 +37,8 @@ class HostStore:
         self.words = Words(self.region("words"))
         self.losses = self.region("losses").view(torch.float64)
         """fp64 [MAX_LOSSES], by micro-batch of a run."""
-        self.norms = self.region("norms").view(torch.float64)
-        """fp64, by parameter."""
+        self.norms = self.region("norms").view(torch.float64).view(2, len(plan.parameters))
+        """fp64 [2, parameters], one row after the other: a rank may be a norm ahead of one that still reads."""
 
     def region(self, *key: object) -> Tensor:
         """Return a region's bytes, uint8."""
@@ -95,10 +95,10 @@ def open_store(
     """
     rank = 0 if group is None else dist.get_rank(group)
     made, error = _attempt(lambda: _make(plan.size, folders, spare_bytes)) if rank == 0 else (None, None)
-    (path, host, error) = from_first((made, socket.gethostname(), error), group)
-    if error is not None:
-        raise PlanError(error)
     try:
+        (path, host, error) = from_first((made, socket.gethostname(), error), group)
+        if error is not None:
+            raise PlanError(error)
         memory, error = _attempt(lambda: torch.from_file(path, shared=True, size=plan.size, dtype=torch.uint8))
         if error is not None:
             here = socket.gethostname()
@@ -109,9 +109,9 @@ def open_store(
         for problem in _from_all(error, group):
             if problem is not None:
                 raise PlanError(problem)
-    finally:
-        if rank == 0:
-            os.unlink(path)
+    finally:  # also when another rank is lost before it has mapped it
+        if made is not None:
+            os.unlink(made)
     assert memory is not None
     return HostStore(plan, memory, Path(path).parent)
 

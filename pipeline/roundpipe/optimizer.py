@@ -43,10 +43,10 @@ def global_norm(store: HostStore, peers: Peers, gradients: Mapping[str, Tensor],
 
     Every rank calls, with those it owns, for the `count`-th time since the store was made.
     """
-    words, plan = store.words, store.plan
+    words, plan, norms = store.words, store.plan, store.norms[count % 2]
     index = {name: i for i, name in enumerate(plan.parameters)}
     for name, grad in gradients.items():
-        store.norms[index[name]] = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        norms[index[name]] = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     words.publish(plan.words.normed(peers.rank), count)
     for rank in range(plan.ranks):
         peers.wait(
@@ -55,7 +55,7 @@ def global_norm(store: HostStore, peers: Peers, gradients: Mapping[str, Tensor],
             lambda rank=rank: f"rank {peers.rank}: waiting for the gradient norm of rank {rank}",
         )
     trained = [i for i, p in enumerate(plan.parameters.values()) if p.trained]
-    return torch.linalg.vector_norm(store.norms[trained])
+    return torch.linalg.vector_norm(norms[trained])
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

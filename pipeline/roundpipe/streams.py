@@ -121,6 +121,9 @@ class Streams:
             for (layer, name), grad in visit.gradients.items():
                 host = self._store.gradient(name, layer)
                 yield from pieces(grad, host, _add if visit.round > 0 else _copy)
+            for layer, name in self._tables(visit):
+                if visit.round == 0 and (layer, name) not in visit.tables:  # no micro-batch used it
+                    self._store.gradient(name, layer).zero_()
             visit.drop_gradients()
             for layer in range(*visit.layers):
                 word, value = self._versions.gradients(layer, visit.step, visit.round + 1)
@@ -192,6 +195,12 @@ class Streams:
         """Return what is brought: all but tables, of which rows are read."""
         layers = range(*visit.layers)
         return [(i, name) for i in layers if self._layers[i].rows is None for name in self._layers[i].parameters]
+
+    def _tables(self, visit: Visit) -> list[Key]:
+        """Return the tables that are trained."""
+        layers = [i for i in range(*visit.layers) if self._layers[i].rows is not None]
+        keys = [(i, name) for i in layers for name in self._layers[i].parameters]
+        return [key for key in keys if self._parameter(key[1]).trained]
 
     def _parameter(self, name: str) -> HostParameter:
         return self._store.plan.parameters[name]

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from pipeline.actions import Action, Op
 from pipeline.errors import ScheduleError
-from pipeline.schedule import Schedule
+from pipeline.schedule import MOST_PAIRS, Schedule
 
 Layers = Sequence[tuple[int, int]]
 
@@ -66,11 +66,16 @@ def made(
 
 
 def check_counts(name: str, devices: int, microbatches: int, stages_per_device: int = 1) -> None:
-    """Raise ScheduleError unless there is at least one of each."""
+    """Raise ScheduleError unless there is at least one of each, and no more than can be written down."""
     if min(devices, microbatches, stages_per_device) < 1:
         raise ScheduleError(
             f"{name} got {devices} devices, {stages_per_device} stages a device and {microbatches} micro-batches; "
             "it needs at least one of each"
+        )
+    if devices * stages_per_device * microbatches > MOST_PAIRS:
+        raise ScheduleError(
+            f"{name} got {devices} devices, {stages_per_device} stages a device and {microbatches} micro-batches; "
+            f"their product may be {MOST_PAIRS} at most"
         )
 
 

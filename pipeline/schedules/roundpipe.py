@@ -69,7 +69,7 @@ def even_slots(layers: int, devices: int) -> Slots:
     """
     if layers < 2:
         raise PlanError(f"a model of {layers} layer has no slots; RoundPipe needs at least 2, the head included")
-    check_counts("roundpipe", devices, 1)
+    check_counts("roundpipe", devices, 1, layers)
     forward = even_stages(layers - 1, -(-(layers - 1) // 3))
     return Slots(forward=tuple(hi - lo for lo, hi in forward), fused=1, backward=(1,) * (layers - 1))
 
@@ -99,10 +99,12 @@ def roundpipe(
         raise PlanError(f"staleness is {staleness} and steps {steps}; staleness is 0 or 1, and steps at least 1")
     sizes = (microbatches,) * steps if isinstance(microbatches, int) else tuple(microbatches)
     check_counts("roundpipe", devices, min(sizes, default=0))
+    check_counts("roundpipe", devices, sum(sizes))
     if slots is None:
         slots = even_slots(layers if layers is not None else 3 * devices + 1, devices)
     elif layers not in (None, slots.num_layers):
         raise PlanError(f"the slots hold {slots.num_layers} layers and the model has {layers}")
+    check_counts("roundpipe", 1, sum(sizes), slots.num_slots)
     orders = {size: _order(order, devices, size, slots, min(rounds, size)) for size in set(sizes)}
     ranges = slots.ranges()
     rows: list[list[Action]] = [[] for _ in range(devices)]

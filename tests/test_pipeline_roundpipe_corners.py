@@ -120,3 +120,33 @@ def rank_opens_alone(info, folder):
 def test_a_store_that_nobody_comes_to_leaves_no_file(tmp_path):
     run_ranks(rank_opens_alone, 2, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def rank_owns_nothing(info):
+    """More ranks than layers with weights of their own: the last one is told late that a run has ended."""
+    slots = Slots(forward=(2,), fused=1, backward=(2,))
+    worker = open_worker(
+        slot_layers(Words(3, tied=True), ragged(2)), slots, group=dist.group.WORLD, rank=info.rank, ranks=3,
+        microbatches=2, make_optimizer=sgd,
+    )  # fmt: skip
+    schedule = slot_schedule(slots, devices=3, microbatches=2)
+    if info.rank == 2:
+        assert not worker.store.plan.owned(2)
+        drain = worker.store.words.publish
+        ended = worker.store.plan.words.ended(2)
+
+        def publish(word, value):
+            drain(word, value)
+            if word == ended:
+                time.sleep(0.2)
+
+        worker.store.words.publish = publish
+    losses = [worker.run(schedule) for _ in range(3)]
+    worker.close()
+    return torch.stack(losses)
+
+
+def test_a_rank_that_reads_the_losses_late_has_those_of_its_run():
+    first, second, third = run_ranks(rank_owns_nothing, 3)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)

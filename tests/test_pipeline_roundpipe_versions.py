@@ -1,6 +1,7 @@
 """Staleness as a contract: which weights a step sees with 0 and 1, and that a breach is found at the upload."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,36 @@ def test_steps_of_one_run_may_have_any_number_of_microbatches_and_data_of_their_
         same = same or (losses, found)
         assert torch.equal(losses, same[0])
         assert all(torch.equal(found[name], p) for name, p in same[1].items())
+
+
+ODD = Slots(forward=(5,), fused=2, backward=(5,))
+
+
+def rank_is_overtaken(info):
+    """Three slots on four ranks: a slot of one step is on another rank than that of the next, and need not be first."""
+    *layers, head = slot_layers(Words(7, tied=True), ragged(MICROBATCHES))
+
+    def late(x, mb):
+        time.sleep(0.03 if mb // MICROBATCHES % 2 == 0 else 0)
+        return head.run(x, mb)
+
+    worker = open_worker(
+        [*layers, replace(head, run=late)], ODD, group=dist.group.WORLD, rank=info.rank, ranks=info.world_size,
+        microbatches=MICROBATCHES, staleness=1, make_optimizer=adamw,
+    )  # fmt: skip
+    schedule = slot_schedule(ODD, devices=info.world_size, microbatches=MICROBATCHES, steps=4, staleness=1)
+    losses = worker.run(schedule)
+    weights = {name: worker.store.weights(name).clone() for name in worker.store.plan.parameters}
+    worker.close()
+    return losses, weights
+
+
+def test_a_step_that_overtakes_the_one_before_it_is_not_taken_for_it():
+    expected, weights = delayed((4,), 1)
+    losses, found = run_ranks(rank_is_overtaken, 4)[0]
+    torch.testing.assert_close(losses, expected, rtol=1e-11, atol=1e-12)
+    for name, p in weights.items():
+        torch.testing.assert_close(found[name], p, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def rank_refuses_to_step(info):

@@ -129,7 +129,7 @@ class Boundaries:
         with self._link.urgent():
             copy = room[:nbytes].view(dtype).view(shape).to(self._device, copy=True)
         again = phase is Phase.F and slot in self._backward
-        taken = self._store.plan.words.taken(phase, at, place, again=again)
+        taken = self._store.plan.words.taken(phase, at, place, self._turn(mb), again=again)
         self._store.words.publish(taken, self._turn(mb))
         return Held(copy, lease)
 
@@ -153,13 +153,13 @@ class Boundaries:
             if kind is phase and (phase is Phase.B or number == at):
                 for again in readers:
                     self._peers.wait(
-                        plan.words.taken(phase, number, place, again=again),
+                        plan.words.taken(phase, number, place, self._turn(before), again=again),
                         self._turn(before),
                         lambda: f"{self._what()}: waiting until what step {step} left there is used",
                     )
 
     def _put_word(self, item: Item) -> int:
-        return self._store.plan.words.put(item[0], item[1], self._schedule.place(item[2]))
+        return self._store.plan.words.put(item[0], item[1], self._schedule.place(item[2]), self._turn(item[2]))
 
     def _turn(self, mb: int) -> int:
         return self._base + self._schedule.step(mb) + 1

@@ -1,7 +1,7 @@
 """What lies where in the memory that the ranks of a node share. Pure: every rank computes the same.
 
 words        who is how far: see `WordMap`
-losses       fp64, one for every micro-batch of a run;  norms  fp64, one for every parameter, twice
+losses       fp64, one for every micro-batch of a run;  norms  fp64, one for every parameter; both twice
 headers      shape and dtype of every activation and gradient
 weights      every parameter, in as many versions as the staleness needs
 gradients    of every trained parameter; of a tied one, one for each layer that uses it
@@ -63,6 +63,9 @@ class WordMap:
     ranks: int
     layers: int
     microbatches: int
+    copies: int
+    """Of every activation and gradient. Each has words of its own: where steps overlap, a later one may be done first.
+    """
 
     abort = 0
     """Rank that gave up, plus 1; why is in the text."""
@@ -83,22 +86,23 @@ class WordMap:
         """Turn and rounds whose gradients of a layer are complete, see `rounds_done`."""
         return 1 + 2 * self.ranks + self.layers + layer
 
-    def put(self, phase: Phase, boundary: int, microbatch: int) -> int:
-        """Turn whose activation or gradient is there."""
-        return self._boundary((Phase.F, Phase.B).index(phase), boundary, microbatch)
+    def put(self, phase: Phase, boundary: int, microbatch: int, turn: int) -> int:
+        """Turn whose activation or gradient is there, of those that use the same copy as `turn`."""
+        return self._boundary((Phase.F, Phase.B).index(phase), boundary, microbatch, turn)
 
-    def taken(self, phase: Phase, boundary: int, microbatch: int, *, again: bool) -> int:
-        """Turn whose activation (`again`: for a recompute) or gradient has been fetched."""
-        return self._boundary(4 if phase is Phase.B else 2 + again, boundary, microbatch)
+    def taken(self, phase: Phase, boundary: int, microbatch: int, turn: int, *, again: bool) -> int:
+        """Turn whose activation (`again`: for a recompute) or gradient has been fetched, as for `put`."""
+        return self._boundary(4 if phase is Phase.B else 2 + again, boundary, microbatch, turn)
 
-    def _boundary(self, kind: int, boundary: int, microbatch: int) -> int:
+    def _boundary(self, kind: int, boundary: int, microbatch: int, turn: int) -> int:
         first = 1 + 2 * (self.ranks + self.layers)
-        return first + (kind * (self.layers + 1) + boundary) * self.microbatches + microbatch
+        place = (kind * (self.layers + 1) + boundary) * self.microbatches + microbatch
+        return first + place * self.copies + turn % self.copies
 
     @property
     def num(self) -> int:
         """How many there are."""
-        return self._boundary(5, 0, 0)
+        return self._boundary(5, 0, 0, 0)
 
 
 def rounds_done(turn: int, rounds: int) -> int:
@@ -151,11 +155,11 @@ def plan_host(
         raise PlanError(f"the slots hold {slots.num_layers} layers and the model has {len(layers)}")
     parameters = parameters_of(layers)
     boundaries = boundaries_of(slots)
-    words = WordMap(ranks, len(layers), microbatches)
+    words = WordMap(ranks, len(layers), microbatches, 1 + staleness)
     row = _Row()
     row.add(("words",), 8 * words.num)
     row.add(("text",), TEXT_BYTES)
-    row.add(("losses",), 8 * MAX_LOSSES)
+    row.add(("losses",), 2 * 8 * MAX_LOSSES)
     row.add(("norms",), 2 * 8 * len(parameters))
     for p in parameters.values():
         for version in range(1 + staleness if p.trained else 1):

@@ -35,8 +35,9 @@ class HostStore:
         self.plan, self.folder = plan, folder
         self._memory = memory
         self.words = Words(self.region("words"))
-        self.losses = self.region("losses").view(torch.float64)
-        """fp64 [MAX_LOSSES], by micro-batch of a run."""
+        self.losses = self.region("losses").view(torch.float64).view(2, MAX_LOSSES)
+        """fp64 [2, MAX_LOSSES], by micro-batch of a run, one row after the other: a rank may be a run ahead of one that
+        still reads."""
         self.norms = self.region("norms").view(torch.float64).view(2, len(plan.parameters))
         """fp64 [2, parameters], one row after the other: a rank may be a norm ahead of one that still reads."""
 

@@ -58,8 +58,8 @@ class SlotWorker:
         self.arena = Arena(device=peers.rank, cap_bytes=cap_bytes)
         self.layers, self.optimizer = layers, optimizer
         self.compute = compute
-        self.turns = self.norms = 0
-        """Optimizer steps and evaluations so far, and gradient norms computed."""
+        self.turns = self.norms = self.runs = 0
+        """Optimizer steps and evaluations so far, gradient norms computed, and runs begun."""
         for layer in layers:  # their weights are in the store; between slots a device has none
             for p in layer.parameters.values():
                 p.data, p.grad = torch.empty(0, dtype=p.dtype, device=self.device), None
@@ -110,6 +110,8 @@ class _Run:
         # One more than steps: what a rank says at the beginning of a run must be news to the others.
         self._base = worker.turns + 1
         worker.turns += schedule.steps + 1
+        worker.runs += 1
+        self._losses = worker.store.losses[worker.runs % 2]
         self._versions = Versions(worker.store, base=self._base)
         self._boundaries = Boundaries(
             schedule, worker.store, worker.peers, worker.arena, worker.link,
@@ -169,7 +171,7 @@ class _Run:
             self._worker.peers.wait(
                 words.ended(rank), end, lambda rank=rank: f"{self._what()}: waiting for rank {rank} to end its run"
             )
-        return self._store.losses[: self._schedule.num_microbatches].clone()
+        return self._losses[: self._schedule.num_microbatches].clone()
 
     def _upload(self, action: Action, mb: int) -> None:
         schedule = self._schedule
@@ -207,7 +209,7 @@ class _Run:
             self._streams.want_gradients(visit)
             loss = self._graph(visit, x, mb)
             self._pass_back(visit, mb, self._compute.backward(None))
-        self._store.losses[mb] = loss.double().cpu()
+        self._losses[mb] = loss.double().cpu()
         _let_go(x)
 
     def _recompute(self, action: Action, mb: int) -> None:

@@ -99,12 +99,10 @@ def roundpipe(
         raise PlanError(f"staleness is {staleness} and steps {steps}; staleness is 0 or 1, and steps at least 1")
     sizes = (microbatches,) * steps if isinstance(microbatches, int) else tuple(microbatches)
     check_counts("roundpipe", devices, min(sizes, default=0))
-    check_counts("roundpipe", devices, sum(sizes))
     if slots is None:
         slots = even_slots(layers if layers is not None else 3 * devices + 1, devices)
     elif layers not in (None, slots.num_layers):
         raise PlanError(f"the slots hold {slots.num_layers} layers and the model has {layers}")
-    check_counts("roundpipe", 1, sum(sizes), slots.num_slots)
     orders = {size: _order(order, devices, size, slots, min(rounds, size)) for size in set(sizes)}
     ranges = slots.ranges()
     rows: list[list[Action]] = [[] for _ in range(devices)]
@@ -143,6 +141,7 @@ def _order(
     given: Order | Mapping[int, Order] | None, devices: int, microbatches: int, slots: Slots, rounds: int
 ) -> Order:
     """The order of a step of so many micro-batches."""
+    check_counts("roundpipe", 1, microbatches, slots.num_slots)
     if given is None:
         return strict_order(devices, microbatches, slots, rounds)
     order = given.get(microbatches, ()) if isinstance(given, Mapping) else given

@@ -1,5 +1,6 @@
 """Corners of RoundPipe's runtime: what one rank leaves to another, and layers that do what they may not."""
 
+import fcntl
 import threading
 import time
 from dataclasses import replace
@@ -120,6 +121,18 @@ def rank_opens_alone(info, folder):
 def test_a_store_that_nobody_comes_to_leaves_no_file(tmp_path):
     run_ranks(rank_opens_alone, 2, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_rank_left_is_cleared_away_and_nothing_else(tmp_path):
+    """A file whose maker lives is locked; one of another name is somebody's."""
+    left, used, other = (tmp_path / f"longrail-{name}" for name in ("store-1-" + "a" * 16, "store-2-" + "b" * 16, "x"))
+    for path in (left, used, other):
+        path.touch()
+    with used.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        plan = plan_host(slot_layers(Words(4), ragged(2)), THREE, ranks=1, microbatches=2, boundary_bytes=64)
+        open_store(plan, None, folders=(tmp_path,))
+        assert sorted(tmp_path.iterdir()) == sorted([used, other])
 
 
 def rank_owns_nothing(info):

@@ -1,14 +1,18 @@
 """The memory that all ranks of a node share: made by the first, mapped by all, without a name once they have it.
 
-Nothing is left behind when a job ends or crashes: the file is unlinked as soon as every rank has mapped it.
+Nothing is left behind when a job ends or crashes: the file is unlinked as soon as every rank has mapped it. Of a rank
+that was killed before that, the next job on the machine clears it away: until then the maker holds its lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +28,7 @@ from pipeline.roundpipe.words import Words
 T = TypeVar("T")
 
 SHARED_MEMORY = Path("/dev/shm")
+_NAME = re.compile(r"longrail-store-\d+-[0-9a-f]{16}")
 SPARE_BYTES = 16 * 2**20
 """Left free where the store goes: gloo and data loaders use shared memory too."""
 
@@ -97,7 +102,7 @@ def open_store(
     rank = 0 if group is None else dist.get_rank(group)
     made, error = _attempt(lambda: _make(plan.size, folders, spare_bytes)) if rank == 0 else (None, None)
     try:
-        (path, host, error) = from_first((made, socket.gethostname(), error), group)
+        (path, host, error) = from_first((made and made[0], socket.gethostname(), error), group)
         if error is not None:
             raise PlanError(error)
         memory, error = _attempt(lambda: torch.from_file(path, shared=True, size=plan.size, dtype=torch.uint8))
@@ -112,16 +117,18 @@ def open_store(
                 raise PlanError(problem)
     finally:  # also when another rank is lost before it has mapped it
         if made is not None:
-            os.unlink(made)
+            os.unlink(made[0])
+            os.close(made[1])
     assert memory is not None
     return HostStore(plan, memory, Path(path).parent)
 
 
-def _make(size: int, folders: Sequence[Path], spare_bytes: int) -> str:
-    """Make a file with room for all of it; return its path."""
+def _make(size: int, folders: Sequence[Path], spare_bytes: int) -> tuple[str, int]:
+    """Make a file with room for all of it; return its path, and what holds its lock."""
     problems = []
     for folder in folders:
         try:
+            _clear(folder)
             stat = os.statvfs(folder)
             free = stat.f_bavail * stat.f_frsize
             if free < size + spare_bytes:
@@ -137,18 +144,34 @@ def _make(size: int, folders: Sequence[Path], spare_bytes: int) -> str:
     )
 
 
-def _reserve(folder: Path, size: int) -> str:
+def _reserve(folder: Path, size: int) -> tuple[str, int]:
     """Allocate now: a page that cannot be had later is SIGBUS."""
-    path = folder / f"longrail-{os.getpid()}-{secrets.token_hex(8)}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    while True:
+        path = folder / f"longrail-store-{os.getpid()}-{secrets.token_hex(8)}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)  # another job cleared it away before it was locked
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError:
         os.unlink(path)
-        raise
-    finally:
         os.close(fd)
-    return str(path)
+        raise
+    return str(path), fd
+
+
+def _clear(folder: Path) -> None:
+    """Unlink the files of ranks that were killed before the others had mapped them: nobody holds their lock."""
+    for path in [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]:
+        with suppress(OSError):  # gone, or another user's
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            finally:
+                os.close(fd)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -15,7 +15,7 @@ from pipeline.comms import complete
 from pipeline.costs import Costs
 from pipeline.errors import PlanError
 from pipeline.roundpipe.planner import RoundPipePlan, anneal_all, evaluate, plan
-from pipeline.roundpipe.search import Problem, even_cuts
+from pipeline.roundpipe.search import Problem, even_cuts, running_sums
 from pipeline.roundpipe.slot_sim import ready_makespan, strict_makespan
 from pipeline.roundpipe.slots import LayerCosts, Op, even_sizes, rounds_of
 from pipeline.schedules.roundpipe import Slots
@@ -316,3 +316,8 @@ def test_the_plan_command(tmp_path):
     assert again.num_devices == 2
     refused = CliRunner().invoke(app, ["plan", "--costs", str(tmp_path / "none.json")])
     assert refused.exit_code == 2
+
+
+def test_bytes_that_are_no_machine_integer_are_counted():
+    costs = LayerCosts(forward_s=(1.0, 1.0), backward_s=(2.0, 2.0), weight_bytes=(10**20, 1), activation_bytes=(0, 0))
+    assert running_sums(costs)[2].tolist() == [0, 1e20, 1e20]

@@ -57,7 +57,7 @@ def running_sums(costs: LayerCosts) -> NDArray[np.float64]:
     """Return sums over the first 0, 1, .. layers, [4, layers + 1]: forward, backward, weights, activations."""
     none = (0,) * costs.num_layers
     rows = (costs.forward_s, costs.backward_s, costs.weight_bytes or none, costs.activation_bytes or none)
-    return np.stack([np.concatenate([[0.0], np.cumsum(row)]) for row in rows])
+    return np.stack([np.concatenate([[0.0], np.cumsum(np.array(row, np.float64))]) for row in rows])
 
 
 class Tables:

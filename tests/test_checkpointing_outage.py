@@ -15,9 +15,9 @@ from checkpointing.prune import prune_run
 from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
 from tests.buckets import BUCKET, Door, reach, served
+from tests.checkpoint_commands import run
 from tests.flat_states import Flat
 from tests.spawn import run_ranks
-from tests.test_checkpointing_cli import run
 
 
 @pytest.fixture(scope="module")

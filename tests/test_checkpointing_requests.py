@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from checkpointing import SINGLE, Checkpointer
+from tests.checkpoint_commands import run, run_json
 from tests.flat_states import Flat
 from tests.spawn import ROOT
-from tests.test_checkpointing_cli import run, run_json
 
 
 def ask(root, *flags):

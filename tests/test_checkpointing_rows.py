@@ -13,8 +13,8 @@ from checkpointing.formats import open_source
 from checkpointing.incremental import MAX_FILES, MAX_REFERENCES, MIN_RUN_BYTES
 from checkpointing.load import load_into
 from checkpointing.storage.local import LocalStorage
+from tests.checkpoint_commands import run, run_json
 from tests.flat_states import Flat, same
-from tests.test_checkpointing_cli import run, run_json
 from tests.test_checkpointing_corruption import first_damage, write_through
 
 DATA = "rank-00000.safetensors"

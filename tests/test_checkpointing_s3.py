@@ -20,9 +20,9 @@ from checkpointing.storage import open_storage
 from checkpointing.storage.local import LocalStorage
 from checkpointing.tiers import copy_step
 from tests.buckets import BUCKET, served
+from tests.checkpoint_commands import run, run_json
 from tests.flat_states import Flat, assorted, same
 from tests.spawn import ROOT
-from tests.test_checkpointing_cli import run, run_json
 
 DATA = "rank-00000.safetensors"
 

@@ -8,8 +8,8 @@ train     SmolLM2's first four layers, real weights, on functions and classes of
           report, in turn with Trainer (group_by_length, activation checkpointing, its best batch size, its own
           checkpoints); a checkpoint every 10 steps on both sides, one memory cap, the same samples. The clock runs from
           the first batch asked for until the last checkpoint is written (ours: durable).
-features  rows of equal length, one chunk each, where nothing can be packed, split or overlapped: the whole job against
-          DDP loops written by hand, over the same batches, in the same processes.
+features  rows of equal length, a rank's step in one chunk, where nothing can be split, padded or overlapped: the whole
+          job against DDP loops written by hand, over the same batches, in the same processes.
 startup   from the start of torchrun to the first step, less what a bare script takes that imports torch and
           transformers and loads the model.
 

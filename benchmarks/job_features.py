@@ -21,7 +21,7 @@ from benchmarks.job_data import equal, flags, model_folder
 from benchmarks.job_ours import Probe
 from benchmarks.job_plain import WAYS, Place, Seen, periods_of
 from benchmarks.job_report import FULL
-from benchmarks.job_runs import tell, torchrun
+from benchmarks.job_runs import WORLD_SIZE, tell, torchrun
 from benchmarks.job_train import LR, common
 from launch import finetune
 from launch.env import World, joined, read_processes
@@ -38,20 +38,25 @@ class Size:
     """How much is trained by each way in a round."""
 
     steps: int
-    chunk_tokens: int
+    row_tokens: int
     global_batch: int
 
+    @property
+    def chunk_tokens(self) -> int:
+        """All rows of a rank's step: one product for all of them, as DDP's batch has."""
+        return self.row_tokens * self.global_batch // WORLD_SIZE
 
-SIZE, QUICK = Size(steps=8, chunk_tokens=256, global_batch=4), Size(steps=6, chunk_tokens=128, global_batch=4)
+
+SIZE, QUICK = Size(steps=8, row_tokens=256, global_batch=4), Size(steps=6, row_tokens=128, global_batch=4)
 
 
 def measure(*, numbers: Sequence[int], quick: bool) -> Iterator[Row]:
     """Run every way in turn, in the same two processes."""
     size, model = (QUICK if quick else SIZE), model_folder(quick=quick)
-    data = equal(model, rows=size.steps * size.global_batch, length=size.chunk_tokens, quick=quick)
+    data = equal(model, rows=size.steps * size.global_batch, length=size.row_tokens, quick=quick)
     options = {
         "model": str(model), "data": str(data.path), "chunk_tokens": size.chunk_tokens,
-        "global_batch": size.global_batch, "lr": LR, "numbers": list(numbers),
+        "row_tokens": size.row_tokens, "global_batch": size.global_batch, "lr": LR, "numbers": list(numbers),
     }  # fmt: skip
     reports = torchrun("benchmarks.job_features", [json.dumps(options)], deadline_s=DEADLINE_S)
     for row in reports[0]["rows"]:
@@ -65,7 +70,8 @@ def main() -> None:
     with StopSignals() as stop, joined(processes) as world:
         place = Place(
             rank=world.rank, world_size=world.world_size, model=Path(options["model"]), data=Path(options["data"]),
-            chunk_tokens=options["chunk_tokens"], global_batch=options["global_batch"], lr=options["lr"],
+            chunk_tokens=options["chunk_tokens"], row_tokens=options["row_tokens"],
+            global_batch=options["global_batch"], lr=options["lr"],
         )  # fmt: skip
         names = [FULL, *WAYS]
         for number in options["numbers"]:

@@ -1,6 +1,6 @@
 """The plainest loops over the same model and batches as the job's: DDP by hand, and chunks without the job around them.
 
-B rows, T tokens: all rows are of equal length, one chunk each, so nothing is packed, split or padded.
+B rows, T tokens: all rows are of equal length and fill their chunks, so nothing is split or padded.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Place:
     model: Path
     data: Path
     chunk_tokens: int
+    row_tokens: int
     global_batch: int
     lr: float
 
@@ -68,7 +69,7 @@ def optimizer_of(model: Any, lr: float) -> torch.optim.AdamW:
 
 def ddp(place: Place, *, rows: int) -> Seen:
     """Train under DDP, `rows` of a rank's batch in one forward (0: all of them)."""
-    batches = [tensors(batch, rows) for batch in _all(place)]
+    batches = [tensors(batch, rows, place.row_tokens) for batch in _all(place)]
     model = model_of(place)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = optimizer_of(model, place.lr)
@@ -110,11 +111,12 @@ def chunks(place: Place) -> Seen:
         return _timed(step, loader)
 
 
-def tensors(batch: StepBatch, rows: int) -> tuple[list[tuple[Tensor, Tensor]], float]:
-    """Return a rank's chunks of a step as (ids, unshifted labels) [B, T] of at most `rows`, and the step's targets."""
+def tensors(batch: StepBatch, rows: int, row_tokens: int) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """Return a rank's rows of a step as (ids, unshifted labels) [B, T] of at most `rows`, and the step's targets."""
     found = [chunk.tensors() for chunk in batch.chunks]
-    ids = torch.cat([t["input_ids"] for t in found])
-    labels = torch.cat([t["shift_labels"] for t in found]).roll(1, 1)  # what is last has no target: -100 comes first
+    ids = torch.cat([t["input_ids"] for t in found]).reshape(-1, row_tokens)
+    targets = torch.cat([t["shift_labels"] for t in found]).reshape(-1, row_tokens)
+    labels = targets.roll(1, 1)  # what is last in a row has no target: -100 comes first
     size = rows or len(ids)
     return list(zip(ids.split(size), labels.split(size), strict=True)), batch.denominator
 

@@ -100,7 +100,7 @@ def features_table(rows: Sequence[Row], name: str) -> Table:
     """Return one line a way, and one a part of the job's step."""
     first = rows[0]
     table = table_of(
-        f"{name}: steps of {first['global_batch']} rows of {first['chunk_tokens']} tokens, nothing to split or to pack",
+        f"{name}: steps of {first['global_batch']} rows of {first['row_tokens']} tokens, nothing to split or to pad",
         "way", "ms a step\n(least to most of rounds)", "over the\nbest loop",
     )  # fmt: skip
     best = best_loop(rows)

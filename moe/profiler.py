@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -40,7 +41,8 @@ class ProfileConfig:
     sizes: int = 6
     tries: int = 7
     repeats: int = 3
-    """Back-to-back runs in one try, as chunks follow one another: a link that rested has credit for its first bytes."""
+    """Least back-to-back runs in one try, as chunks follow one another; of small sizes more, until half of the largest
+    size has passed: a link that rested has credit for its first bytes, and small chunks would look free."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,20 +98,26 @@ def reduce(group: dist.ProcessGroup, nbytes: int) -> Job:
 
 def measure(make: Callable[[int], Job], sizes: Sequence[int], config: ProfileConfig, group: Any = None) -> list[float]:
     """Return the seconds of each size: median over tries of the slowest rank of `group`. All its ranks call."""
-    jobs = {size: make(size) for size in sizes}
-    order = [(size, i) for size in sizes for i in range(config.tries)]
+    half = max(sizes) / 2
+    return timed([(make(size), max(config.repeats, ceil(half / size))) for size in sizes], config, group)
+
+
+def timed(runs: Sequence[tuple[Job, int]], config: ProfileConfig, group: Any = None) -> list[float]:
+    """Return the seconds of one run of each job, which runs so many times in a row: as `measure`."""
+    order = [number for number in range(len(runs)) for _ in range(config.tries)]
     random.Random(config.seed).shuffle(order)
-    for job in jobs.values():
+    for job, _ in runs:
         job()
     times = torch.zeros(len(order), dtype=torch.float64)
-    for at, (size, _) in enumerate(order):
+    for at, number in enumerate(order):
+        job, repeats = runs[number]
         dist.barrier(group)
         began = time.perf_counter()
-        for _ in range(config.repeats):
-            jobs[size]()
-        times[at] = (time.perf_counter() - began) / config.repeats
+        for _ in range(repeats):
+            job()
+        times[at] = (time.perf_counter() - began) / repeats
     dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
-    return [median(t for t, (s, _) in zip(times.tolist(), order, strict=True) if s == size) for size in sizes]
+    return [median(t for t, n in zip(times.tolist(), order, strict=True) if n == number) for number in range(len(runs))]
 
 
 def log_spaced(least: int, most: int, count: int) -> list[int]:
@@ -177,8 +185,8 @@ def measure_slowdowns(
         target_s = min(lanes[lane][1](lanes[lane][3]) for lane in (one, other))
         sizes = [_size_for(lanes[lane][1], target_s, lanes[lane][3]) for lane in (one, other)]
         both = [(lanes[lane][0](size), lanes[lane][2]) for lane, size in zip((one, other), sizes, strict=True)]
-        ways = [_together(jobs, config.repeats) for jobs in (both[:1], both[1:], both)]
-        *alone, together = measure(ways.__getitem__, range(3), replace(config, repeats=1), group)
+        ways = [(_together(jobs, config.repeats), 1) for jobs in (both[:1], both[1:], both)]
+        *alone, together = timed(ways, config, group)
         factor = together / max(alone)
         if factor >= least:
             found["+".join(sorted((one, other)))] = round(factor, 4)

@@ -79,8 +79,8 @@ def test_the_bound_is_of_the_slowest_rank_of_each_step():
 
 def test_rows_for_plain_loops_are_those_of_the_chunks():
     source = MemorySource([shifted(np.arange(8, dtype=np.int64) + n, None) for n in range(4)])
-    with ChunkLoader(source, chunk_tokens=8, global_batch=4, rank=0, world_size=1) as loader:
-        pieces, targets = tensors(next(iter(loader)), rows=3)
+    with ChunkLoader(source, chunk_tokens=16, global_batch=4, rank=0, world_size=1) as loader:
+        pieces, targets = tensors(next(iter(loader)), rows=3, row_tokens=8)
     assert [ids.shape for ids, _ in pieces] == [(3, 8), (1, 8)]
     assert targets == 4 * 7
     for ids, labels in pieces:
@@ -132,7 +132,7 @@ def train_row(way, number, seconds, *, bound_s=4.0, peak=900, scored=100):
 
 def features_row(way, number, seconds, loss=2.0):
     return {"part": "features", "quick": False, "round": number, "way": way, "seconds": seconds, "global_batch": 4,
-            "chunk_tokens": 8, "parts": {"compute": 0.5} if way == FULL else {}, "losses": [loss, loss]}  # fmt: skip
+            "row_tokens": 8, "parts": {"compute": 0.5} if way == FULL else {}, "losses": [loss, loss]}  # fmt: skip
 
 
 def startup_row(number, seconds):

@@ -63,6 +63,24 @@ def test_every_rank_gets_one_profile_and_one_plan():
     assert second[3] == agreed == {"0": plan, "1": LayerPlan(1, 2).to_json()}
 
 
+def bytes_in_a_row(_):
+    sent = {10: 0, 100: 0, 1000: 0}
+
+    def make(size):
+        def job():
+            sent[size] += size
+
+        return job
+
+    measure(make, list(sent), replace(CONFIG, tries=1))
+    return sent
+
+
+def test_small_sizes_run_in_a_row_as_a_rested_link_has_credit():
+    # Once to warm up, then 3 runs, or until half of 1000 has passed.
+    assert run_ranks(bytes_in_a_row, 1) == [{10: 10 + 500, 100: 100 + 500, 1000: 1000 + 3000}]
+
+
 def slowest_rank(info):
     return measure(lambda n: lambda: time.sleep(n * 1e-4 if info.rank else 0), [10, 200], CONFIG)
 

@@ -28,7 +28,7 @@ def claims_of(rows: Sequence[Row], *, quick: bool) -> list[Claim]:
             ),
             at_least("gradient communication hidden, p10", quantile(hidden, 10), 0.7, "of what was planned", 1.0, note),
         ]
-    real = [r for r in rows if r["part"] == "real" and r["speedup"] is not None]
+    real = [r for r in rows if r["part"] == "real" and r["speedup"] is not None and r["same_work"]]
     for row in real:
         name = f"{row['work']}, against {row['way']}"
         claims.append(at_least(name, row["speedup"], 0.97, "x", None, "real experts on two ranks, no shaping"))

@@ -3,8 +3,9 @@
     python -m benchmarks.moe_peers RANK FOLDER OPTIONS        (started by benchmarks.moe)
 
 All have the same weights and tokens; their outputs are compared before they are timed. A step is forward, backward, and
-what makes gradients those of all tokens: experts that every rank holds whole (transformers under data parallelism) are
-averaged between the ranks, ours and DeepSpeed's are already sums. Also shown: transformers' block without that.
+what makes gradients those of all tokens: what every rank holds whole is averaged between the ranks (transformers' block
+under data parallelism; of ours and DeepSpeed's the gate, as their experts have sums already). Also shown, though it
+does less: transformers' block without that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ DEADLINE_S = 1200
 EXPERTS, TOP_K = 8, 2
 WORKS = ((512, 256, 512), (1024, 256, 1024), (2048, 512, 1024))
 """Tokens a rank, model width, experts' inner width."""
+
+ONE_RANK = "transformers, one rank's gradients"
 
 Step = Callable[[], torch.Tensor]
 
@@ -67,7 +70,7 @@ class Weights:
         self.width, self.inner = width, inner
 
 
-def ours(weights: Weights, rank: int) -> tuple[nn.Module, Step]:
+def ours(weights: Weights, rank: int) -> tuple[Any, Step]:
     """Our layer with the experts spread over the ranks."""
     from moe.config import MoeConfig
     from moe.experts import StackedExperts
@@ -118,7 +121,7 @@ class GatedMlp(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
-def deepspeed_layer(weights: Weights, rank: int) -> tuple[nn.Module, Step]:
+def deepspeed_layer(weights: Weights, rank: int) -> tuple[Any, Step]:
     """DeepSpeed's layer with the experts spread over the ranks, no token dropped."""
     with quiet():
         import deepspeed
@@ -156,16 +159,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def step(module: nn.Module, forward: Step, weights: Weights, *, average: bool) -> float:
-    """Run forward and backward once; return the seconds of the slower rank."""
+def whole(module: Any) -> list[nn.Parameter]:
+    """Return the parameters of what every rank holds whole."""
+    return list(module.parameters())
+
+
+def step(module: nn.Module, forward: Step, weights: Weights, averaged: Sequence[nn.Parameter]) -> float:
+    """Run forward and backward once, and average gradients; return the seconds of the slower rank."""
     module.zero_grad()
     dist.barrier()
     began = time.perf_counter()
     forward().backward(weights.grad_TD)
-    if average:
-        for p in module.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
+    for p in averaged:
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
     took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
     dist.all_reduce(took, dist.ReduceOp.MAX)
     return took.item()
@@ -175,27 +182,29 @@ def measure(work: Sequence[int], rank: int, rounds: int) -> list[dict[str, Any]]
     """Return one row for each way of one work."""
     tokens, width, inner = work
     weights = Weights(tokens, width, inner, rank)
-    ways: dict[str, tuple[nn.Module, Step, bool]] = {"ours": (*ours(weights, rank), False)}
-    block = transformers_block(weights)
-    ways["transformers, gradients averaged"] = (*block, True)
-    ways["transformers, one rank's gradients"] = (*block, False)
+    layer, forward = ours(weights, rank)
+    ways: dict[str, tuple[nn.Module, Step, list[nn.Parameter]]] = {"ours": (layer, forward, whole(layer.gate))}
+    block, forward = transformers_block(weights)
+    ways["transformers, gradients averaged"] = (block, forward, whole(block))
+    ways[ONE_RANK] = (block, forward, [])
     missing = {}
     try:
-        ways["DeepSpeed"] = (*deepspeed_layer(weights, rank), False)
+        layer, forward = deepspeed_layer(weights, rank)
+        ways["DeepSpeed"] = (layer, forward, whole(layer.deepspeed_moe.gate))
     except Exception as error:  # noqa: BLE001 (whatever a peer cannot do here, the table says)
         missing["DeepSpeed"] = f"does not run here: {type(error).__name__}: {str(error)[:80]}"
     want = ways["ours"][1]().detach()
     notes = {}
-    for name, (module, forward, average) in ways.items():
+    for name, (module, forward, averaged) in ways.items():
         error = (forward().detach() - want).abs().max().item()
         notes[name] = f"largest difference from our output {error:.1e}"
-        step(module, forward, weights, average=average)
+        step(module, forward, weights, averaged)
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            module, forward, average = ways[name]
-            times[name].append(step(module, forward, weights, average=average))
+            module, forward, averaged = ways[name]
+            times[name].append(step(module, forward, weights, averaged))
     mine = median(times["ours"])
     title = f"{tokens} tokens a rank, width {width}, {EXPERTS} experts of {inner}, top {TOP_K}"
     rows = [
@@ -205,6 +214,7 @@ def measure(work: Sequence[int], rank: int, rounds: int) -> list[dict[str, Any]]
             "way": name,
             "seconds": median(values),
             "speedup": median(values) / mine if name != "ours" else None,
+            "same_work": name != ONE_RANK,
             "note": notes[name],
         }
         for name, values in times.items()

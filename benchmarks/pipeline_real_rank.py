@@ -51,8 +51,13 @@ class Bench:
         if shape.head:  # its matrix product is faster than a layer of the same weight
             vocabulary = self.model.config.vocab_size * shape.head / head_layers(self.costs)
             self._take(build(shape, vocabulary=round(vocabulary)))
-        # Of the embedding, RoundPipe brings rows only.
-        rows_only = replace(self.costs, weight_bytes=(0.0, *self.costs.weight_bytes[1:]))
+        # Of the embedding, RoundPipe brings rows only, and keeps them as it keeps activations.
+        costs, ((kept, *others),) = self.costs, self.costs.activation_bytes
+        rows_only = replace(
+            costs,
+            weight_bytes=(0.0, *costs.weight_bytes[1:]),
+            activation_bytes=((kept + costs.boundary_bytes[0], *others),),
+        )
         self.slot_costs = LayerCosts.of(rows_only)
         self.copy_bytes_per_s = _from_first(_copy_rate)
 

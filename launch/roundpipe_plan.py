@@ -43,23 +43,27 @@ def plan_slots(
     *,
     microbatches: int,
     first_trained: int,
-    activation_bytes: Sequence[float] = (),
+    kept_bytes: Sequence[int] = (),
+    boundary_bytes: int = 0,
 ) -> SlotPlan:
     """Return the plan of a model; rounds and open slots are those of `config`, or the best where it leaves them open.
 
-    Layers before `first_trained` run no backward. `activation_bytes` are what each layer keeps of a micro-batch.
-    Raises PlanError when no slots fit the device's memory.
+    Layers before `first_trained` run no backward. `kept_bytes` are what each layer keeps of a micro-batch, its input
+    included, and `boundary_bytes` what one takes between two layers; both matter for a cap only, which is then kept.
+    Raises PlanError, with what is needed, when no slots fit the device's memory.
     """
     weights = [layer_weight(layer) for layer in layers]
     least = _LEAST * max(weights)
     seconds = tuple(max(weight, least) / max(weights) for weight in weights)
-    nbytes = tuple(sum(p.nbytes for p in layer.module.parameters()) for layer in layers)
-    nbytes = (0, *nbytes[1:])  # of the embedding, rows are brought
+    body = layers[1:]  # of the embedding, rows are brought, and those of its gradient added on the host
     costs = LayerCosts(
         forward_s=seconds,
         backward_s=tuple(2 * s for s in seconds),
-        weight_bytes=nbytes,
-        activation_bytes=tuple(map(int, activation_bytes)),
+        weight_bytes=(0, *(sum(p.nbytes for p in one.module.parameters()) for one in body)),
+        gradient_bytes=(0, *(sum(p.nbytes for p in one.module.parameters() if p.requires_grad) for one in body)),
+        activation_bytes=tuple(kept_bytes),
+        boundary_bytes=boundary_bytes,
+        first_trained=first_trained,
     )
     found = plan(
         costs,

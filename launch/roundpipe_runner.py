@@ -21,9 +21,9 @@ from chunkflow.reduce import sum_gradients
 from chunkflow.support import require_exact
 from launch.config import FinetuneConfig
 from launch.errors import ConfigError
-from launch.layer_costs import measure_costs
 from launch.partial import PartialModel, WholeModel
 from launch.roundpipe_plan import plan_slots, step_schedule, steps_schedule
+from launch.slot_bytes import kept_bytes
 from launch.slot_layers import SlotLayers, dropout_seed
 from pipeline.config import PipelineConfig
 from pipeline.roundpipe.host_plan import plan_host
@@ -40,7 +40,7 @@ class RoundPipeRunner:
     """Trains the chunks of one step on the ranks of `group`, in order; `data_group` trains other data.
 
     Takes the model over. Every rank of the group makes one: a collective. Raises PlanError on every rank when there is
-    no room for the host's copies, and what makes the model unfit.
+    no room for the host's copies or the device's memory is too small, and what makes the model unfit.
     """
 
     def __init__(
@@ -60,17 +60,19 @@ class RoundPipeRunner:
         self.num_positions = require_exact(model, WholeParameters(None)).num_positions
         self.whole, self._config, self._seed = WholeModel.of(model), config, seed
         self._group, self._data_group, self._microbatches = group, data_group, microbatches
-        kept = _kept_bytes(model, tokens, group) if config.device_memory_bytes is not None else ()
         self._slot_layers = SlotLayers(model, device)
         layers = self._slot_layers.layers
+        sizes = model.config.get_text_config()
+        room = tokens * sizes.hidden_size * next(model.parameters()).element_size()
+        kept: tuple[int, ...] = ()
+        if config.device_memory_bytes is not None:  # as measured on the first rank, which has the weights
+            first = group is None or dist.get_rank(group) == 0
+            measured = kept_bytes(self._slot_layers, tokens=tokens, vocabulary=sizes.vocab_size) if first else ()
+            kept = from_first(measured, group)
         self.plan = plan_slots(
-            self._slot_layers.pieces,
-            config,
-            microbatches=microbatches,
-            first_trained=first_trained(layers),
-            activation_bytes=kept,
-        )
-        room = tokens * model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
+            self._slot_layers.pieces, config, microbatches=microbatches, first_trained=first_trained(layers),
+            kept_bytes=kept, boundary_bytes=room,
+        )  # fmt: skip
         plan = plan_host(
             layers, self.plan.slots, ranks=config.ranks, microbatches=microbatches, boundary_bytes=room,
             staleness=config.staleness,
@@ -202,13 +204,6 @@ class RoundPipeRunner:
 
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self.model.named_buffers())
-
-
-def _kept_bytes(model: PreTrainedModel, tokens: int, group: dist.ProcessGroup | None) -> tuple[float, ...]:
-    """Return what each layer keeps of a micro-batch, as measured on the first rank. Every rank of the group calls."""
-    rank = 0 if group is None else dist.get_rank(group)
-    kept = measure_costs(model, tokens=tokens, repeats=1).activation_bytes[0] if rank == 0 else ()
-    return from_first(kept, group)
 
 
 def _sizes(slots: tuple[int, ...]) -> str:

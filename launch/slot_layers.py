@@ -38,7 +38,7 @@ class SlotLayers:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._arguments, self._device = DecoderArguments(model), device
+        self._arguments, self.device = DecoderArguments(model), device
         self._chunks: Sequence[StepChunk] = ()
         self._tensors: tuple[int, Any] = (-1, None)
         self._decoders: tuple[int, Sequence[Any]] = (-1, ())
@@ -82,9 +82,9 @@ class SlotLayers:
 
     def _embed(self, module: nn.Module, mb: int) -> Tensor:
         ids = self._of(mb)["input_ids"]
-        hidden = module(torch.searchsorted(self._rows(mb), ids).to(self._device))
+        hidden = module(torch.searchsorted(self._rows(mb), ids).to(self.device))
         if self._padding is not None:  # its row has no gradient, as in the whole table
-            hidden = torch.where((ids == self._padding).to(self._device)[..., None], hidden.detach(), hidden)
+            hidden = torch.where((ids == self._padding).to(self.device)[..., None], hidden.detach(), hidden)
         return hidden
 
     def _decode(self, module: nn.Module, hidden: Tensor | None, mb: int, decoder: int) -> Tensor:
@@ -93,7 +93,7 @@ class SlotLayers:
             if self._decoders[0] != mb:
                 now = self._chunks[mb]
                 view = ChunkView(spans_of(now.chunk), None, now.dropout_seed)
-                positions = self._of(mb)["position_ids"].to(self._device)
+                positions = self._of(mb)["position_ids"].to(self.device)
                 self._decoders = mb, self._arguments.of(hidden, positions, chunk_view=view)
             return call_decoder(module, hidden, self._decoders[1][decoder])
 
@@ -101,7 +101,7 @@ class SlotLayers:
         assert isinstance(head, nn.Linear)
         assert hidden is not None
         tensors = self._of(mb)
-        labels, weights = tensors["shift_labels"][0].to(self._device), tensors["loss_weights"][0].to(self._device)
+        labels, weights = tensors["shift_labels"][0].to(self.device), tensors["loss_weights"][0].to(self.device)
         return tiled_cross_entropy(hidden[0], head.weight, head.bias, labels, weights) / self._chunks[mb].denominator
 
 

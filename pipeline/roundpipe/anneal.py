@@ -1,10 +1,11 @@
 """The compiled loops of the search: the energy of a partition, a scan of even cuts, simulated annealing.
 
-`sizes` holds a forward slot sizes and then b backward ones, `shape` is (a, b, fused), `sums_4L` running sums over
-layers of forward seconds, backward seconds, weight bytes and activation bytes. `cap_bytes` 0 means no cap.
+`sizes` holds a forward slot sizes and then b backward ones, `shape` is (a, b, fused), `sums_5L` running sums over
+layers of forward seconds, backward seconds, weight bytes, gradient bytes and activation bytes; `memory_3` is that of
+`device_bytes`.
 
-Compiled code is kept by the file that a function is in: a change in `moves` or `slot_sim` needs one here, or what was
-compiled before is used.
+Compiled code is kept by the file that a function is in: a change in `moves`, `slot_sim` or `device_bytes` needs one
+here, or what was compiled before is used.
 """
 
 from __future__ import annotations
@@ -12,48 +13,29 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.roundpipe.compiled import compiled
+from pipeline.roundpipe.device_bytes import peak_bytes
 from pipeline.roundpipe.moves import propose
 from pipeline.roundpipe.slot_sim import fill_tables, ready_makespan, strict_makespan
 
 OVER_CAP = 1e6
-"""What one whole cap of bytes too many costs, in makespans: far more than any schedule gains."""
+"""What one whole cap of bytes too many costs, in makespans; the first byte costs more than any schedule takes."""
 
 
 @compiled
-def peak_bytes(sizes, shape, sums_4L, num_devices, open_slots):
-    """Return the most bytes a device needs: its open slots' weights, gradients, one micro-batch, the next weights."""
-    num_forward, num_layers = shape[0], sums_4L.shape[1] - 1
-    num_slots = shape[0] + 1 + shape[1]
-    weight_S, all_S = np.zeros(num_slots), np.zeros(num_slots)
-    position = 0
-    for s in range(num_slots):
-        if s < num_forward:
-            low, high = position, position + sizes[s]
-            position = high
-        elif s == num_forward:
-            low, high = num_layers - shape[2], num_layers
-        else:
-            low, high = position - sizes[s - 1], position
-            position = low
-        weight_S[s] = sums_4L[2, high] - sums_4L[2, low]
-        all_S[s] = weight_S[s] + sums_4L[3, high] - sums_4L[3, low]
-        if s >= num_forward:
-            all_S[s] += weight_S[s]
-    peak = 0.0
-    for s in range(num_slots):
-        need = weight_S[(s + open_slots * num_devices) % num_slots]
-        for k in range(open_slots):
-            need += all_S[(s + k * num_devices) % num_slots]
-        peak = max(peak, need)
-    return peak
+def longest_s(sums_5L, rounds, transfer_s):
+    """Return seconds that no schedule takes: all operations of the finest cut one by one, each after a transfer."""
+    num_layers = sums_5L.shape[1] - 1
+    return rounds.sum() * (
+        2 * sums_5L[0, num_layers] + sums_5L[1, num_layers] + (2 * num_layers + 1) * transfer_s
+    )  # fmt: skip
 
 
 @compiled
 def energy(
-    sizes, shape, sums_4L, rounds, num_devices, transfer_s, open_slots, cap_bytes, table_S3, input_S, done_SM, free_N
+    sizes, shape, sums_5L, rounds, num_devices, transfer_s, open_slots, memory_3, table_S3, input_S, done_SM, free_N
 ):
     """Return the makespan, plus a penalty for every byte over the cap. The last four are scratch."""
-    num_slots = fill_tables(sizes, shape, sums_4L[0], sums_4L[1], table_S3, input_S)
+    num_slots = fill_tables(sizes, shape, sums_5L[0], sums_5L[1], table_S3, input_S)
     if open_slots == 1:
         t = strict_makespan(num_slots, shape[0], table_S3, input_S, rounds, num_devices, transfer_s, done_SM, free_N)
     else:
@@ -61,17 +43,17 @@ def energy(
         t = ready_makespan(
             num_slots, shape[0], table_S3, input_S, rounds, num_devices, transfer_s, open_slots, done_SM, none
         )
-    if cap_bytes > 0:
-        peak = peak_bytes(sizes, shape, sums_4L, num_devices, open_slots)
-        if peak > cap_bytes:
-            t *= 1.0 + OVER_CAP * (peak - cap_bytes) / cap_bytes
+    if memory_3[0] > 0:
+        over = peak_bytes(sizes, shape, sums_5L, rounds.size, num_devices, open_slots, memory_3) / memory_3[0] - 1.0
+        if over > 0:
+            t += t * OVER_CAP * over + 2 * longest_s(sums_5L, rounds, transfer_s)
     return t
 
 
 @compiled
-def scan_even(counts, fused, sums_4L, rounds, num_devices, transfer_s, open_slots, cap_bytes):
+def scan_even(counts, fused, sums_5L, rounds, num_devices, transfer_s, open_slots, memory_3):
     """Return the energy of even cuts into counts[i] forward and counts[j] backward slots, [i, j]."""
-    body = sums_4L.shape[1] - 1 - fused
+    body = sums_5L.shape[1] - 1 - fused
     energy_AB = np.zeros((counts.size, counts.size))
     sizes, shape = np.zeros(2 * body + 2, np.int64), np.zeros(3, np.int64)
     table_S3, input_S = np.zeros((2 * body + 3, 3)), np.zeros(2 * body + 3, np.int64)
@@ -85,7 +67,7 @@ def scan_even(counts, fused, sums_4L, rounds, num_devices, transfer_s, open_slot
                 sizes[a + i] = body // b + (1 if i < body % b else 0)
             shape[0], shape[1], shape[2] = a, b, fused
             energy_AB[row, column] = energy(
-                sizes, shape, sums_4L, rounds, num_devices, transfer_s, open_slots, cap_bytes,
+                sizes, shape, sums_5L, rounds, num_devices, transfer_s, open_slots, memory_3,
                 table_S3, input_S, done_SM, free_N,
             )  # fmt: skip
     return energy_AB
@@ -93,7 +75,7 @@ def scan_even(counts, fused, sums_4L, rounds, num_devices, transfer_s, open_slot
 
 @compiled
 def anneal(
-    seed, evaluations, sizes, shape, sums_4L, rounds, num_devices, transfer_s, open_slots, cap_bytes,
+    seed, evaluations, sizes, shape, sums_5L, rounds, num_devices, transfer_s, open_slots, memory_3,
     free_fused, hot, cold,
 ):  # fmt: skip
     """Improve `sizes` and `shape` in place; return the best energy found. Temperatures are seconds."""
@@ -109,7 +91,7 @@ def anneal(
         if step > 0 and not propose(new, new_shape, free_fused):
             continue
         e = energy(
-            new, new_shape, sums_4L, rounds, num_devices, transfer_s, open_slots, cap_bytes,
+            new, new_shape, sums_5L, rounds, num_devices, transfer_s, open_slots, memory_3,
             table_S3, input_S, done_SM, free_N,
         )  # fmt: skip
         temperature = hot * (cold / hot) ** (step / (evaluations + 1))

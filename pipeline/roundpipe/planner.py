@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PlanError
-from pipeline.roundpipe.search import Problem, Tables, even_cuts, few_fused, search
+from pipeline.roundpipe.search import Problem, Tables, even_cuts, few_fused, finest_cut, search
 from pipeline.roundpipe.slots import LayerCosts, Op, check_model, rounds_of
 from pipeline.schedule import Schedule
 from pipeline.schedules.roundpipe import Slots, roundpipe
 
 SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 3_600_000_000
 """Simulated operations for looking at every setting, and for the best one: some seconds together."""
-READY_SHARE = 1 / 20
-"""What of these ready-first dispatch gets: an operation of its simulation takes that much longer."""
+LEAST_SLOTS = 0.26
+"""Slots of an evaluation, at least, in layers: the search goes from few large slots to many, and is billed for them."""
 HOT = (0.32, 0.12)
 """First temperatures, in shares of the ideal makespan of a layer: a coarse search, one that keeps more of its start."""
 AS_GOOD = 0.005
@@ -53,7 +53,8 @@ class RoundPipePlan:
     useful: float
     """Share of the devices' time in forward and backward, recomputation not counted."""
     peak_bytes: int
-    """Most bytes on a device: weights, gradients, one micro-batch of each open slot; the next weights. 0 if unknown."""
+    """Most bytes on a device, as the runtime counts them: weights and gradients of its open slots, one micro-batch of
+    one of them with its input and gradients, and the weights of the next. 0 if the costs say nothing of bytes."""
     reasons: tuple[str, ...] = ()
 
     def schedule(self, *, steps: int = 1, staleness: int = 0) -> Schedule:
@@ -119,9 +120,6 @@ def evaluate(problem: Problem, partition: Slots) -> RoundPipePlan:
     order: list[list[Op]] = [[] for _ in range(problem.num_devices)]
     for device, g, microbatch in rows:
         order[device].append(Op(int(g) // partition.num_slots, int(g) % partition.num_slots, int(microbatch)))
-    useful_s = problem.costs.useful_s * sum(problem.rounds)
-    recomputed = sum(problem.costs.forward_s[: sum(partition.backward)]) * sum(problem.rounds)
-    whole = makespan_s * problem.num_devices
     return RoundPipePlan(
         num_devices=problem.num_devices,
         rounds=problem.rounds,
@@ -129,8 +127,8 @@ def evaluate(problem: Problem, partition: Slots) -> RoundPipePlan:
         partition=partition,
         order=tuple(tuple(ops) for ops in order),
         makespan_s=makespan_s,
-        bubble=1 - (useful_s + recomputed) / whole,
-        useful=useful_s / whole,
+        bubble=idle_share(problem, partition, makespan_s),
+        useful=problem.costs.useful_s * sum(problem.rounds) / (makespan_s * problem.num_devices),
         peak_bytes=peak,
     )
 
@@ -140,10 +138,11 @@ def anneal_all(
 ) -> list[tuple[float, Slots]]:
     """Anneal every start at every temperature within a budget; return (seconds, partition), best first."""
     runs = list(product(starts, hot))
-    share = operations / len(runs) * (1 if problem.open_slots == 1 else READY_SHARE)
+    share = operations / len(runs) * (1 / problem.operation_cost)
     found, most = [], SEEN * 4**problem.costs.num_layers
     for i, (start, temperature) in enumerate(runs):
-        evaluations = min(most, int(share / (sum(problem.rounds) * start.num_slots)))
+        num_slots = max(start.num_slots, LEAST_SLOTS * problem.costs.num_layers)
+        evaluations = min(most, int(share / (sum(problem.rounds) * num_slots)))
         found.append(
             search(problem, start, seed=seed + i, evaluations=evaluations, hot=temperature / problem.costs.num_layers)
         )
@@ -165,7 +164,16 @@ def settle(problem: Problem, found: Sequence[tuple[float, Slots]], *, seed: int,
         every += anneal_all(one, starts, HOT[-1:], seed=seed, operations=operations / len(problems))
     shortest_s = min(seconds for seconds, _ in every)
     good = dict.fromkeys(cut for seconds, cut in every if seconds <= (1 + AS_GOOD) * shortest_s)
-    return min((evaluate(problem, cut) for cut in good), key=lambda plan: (plan.bubble, plan.makespan_s)).partition
+    tables = Tables(problem)
+    times = {cut: tables.makespan_s(cut) for cut in good}
+    return min(good, key=lambda cut: (idle_share(problem, cut, times[cut]), times[cut]))
+
+
+def idle_share(problem: Problem, partition: Slots, makespan_s: float) -> float:
+    """Return the bubble of a makespan: recomputation is work, as published."""
+    num = sum(problem.rounds)
+    recomputed = sum(problem.costs.forward_s[: sum(partition.backward)]) * num
+    return 1 - (problem.costs.useful_s * num + recomputed) / (makespan_s * problem.num_devices)
 
 
 def plan(
@@ -190,25 +198,27 @@ def plan(
         num_rounds: Numbers of rounds to try.
         open_slots: Open slots a device to try; 1 is strict slot order.
         fused: Layers of the fused slot, where they are given.
-        memory_cap_bytes: Most bytes of weights, gradients and one micro-batch on a device.
+        memory_cap_bytes: Most bytes on a device, as `RoundPipePlan.peak_bytes` counts them.
         effort: Scales the evaluations of the search; 1 is some seconds.
         seed: Of the search, which is bounded by evaluations and so the same on every rank.
 
     Raises:
-        PlanError: No partition fits the memory cap, or the numbers make no schedule.
+        PlanError: The finest cut is over the memory cap (it says what would do), or the numbers make no schedule.
     """
     base = Problem(
         costs=costs, rounds=(), num_devices=num_devices, open_slots=1, fused=fused, memory_cap_bytes=memory_cap_bytes
     )
     numbers = (num_microbatches,) if isinstance(num_microbatches, int) else tuple(num_microbatches)
-    check_layers_fit(costs.dealt(numbers[0] / max(numbers)), memory_cap_bytes)
     deals = {rounds_of(m, n): costs.dealt(numbers[0] / m) for m in numbers for n in num_rounds if n <= m}
     settings = [
         replace(base, costs=c, rounds=r, open_slots=k) for (r, c), k in product(deals.items(), sorted(set(open_slots)))
     ]
+    settings = settings if memory_cap_bytes is None else fitting(settings, memory_cap_bytes)
     survey = []
     for problem in settings:
         cuts = even_cuts(problem, STARTS)
+        if memory_cap_bytes is not None:  # so that one that fits is among those found
+            cuts.append(finest_cut(problem))
         found = anneal_all(problem, cuts, HOT, seed=seed, operations=effort * SURVEY_OPS / len(settings))
         survey.append((found[0][0], problem, found))
     _, problem, found = min(survey, key=lambda entry: entry[0])
@@ -217,16 +227,29 @@ def plan(
     return replace(best, reasons=reasons(best, others, problem.costs))
 
 
-def check_layers_fit(costs: LayerCosts, memory_cap_bytes: int | None) -> None:
-    """Raise PlanError, naming the layer, where one layer's backward alone is over the cap, however layers are cut."""
-    weights, kept = (row or (0,) * costs.num_layers for row in (costs.weight_bytes, costs.activation_bytes))
-    needs = [2 * w + a for w, a in zip(weights, kept, strict=True)]
+def fitting(settings: Sequence[Problem], memory_cap_bytes: int) -> list[Problem]:
+    """Return the settings whose finest cut is within the cap. Raises PlanError, with what is needed, for none."""
+    needs = [Tables(problem).peak(finest_cut(problem)) for problem in settings]
+    least = min(needs)
+    if least <= memory_cap_bytes:
+        return [problem for problem, need in zip(settings, needs, strict=True) if need <= memory_cap_bytes]
+    problem = settings[needs.index(least)]
+    heaviest, nbytes = heaviest_layer(problem.costs)
+    raise PlanError(
+        f"{problem.open_slots} open slot(s) need {least:,} bytes on a device even where every layer is a slot: "
+        f"weights, gradients, one micro-batch and the next slot's weights (layer {heaviest} has {nbytes:,} of them); "
+        f"the cap is {memory_cap_bytes:,}; raise it to {least:,}, or use smaller micro-batches or fewer open slots"
+    )
+
+
+def heaviest_layer(costs: LayerCosts) -> tuple[int, int]:
+    """Return the layer with most weights, gradients and activations, and their bytes."""
+    none = (0,) * costs.num_layers
+    weights = costs.weight_bytes or none
+    rows = (weights, costs.gradient_bytes or weights, costs.activation_bytes or none)
+    needs = [sum(layer) for layer in zip(*rows, strict=True)]
     worst = max(range(costs.num_layers), key=needs.__getitem__)
-    if memory_cap_bytes is not None and needs[worst] > memory_cap_bytes:
-        raise PlanError(
-            f"layer {worst} alone needs {needs[worst]:,} bytes on a device (weights, their gradients, activations of "
-            f"one micro-batch), the cap is {memory_cap_bytes:,}; raise it, or use smaller micro-batches"
-        )
+    return worst, needs[worst]
 
 
 def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs: LayerCosts) -> tuple[str, ...]:

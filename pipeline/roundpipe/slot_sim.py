@@ -3,9 +3,9 @@
 Times are seconds; S slots, N devices, a forward slots. `fill_tables` turns a partition (as integers) into tables of one
 row a slot; `strict_makespan` and `ready_makespan` run them.
 
-Strict: a device finishes a slot before it opens the next, and waits where a micro-batch is late. Ready-first: of its
-lowest `open_slots` unfinished slots it takes, each time it is free, the lowest whose next micro-batch can start now,
-else the one that can start first. Within a slot micro-batches keep their order.
+Strict: a device finishes a slot before it opens the next, and waits where a micro-batch is late. Ready-first: of the
+first unfinished slot and those right behind it, `open_slots` together, it takes, each time it is free, the lowest whose
+next micro-batch can start now, else the one that can start first. Within a slot micro-batches keep their order.
 
 Dependencies: forward slots chain per micro-batch; the fused slot waits on the last forward; a backward slot waits on
 the gradient of the slot before and its recomputation on the forward slot that stored its input, both a transfer later.

@@ -30,9 +30,15 @@ class LayerCosts:
     transfer_s: float = 0.0
     """Seconds from the end of a micro-batch in one slot to its availability on another device."""
     weight_bytes: tuple[int, ...] = ()
-    """Bytes of each layer's weights (gradients take the same); empty where memory is of no interest."""
+    """Bytes that a device takes for each layer's weights; empty where memory is of no interest."""
+    gradient_bytes: tuple[int, ...] = ()
+    """Bytes that it takes for their gradients; empty where those are as many."""
     activation_bytes: tuple[int, ...] = ()
-    """Bytes that each layer keeps of one micro-batch between its forward and its backward."""
+    """Bytes that each layer keeps of one micro-batch between its forward and its backward, its input included."""
+    boundary_bytes: int = 0
+    """Most bytes of one micro-batch between two layers. Its gradient takes as many."""
+    first_trained: int = 0
+    """Layers before this one lose their backward when the plan is run. Counts for bytes, not for seconds."""
 
     def __post_init__(self) -> None:
         num = len(self.forward_s)
@@ -40,7 +46,7 @@ class LayerCosts:
             raise PlanError(
                 f"{num} forward and {len(self.backward_s)} backward costs; give one of each for every layer"
             )
-        for name in ("weight_bytes", "activation_bytes"):
+        for name in ("weight_bytes", "gradient_bytes", "activation_bytes"):
             if len(getattr(self, name)) not in (0, num):
                 raise PlanError(
                     f"{len(getattr(self, name))} entries in {name} for {num} layers; give one a layer, or none"
@@ -64,6 +70,7 @@ class LayerCosts:
             transfer_s=costs.hop_s + boundary / costs.link_bytes_per_s,
             weight_bytes=row(costs.weight_bytes),
             activation_bytes=tuple(map(max, zip(*map(row, costs.activation_bytes), strict=True))),
+            boundary_bytes=math.ceil(max(costs.boundary_bytes)),
         )
 
     def dealt(self, share: float) -> LayerCosts:
@@ -75,6 +82,7 @@ class LayerCosts:
             forward_s=tuple(share * t for t in self.forward_s),
             backward_s=tuple(share * t for t in self.backward_s),
             activation_bytes=tuple(math.ceil(share * n) for n in self.activation_bytes),
+            boundary_bytes=math.ceil(share * self.boundary_bytes),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -40,6 +41,8 @@ class Streams:
         """Visits whose weights are queued or here, and which have not begun."""
         self._paused = False
         """Weights that nobody waits for stay away, since the slot at work needs the room."""
+        self._pausing = threading.Lock()
+        """Held while that changes, and from a look at it until the room is taken."""
         arena.make_room = self._make_room
 
     def upload(self, visit: Visit) -> None:
@@ -53,23 +56,20 @@ class Streams:
         if visit in self._ahead:
             self._ahead.remove(visit)
             self._paused = False
-        if not visit.upload.done.is_set():
-            nbytes = self._weight_bytes(visit)
-            if not visit.weight_leases and not self._arena.fits(nbytes):
-                self._make_room(nbytes)
-            self._wait(visit.upload, lambda: f"{what()}: waiting for {self._missing(visit)}")
+        self._wait(visit.upload, lambda: f"{what()}: waiting for {self._missing(visit)}")
 
     def _queue_upload(self, visit: Visit) -> None:
         nbytes = self._weight_bytes(visit)
 
         def ready(needed: bool) -> bool:
-            if self._versions.missing(visit.homes, visit.version) is not None or (self._paused and not needed):
+            if self._versions.missing(visit.homes, visit.version) is not None:
                 return False
-            lease = self._arena.try_lease(nbytes)
-            if lease is None and needed and not self._downloads():
+            if self._take_room(visit, nbytes, needed=needed):
+                return True
+            # The rank waits for them: what is here now stays, but for gradients on their way and what came too early.
+            if needed and not self._downloads() and not self._send_away_one():
                 raise self._arena.refusal(nbytes, slot=visit.slot, what="weights")
-            visit.weight_leases += [] if lease is None else [lease]
-            return lease is not None
+            return False
 
         def work() -> Iterator[None]:
             self._versions.check(visit.homes, visit.version, slot=visit.slot, step=visit.step)
@@ -82,20 +82,37 @@ class Streams:
 
         visit.upload = self._lane.submit(Job(f"upload of {visit}", ready, work))
 
+    def _take_room(self, visit: Visit, nbytes: int, *, needed: bool) -> bool:
+        with self._pausing:
+            lease = None if self._paused and not needed else self._arena.try_lease(nbytes)
+            visit.weight_leases += [] if lease is None else [lease]
+        return lease is not None
+
     def _make_room(self, nbytes: int) -> None:
         """Wait for gradients on their way down; then send away weights that came ahead of their time."""
+        with self._pausing:
+            self._paused = True
         for job in self._downloads():
             if not self._arena.fits(nbytes):
                 self._wait(job, lambda job=job: f"rank {self._peers.rank}: waiting for the {job.what}, to have room")
-        self._paused = True
         for visit in reversed(self._ahead):
             if self._arena.fits(nbytes):
                 break
             assert visit.upload is not None
             if visit.weight_leases:
                 self._wait(visit.upload, lambda: f"rank {self._peers.rank}: waiting for an upload, to have room")
-                visit.drop_weights()
-                self._queue_upload(visit)
+                self._send_away(visit)
+
+    def _send_away_one(self) -> bool:
+        """Send away the weights that are needed last of those that came too early; by the lane, between two jobs."""
+        visit = next((visit for visit in reversed(self._ahead) if visit.weight_leases), None)
+        if visit is not None:
+            self._send_away(visit)
+        return visit is not None
+
+    def _send_away(self, visit: Visit) -> None:
+        visit.drop_weights()
+        self._queue_upload(visit)
 
     def _weight_bytes(self, visit: Visit) -> int:
         return sum(self._parameter(name).nbytes for _, name in self._keys(visit))

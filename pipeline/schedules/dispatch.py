@@ -1,8 +1,9 @@
 """Ready-first dispatch of RoundPipe: the order in which each device runs its slots, fixed by simulation.
 
-In strict slot order a device waits at a paced backward slot while later work is ready. Here it keeps a few slots open
-and, each time it is free, takes the lowest whose next micro-batch can start now, else the one that can start first.
-All devices then follow the order found, not what happens to be ready.
+In strict slot order a device waits at a paced backward slot while later work is ready. Here it keeps a few slots open,
+the first that is not finished and those right behind it, and, each time it is free, takes the lowest whose next
+micro-batch can start now, else the one that can start first. All devices then follow the order found, not what happens
+to be ready. The planner simulates the same (`roundpipe.slot_sim`), and counts the memory of slots that follow another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Task = tuple[int, ...]
 @dataclass(slots=True)
 class _Device:
     slots: list[list[Task]]
-    """Of each slot that is not finished, in slot order, the tasks that are left."""
+    """From the first slot that is not finished on, in slot order, the tasks that are left."""
     free_s: float = 0.0
     row: list[int] = field(default_factory=list)
 
@@ -73,6 +74,7 @@ def ready_first(schedule: Schedule, costs: Costs, *, open_slots: int) -> Schedul
             (state.start_s(slot[0], device.free_s), d, k)
             for d, device in enumerate(devices)
             for k, slot in enumerate(device.slots[:open_slots])
+            if slot
         )
         if start == math.inf:
             raise PlanError(f"{schedule.name} cannot go on with {open_slots} open slots; it is not in slot order")
@@ -83,7 +85,8 @@ def ready_first(schedule: Schedule, costs: Costs, *, open_slots: int) -> Schedul
             state.end[i] = start
         device.free_s = start
         device.row += task
-        device.slots = [slot for slot in device.slots if slot]
+        while device.slots and not device.slots[0]:
+            device.slots.pop(0)
     return schedule.with_devices([[graph.listing.actions[i] for i in device.row] for device in devices])
 
 

@@ -33,6 +33,8 @@ class SlotPlan:
     """That order the slots."""
     rounds: int
     open_slots: int
+    capped: bool
+    """Devices have a memory cap."""
     over_ideal: float
     """Simulated time of a step, in times that it would take with no device idle and nothing recomputed."""
 
@@ -79,6 +81,7 @@ def plan_slots(
         costs=Costs(forward_s=(seconds,), backward_s=(costs.backward_s,)),
         rounds=config.rounds or len(found.rounds),
         open_slots=found.open_slots,
+        capped=config.device_memory_bytes is not None,
         over_ideal=1 / found.useful,
     )
 
@@ -110,5 +113,6 @@ def steps_schedule(plan: SlotPlan, *, devices: int, microbatches: tuple[int, ...
         rounds=min(plan.rounds, max(microbatches)),
         costs=plan.costs,
         open_slots=plan.open_slots,
+        capped=plan.capped,
         staleness=staleness,
     )

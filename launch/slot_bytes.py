@@ -52,4 +52,4 @@ def _fullest(tokens: int, vocabulary: int) -> StepBatch:
     tokens = max(tokens, 2)  # a sample has no less
     source = MemorySource([shifted(np.arange(tokens) % vocabulary, None)])
     chunks = collate([Chunk((Segment(0, 0, tokens, 0),))], source)
-    return StepBatch(step=0, chunks=chunks, denominator=float(tokens))
+    return StepBatch(step=0, chunks=chunks, denominator=float(tokens), program="FB")

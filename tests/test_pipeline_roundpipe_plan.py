@@ -189,9 +189,9 @@ def test_a_cap_that_no_cut_keeps_is_refused_with_what_is_needed_and_that_is_enou
     settings = {"num_devices": 2, "num_microbatches": 4, "open_slots": (open_slots,), "effort": 0.02}
     needed = {1: 1_800 + 14 + 100, 2: 1_800 + 200 + 21 + 100}[open_slots]  # head, open beside it, what passes, next
     pattern = (
-        rf"{open_slots} open slot.* need {needed:,} bytes .* layer 7 has 1,810 of them.*; the cap is {needed - 1:,}; "
+        rf"{open_slots} open slot.* need {needed:,} bytes .*layer 7 has 1,810 .*; the cap is {needed - 1:,}; raise"
     )
-    with pytest.raises(PlanError, match=pattern + rf"raise it to {needed:,}"):
+    with pytest.raises(PlanError, match=rf"{pattern} it to {needed:,}, or"):
         plan(costs, memory_cap_bytes=needed - 1, **{**settings, "effort": 1e9})
     assert plan(costs, memory_cap_bytes=needed, **settings).peak_bytes <= needed
 

@@ -1,4 +1,4 @@
-"""Weights on their way to a device that has room for few of them: never an error while there is something to send away."""
+"""Weights on their way to a device that has room for few of them: no error while there is something to send away."""
 
 import threading
 

@@ -243,3 +243,17 @@ def test_an_order_in_which_the_runtime_would_wait_in_a_circle_is_refused():
     row[downloads[0]], row[downloads[1]] = row[downloads[1]], row[downloads[0]]
     with pytest.raises(ScheduleError):
         check_waits(schedule.with_devices([row]))
+
+
+def test_where_waiting_for_room_would_close_a_circle_slots_run_in_strict_order():
+    """Device 1 is through with the backward of round 1 before the head of round 0, which others of round 0 wait for."""
+    slots = Slots(forward=(1,), fused=1, backward=(1,))
+    plan = {"devices": 4, "microbatches": 2, "rounds": 2}
+    ready = {**plan, "open_slots": 2, "costs": Costs(forward_s=((9, 1),), backward_s=((18, 2),))}
+    with pytest.raises(ScheduleError, match="a deadlock, each waits for the next: .*DOWNLOAD"):
+        check_waits(slot_schedule(slots, **ready), capped=True)
+    found = slot_schedule(slots, **ready, capped=True)
+    assert found == slot_schedule(slots, **plan)
+    check_waits(found, capped=True)
+    other = {**ready, "costs": Costs.uniform(2)}
+    assert slot_schedule(slots, **other, capped=True) == slot_schedule(slots, **other)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from pipeline import graph as graphs
-from pipeline.actions import Action, Op, Phase
+from pipeline.actions import COMPUTE, Action, Op, Phase
 from pipeline.costs import Costs
+from pipeline.errors import ScheduleError
 from pipeline.graph import Why
 from pipeline.host import with_host
 from pipeline.listing import Listing, boundary
@@ -34,11 +35,13 @@ def slot_schedule(
     staleness: int = 0,
     costs: Costs | None = None,
     open_slots: int = 1,
+    capped: bool = False,
 ) -> Schedule:
     """Return a schedule with transfers and optimizer steps that a `SlotWorker` runs; ready-first where `costs` say so.
 
-    `microbatches` of each of `steps` steps, or a sequence with those of every step. Raises PlanError or ScheduleError
-    for numbers that do not fit.
+    `microbatches` of each of `steps` steps, or a sequence with those of every step. Under a memory cap (`capped`) a
+    device may wait for gradients on their way down, to have room; where a ready-first order would then stand still,
+    slots run in strict order. Raises PlanError or ScheduleError for numbers that do not fit.
     """
     orders = None
     if open_slots > 1:  # within a step: a device ends one before it begins the next
@@ -49,7 +52,12 @@ def slot_schedule(
         devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness,
         order=orders,
     )  # fmt: skip
-    return completed(schedule)
+    schedule = completed(schedule)
+    if not capped or orders is None or _goes_on(schedule):
+        return schedule
+    return slot_schedule(
+        slots, devices=devices, microbatches=microbatches, rounds=rounds, steps=steps, staleness=staleness
+    )
 
 
 @lru_cache(maxsize=64)
@@ -80,13 +88,25 @@ def completed(schedule: Schedule) -> Schedule:
     return schedule
 
 
-def check_waits(schedule: Schedule) -> None:
-    """Raise ScheduleError when what the runtime waits for beside the schedule's own edges makes a circle."""
+def check_waits(schedule: Schedule, *, capped: bool = False) -> None:
+    """Raise ScheduleError when what the runtime waits for beside the schedule's own edges makes a circle.
+
+    With `capped` it also waits for all gradients on their way down before it takes up a micro-batch.
+    """
     graph = graphs.build(schedule)
     before = [list(edges) for edges in graph.before]
-    for i, j in _runtime_edges(graph.listing):
+    for i, j in (*_runtime_edges(graph.listing), *(_room_edges(graph.listing) if capped else ())):
         before[i].append((j, Why.WEIGHTS))
     check_acyclic(replace(graph, before=tuple(map(tuple, before))))
+
+
+def _goes_on(schedule: Schedule) -> bool:
+    """Return whether a schedule that is proved runs under any cap that its slots fit."""
+    try:
+        check_waits(schedule, capped=True)
+    except ScheduleError:
+        return False
+    return True
 
 
 def without_optimizer(schedule: Schedule) -> Schedule:
@@ -105,6 +125,18 @@ def scoring(schedule: Schedule) -> Schedule:
     wanted = {(boundary(schedule, a), a.microbatch) for row in rows for a in row if a.op is Op.GET}
     rows = [[a for a in row if a.op is not Op.PUT or (boundary(schedule, a), a.microbatch) in wanted] for row in rows]
     return schedule.with_devices(rows, name=f"{schedule.name}, forward only")
+
+
+def _room_edges(found: Listing) -> Iterator[tuple[int, int]]:
+    """Pairs (i, j): action i may wait for download j of its device, to have room."""
+    downloads: list[int] = []
+    for i, a in enumerate(found.actions):
+        downloads = [] if found.where[i][1] == 0 else downloads
+        if a.op is Op.DOWNLOAD:
+            downloads.append(i)
+        elif a.op in COMPUTE:
+            yield from ((i, j) for j in downloads)
+            downloads = []  # what comes after i has waited with it
 
 
 def _runtime_edges(found: Listing) -> Iterator[tuple[int, int]]:

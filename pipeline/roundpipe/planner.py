@@ -24,6 +24,8 @@ from pipeline.schedules.roundpipe import Slots, roundpipe
 
 SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 3_600_000_000
 """Simulated operations for looking at every setting, and for the best one: some seconds together."""
+LARGE, LESS = 1_536, 0.2
+"""Layers times micro-batches up to which a search has all of these, and the power by which it has fewer of more."""
 LEAST_SLOTS = 0.26
 """Slots of an evaluation, at least, in layers: the search goes from few large slots to many, and is billed for them."""
 HOT = (0.32, 0.12)
@@ -214,6 +216,7 @@ def plan(
         replace(base, costs=c, rounds=r, open_slots=k) for (r, c), k in product(deals.items(), sorted(set(open_slots)))
     ]
     settings = settings if memory_cap_bytes is None else fitting(settings, memory_cap_bytes)
+    effort *= min(1.0, (LARGE / (costs.num_layers * max(numbers))) ** LESS)
     survey = []
     for problem in settings:
         cuts = even_cuts(problem, STARTS)

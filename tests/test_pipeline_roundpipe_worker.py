@@ -250,10 +250,12 @@ def test_where_waiting_for_room_would_close_a_circle_slots_run_in_strict_order()
     slots = Slots(forward=(1,), fused=1, backward=(1,))
     plan = {"devices": 4, "microbatches": 2, "rounds": 2}
     ready = {**plan, "open_slots": 2, "costs": Costs(forward_s=((9, 1),), backward_s=((18, 2),))}
-    with pytest.raises(ScheduleError, match="a deadlock, each waits for the next: .*DOWNLOAD"):
+    with pytest.raises(ScheduleError, match=r"a deadlock, each waits for the next: .*DOWNLOAD"):
         check_waits(slot_schedule(slots, **ready), capped=True)
     found = slot_schedule(slots, **ready, capped=True)
     assert found == slot_schedule(slots, **plan)
     check_waits(found, capped=True)
-    other = {**ready, "costs": Costs.uniform(2)}
-    assert slot_schedule(slots, **other, capped=True) == slot_schedule(slots, **other)
+    plan = {"devices": 3, "microbatches": 6, "rounds": 2}
+    ready = {"open_slots": 2, "costs": Costs(forward_s=((1,) * 6 + (8,),), backward_s=((2,) * 6 + (16,),))}
+    assert slot_schedule(SLOTS, **plan, **ready, capped=True) == slot_schedule(SLOTS, **plan, **ready)
+    assert slot_schedule(SLOTS, **plan, **ready) != slot_schedule(SLOTS, **plan)

@@ -80,7 +80,7 @@ QUICK = ("three ranks", "open slots, tied", "adapters behind")
 )
 def test_what_is_planned_under_a_cap_runs_under_it_and_what_is_refused_says_what_would_do(case):
     ranks, options = case
-    found = run_ranks(rank_meets_caps, ranks, options, (1.0, 1.01, 1.05, 1.2, 1.5))
+    found = run_ranks(rank_meets_caps, ranks, options, (1.0, 1.03, 1.3))
     ((needed, _),) = {(needed, 0) for needed, _ in found}
     # Not far from what is used: nothing is counted several times.
     assert max(peaks[0] for _, peaks in found) > 0.6 * needed

@@ -24,7 +24,7 @@ from pipeline.schedules.roundpipe import Slots, roundpipe
 
 SURVEY_OPS, SETTLE_OPS = 1_200_000_000, 3_600_000_000
 """Simulated operations for looking at every setting, and for the best one: some seconds together."""
-LARGE, LESS = 1_536, 0.2
+LARGE, LESS = 1_536, 0.25
 """Layers times micro-batches up to which a search has all of these, and the power by which it has fewer of more."""
 LEAST_SLOTS = 0.26
 """Slots of an evaluation, at least, in layers: the search goes from few large slots to many, and is billed for them."""

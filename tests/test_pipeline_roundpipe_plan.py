@@ -385,7 +385,7 @@ def test_the_plan_command(tmp_path):
 def test_the_plan_command_tells_bad_input_from_no_plan(tmp_path):
     costs = tmp_path / "costs.json"
     good = {"forward_s": [1] * 4, "backward_s": [2] * 4, "weight_bytes": 100}
-    for given, words, code, said in (
+    for numbers, words, code, said in (
         (good, ["--memory-cap", "150"], 1, "layer 0 alone needs 200 bytes on a device"),
         (good, ["--memory-cap", "210"], 1, "the cap is 210; cut finer or raise it"),
         (good | {"forward_s": [0] * 4}, [], 2, "costs are positive finite seconds"),
@@ -393,7 +393,7 @@ def test_the_plan_command_tells_bad_input_from_no_plan(tmp_path):
         ({"forward_s": [1], "backward_s": [2]}, [], 2, "the costs are of one layer"),
         ({}, [], 2, "cannot read costs"),
     ):
-        costs.write_text(json.dumps(given))
+        costs.write_text(json.dumps(numbers))
         done = CliRunner().invoke(app, ["plan", "--costs", str(costs), "--ranks", "2", "--effort", "0.01", *words])
         assert done.exit_code == code, done.output
         assert said in done.output

@@ -31,8 +31,9 @@ class Message:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an error of a connection says, on one line, without the line of gloo's source that says it."""
-    return re.sub(r"\[\S+\.(?:cc|cpp|h):\d+\] ", "", " ".join(str(error).split()))[:200]
+    """Return what an error of a connection says, on one line, without the line of gloo's source and its advice."""
+    text = re.sub(r"\[\S+\.(?:cc|cpp|h):\d+\] ", "", " ".join(str(error).split()))
+    return text.partition(". This ")[0][:200]
 
 
 class Transport(Protocol):

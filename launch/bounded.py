@@ -11,6 +11,7 @@ from torch import Tensor
 
 from launch.errors import KNOWN_ERRORS
 from pipeline.errors import WatchdogError
+from pipeline.transport.base import reason_of
 
 
 def all_reduce(
@@ -56,6 +57,5 @@ def _lost(what: str, timeout_s: float, error: RuntimeError, group: dist.ProcessG
     others = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
     who = f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {others}"
     return WatchdogError(
-        f"{what}: {who} is gone, stopped, hangs, or is later than {timeout_s:g} s: see its output "
-        f"({' '.join(str(error).split())[:200]})"
+        f"{what}: {who} is gone, stopped, hangs, or is later than {timeout_s:g} s: see its output ({reason_of(error)})"
     )

@@ -30,8 +30,9 @@ _COLOURS = {"ok": "green", "note": "yellow", "failed": "red"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and print them; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="python -m launch.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will go; by default runs")
     args = parser.parse_args(argv)

@@ -26,6 +26,7 @@ from pipeline.config import PipelineConfig
 from pipeline.errors import WatchdogError
 from pipeline.runtime import PipelineRuntime
 from pipeline.transport import Transport
+from pipeline.transport.base import reason_of
 from pipeline.trimmed import forward_only
 
 
@@ -183,8 +184,7 @@ class PipelineRunner:
         except RuntimeError as error:
             where = self._where(f"adding up the gradient of {name} with rank {peer}")
             raise WatchdogError(
-                f"{where}: rank {peer} is gone, or did nothing for {self._config.timeout_s:g} s: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{where}: rank {peer} is gone, or did nothing for {self._config.timeout_s:g} s: {reason_of(error)}"
             ) from error
 
     def _over_ranks(self, loss: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -20,6 +22,11 @@ from launch.files import write_json
 from moe.errors import MoeError
 from pipeline.errors import PipelineError
 
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: --([^\s=]+)|Option '(\S+)' is not accepted|Group '(\S+)' does not accept option '(\S+)'"
+)
+"""How jsonargparse names what it does not know: a flag, a key of a recipe, a key of one of its sections."""
+
 
 def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> FinetuneConfig:
     """Return the job that a command line describes; flags override the recipe.
@@ -28,7 +35,7 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
     """
     # Process-wide in jsonargparse, and harmless: the strings under the fields become the help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A recipe: a YAML file of the settings below.")
     parser.add_class_arguments(FinetuneConfig)
     try:
@@ -38,7 +45,15 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
         return FinetuneConfig(**{entry.name: values[entry.name] for entry in fields(FinetuneConfig)})
     except (ArgumentError, ChunkflowError, MoeError, PipelineError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
-        raise ConfigError(f"{text}; see --help for the settings") from error
+        raise ConfigError(f"{text}; {_nearest(text)}see --help for the settings") from error
+
+
+def _nearest(text: str) -> str:
+    """Return a question for the setting that is meant, where an error of the parser names one that it does not know."""
+    found = _UNKNOWN.search(text)
+    given = ".".join(part for part in found.groups() if part) if found else ""
+    near = get_close_matches(given, flatten_config(FinetuneConfig()), n=1, cutoff=0.75)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _check_filled(section: type, values: Namespace, prefix: str = "") -> None:

@@ -27,8 +27,9 @@ from launch.summary import summarize
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report of a run folder; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="python -m launch.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("folder", type=Path, help="the folder of a run, as in run.folder")
     parser.add_argument("--output", type=Path, help="where to write; by default report.html in that folder")
     args = parser.parse_args(argv)

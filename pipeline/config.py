@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from pipeline.errors import PlanError
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zbv", "state_aware_1f1b", "roundpipe"]
+
+_OF_ROUNDPIPE = {
+    "rounds": "passes the micro-batches of a step once",
+    "open_slots": "has stages, not slots",
+    "microbatches": "takes no host memory for them ahead",
+    "staleness": "ends every step before the next",
+    "device_memory_bytes": "keeps no cap",
+}
+"""Settings that only roundpipe reads, and why no other schedule does."""
+_OF_OTHERS = {"stages": "plans its slots from the layers", "recompute": "always recomputes"}
+"""Settings that roundpipe alone does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +57,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise PlanError(f"pipeline.ranks is {self.ranks}; it must be at least 1")
-        if self.schedule == "roundpipe" and self.stages is not None:
-            raise PlanError(
-                f"pipeline.stages is {self.stages}, and roundpipe plans its slots from the layers; leave it out"
-            )
+        self._refuse_unread()
         if self.stages is not None and (self.stages < 1 or self.stages % self.ranks):
             raise PlanError(f"pipeline.stages is {self.stages}; it must be a multiple of pipeline.ranks, {self.ranks}")
         if self.stages is not None and self.stages != self.num_stages:
@@ -62,17 +71,19 @@ class PipelineConfig:
                 raise PlanError(f"pipeline.{name} is {value}; it must be at least 1")
         if self.staleness not in (0, 1):
             raise PlanError(f"pipeline.staleness is {self.staleness}; it must be 0 or 1")
-        if self.staleness and self.schedule != "roundpipe":
-            raise PlanError(
-                f"pipeline.staleness is 1, and {self.schedule} ends every step before the next; use roundpipe"
-            )
-        if self.device_memory_bytes is not None and self.schedule != "roundpipe":
-            raise PlanError(
-                f"pipeline.device_memory_bytes is {self.device_memory_bytes}, and {self.schedule} keeps no cap; use "
-                "roundpipe, or leave it out"
-            )
         if not self.timeout_s > 0:
             raise PlanError(f"pipeline.timeout_s is {self.timeout_s}; it must be more than 0")
+
+    def _refuse_unread(self) -> None:
+        streams = self.schedule == "roundpipe"
+        unread, other = (_OF_OTHERS, "another schedule") if streams else (_OF_ROUNDPIPE, "roundpipe")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in unread and value != field.default:
+                raise PlanError(
+                    f"pipeline.{field.name} is {json.dumps(value)}, and {self.schedule} {unread[field.name]}; leave it "
+                    f"out, or use {other}"
+                )
 
     @property
     def num_stages(self) -> int:

@@ -93,21 +93,24 @@ def _check_event(event: Any, which: str) -> None:
         raise PlanError(f"{which} has {key} {str(event[key])[:60]}; rank and times are numbers, lane and name strings")
 
 
-def gantt_svg(results: Iterable[Result], *, width: int = 1200) -> str:
-    """Compute actions of one or more simulations, one below the other on one scale of time; hover for the action."""
+def gantt_svg(results: Iterable[Result], *, width: int = 1200, unit: str = "s") -> str:
+    """Compute actions of one or more simulations, one below the other on one scale of time; hover for the action.
+
+    `unit` is that of the costs.
+    """
     results = list(results)
     longest = max((r.makespan_s for r in results), default=0.0) or 1.0
     scale = (width - 60) / longest
     parts: list[str] = []
     y = 0
     for result in results:
-        bubble = f"makespan {result.makespan_s:.6g} s, bubble {100 * result.bubble.total:.2f}%"
+        bubble = f"makespan {result.makespan_s:.6g} {unit}, bubble {100 * result.bubble.total:.2f}%"
         parts.append(f'<text x="4" y="{y + 15}" font-weight="bold">{escape(result.name)}: {bubble}</text>')
         y += 22
         for device in range(len(result.peak_bytes)):
             parts.append(f'<text x="4" y="{y + 15}">{device}</text>')
             spans = [s for s in result.spans if s.device == device and s.action.op in COMPUTE]
-            parts += [_bar(s, y, scale) for s in spans]
+            parts += [_bar(s, y, scale, unit) for s in spans]
             y += 24
         y += 10
     style = "<style>text{font:12px sans-serif}rect{stroke:#444;stroke-width:.4}</style>"
@@ -115,9 +118,9 @@ def gantt_svg(results: Iterable[Result], *, width: int = 1200) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}">{style}\n{body}\n</svg>\n'
 
 
-def _bar(span: Span, y: int, scale: float) -> str:
+def _bar(span: Span, y: int, scale: float, unit: str) -> str:
     x, w = 50 + span.start_s * scale, max((span.end_s - span.start_s) * scale, 0.1)
-    title = f"<title>{span.action.label} {span.start_s:.6g} to {span.end_s:.6g} s</title>"
+    title = f"<title>{span.action.label} {span.start_s:.6g} to {span.end_s:.6g} {unit}</title>"
     box = f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="20" fill="{_COLOURS[span.action.op]}">{title}</rect>'
     room = w > 7 * len(str(span.action.microbatch))
     return box + (

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from pipeline import graph as graphs
 from pipeline.actions import COMPUTE, FORWARD, Op, Phase
+from pipeline.cap import over_cap
 from pipeline.costs import Costs
 from pipeline.errors import ScheduleError
 from pipeline.graph import Graph
@@ -45,7 +46,9 @@ def validate(schedule: Schedule, *, costs: Costs | None = None, memory_cap_bytes
     _check_groups(found)
     check_acyclic(graph)
     if costs is not None and memory_cap_bytes is not None:
-        _check_cap(found, costs, memory_cap_bytes)
+        over = over_cap(found, costs, simulate(schedule, costs), memory_cap_bytes)
+        if over is not None:
+            raise found.fail(over.action, over.text)
 
 
 def _check_tiling(found: Listing) -> None:
@@ -183,17 +186,3 @@ def _check_groups(found: Listing) -> None:
             free = found.local.get((device, Op.FREE, action.stage, action.microbatch), [])
             if len(free) != 1 or free[0] < i:
                 raise found.fail(i, f"ends group {unit.group}; one FREE of it has to follow, there are {len(free)}")
-
-
-def _check_cap(found: Listing, costs: Costs, memory_cap_bytes: float) -> None:
-    result = simulate(found.schedule, costs)
-    for device, peak in enumerate(result.peak_bytes):
-        if peak > memory_cap_bytes:
-            at = next(t for t, level in result.memory[device] if level == peak)
-            mine = [i for i, s in enumerate(result.spans) if s.device == device and s.action.op in COMPUTE]
-            i = max((i for i in mine if result.spans[i].start_s <= at), default=mine[0])
-            raise found.fail(
-                i,
-                f"{peak:.0f} bytes are on device {device} by now; the cap is {memory_cap_bytes:.0f}. Recompute "
-                "activations, use shorter micro-batches, or more stages",
-            )

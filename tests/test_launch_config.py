@@ -2,6 +2,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from launch import doctor, report
 from launch.config import FinetuneConfig
 from launch.errors import ConfigError
 from launch.recipe import flatten_config, read_config, record_config, require_agreement
@@ -83,6 +84,24 @@ def test_help_says_what_every_setting_means(capsys):
         (["--optimizer.lr", "fast"], "optimizer.lr"),
         (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--pipeline.rank", "2"], "--pipeline.rank 2; did you mean pipeline.ranks?"),
+        (["--fres", "true"], "--fres true; did you mean fresh?"),
+        (
+            ["--pipeline.rounds", "2"],
+            "rounds is 2, and state_aware_1f1b passes the micro-batches of a step once",
+        ),
+        (
+            ["--pipeline.open_slots", "null"],
+            "open_slots is null, and state_aware_1f1b has stages, not slots; leave",
+        ),
+        (
+            ["--pipeline.microbatches", "3"],
+            "microbatches is 3, and state_aware_1f1b takes no host memory for them",
+        ),
+        (
+            ["--pipeline.schedule", "roundpipe", "--pipeline.recompute", "true"],
+            "pipeline.recompute is true, and roundpipe always recomputes; leave it out, or use another schedule",
+        ),
     ],
 )
 def test_a_bad_setting_is_one_line_that_names_it(argv, text):
@@ -95,8 +114,16 @@ def test_a_bad_setting_is_one_line_that_names_it(argv, text):
 def test_an_unknown_key_of_a_recipe_is_refused(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("chunks:\n  chunk_token: 3\n")
-    with pytest.raises(ConfigError, match="chunk_token"):
+    with pytest.raises(ConfigError, match=r"chunk_token'; did you mean chunks\.chunk_tokens\?"):
         read("--config", str(recipe))
+
+
+@pytest.mark.parametrize("command", [report.main, doctor.main])
+def test_the_other_commands_complete_no_option_either(command, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        command(["--jso", "--outp", "x", "folder"])
+    assert leaving.value.code == 2
+    assert "unrecognized arguments: --jso --outp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_job_by_one_setting(tmp_path, flags):
             "roundpipe plans its slots from the layers; leave",
         ),
         (["--pipeline.stages", "4", "--pipeline.ranks", "2"], "roundpipe plans its slots from the layers; leave"),
-        (["--pipeline.schedule", "1f1b", "--pipeline.device_memory_bytes", "9"], "1f1b keeps no cap; use roundpipe"),
+        (["--pipeline.schedule", "1f1b", "--pipeline.device_memory_bytes", "9"], "1f1b keeps no cap; leave it out"),
         (["--pipeline.rounds", "0"], "rounds is 0; it must be at least 1"),
         (["--pipeline.device_memory_bytes", "0"], "pipeline.device_memory_bytes is 0; it must be at least 1"),
         (["--lora.rank", "0"], "lora.rank is 0; it must be at least 1, or null"),

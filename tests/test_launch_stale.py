@@ -112,7 +112,7 @@ def test_the_runs_of_steps_depend_on_settings_and_the_step_alone():
     ("flags", "expected"),
     [
         ({"pipeline.staleness": 2}, "pipeline.staleness is 2; it must be 0 or 1"),
-        ({"pipeline.schedule": "1f1b"}, "staleness is 1, and 1f1b ends every step before the next; use roundpipe"),
+        ({"pipeline.schedule": "1f1b"}, "staleness is 1, and 1f1b ends every step before the next; leave it out"),
     ],
 )
 def test_bad_settings_are_told_by_their_names(flags, expected):

@@ -66,7 +66,7 @@ def test_simulate_gives_the_golden_value():
 def test_simulate_exits_1_over_the_cap_and_2_on_bad_input(costs_file, tmp_path):
     call("simulate", "gpipe", "--ranks", 2, "--costs", costs_file, "--memory-cap", "1KiB")
     over = call("simulate", "gpipe", "--ranks", 2, "--costs", costs_file, "--memory-cap", "60", exit_code=1)
-    assert "the cap is 60" in over
+    assert "240 bytes are on device 0, and the cap is 60: 180 too many. Recompute activations" in over
     assert "<-- here, device 0" in over
     assert "there is no schedule 'nosuch'" in call("simulate", "nosuch", exit_code=2)
     for cap in ("much", "1.2.3", "1e999", "nan"):
@@ -74,6 +74,55 @@ def test_simulate_exits_1_over_the_cap_and_2_on_bad_input(costs_file, tmp_path):
     assert "cannot read costs" in call("simulate", "1f1b", "--costs", tmp_path / "none.json", exit_code=2)
     assert "a multiple of 4" in call("simulate", "interleaved", "--stages", 6, exit_code=2)
     assert "5 layers do not fill 8 stages" in call("simulate", "1f1b", "--ranks", 8, "--costs", costs_file, exit_code=2)
+
+
+def test_over_the_cap_there_is_json_too(costs_file):
+    words = ("simulate", "gpipe", "--ranks", 2, "--costs", costs_file, "--json", "--memory-cap")
+    over = CliRunner().invoke(app, [*map(str, words), "60"])
+    assert over.exit_code == 1
+    found = json.loads(over.stdout)
+    assert (found["peak_bytes"], found["memory_cap"], found["over_cap"]) == ([240, 160], 60, True)
+    assert found["reason"].startswith("240 bytes are on device 0, and the cap is 60")
+    within = json.loads(call(*words, 240))
+    assert (within["memory_cap"], within["over_cap"], within["reason"]) == (240, False, None)
+    said = call(
+        "simulate", "gpipe", "--ranks", 2, "--costs", costs_file, "--recompute", "--memory-cap", 10, exit_code=1
+    )
+    assert "Nothing is left to recompute: use shorter micro-batches, more ranks, or roundpipe" in said
+
+
+def test_times_have_the_unit_of_the_costs(costs_file, tmp_path):
+    for words, unit in ((("--costs", costs_file), "s"), ((), "units")):
+        for command in (("simulate", "1f1b"), ("compare",)):
+            svg = tmp_path / "a.svg"
+            assert f"makespan ({unit})" in call(*command, "--ranks", 2, *words, "--svg", svg)
+            assert re.search(rf"makespan \d+ {unit},", svg.read_text())
+            assert json.loads(call(*command, "--ranks", 2, *words, "--json"))["unit"] == unit
+
+
+def test_a_file_is_what_it_is(tmp_path, costs_file):
+    """Settings that it has are taken as said, others refused."""
+    path = tmp_path / "two.json"
+    path.write_text(call("show", "1f1b", "--ranks", 2, "--microbatches", 3, "--form", "json"))
+    same = ("--ranks", 2, "--microbatches", 3, "--stages", 2, "--rounds", 1)
+    assert call("simulate", path, *same) == call("simulate", path)
+    for command in (("show",), ("simulate",), ("trace", "--out", tmp_path / "trace.json")):
+        for words, said in (
+            (("--ranks", 4), f"{path} has 2 ranks, and --ranks is 4; leave it out"),
+            (("--microbatches", 4), "has 3 microbatches, and --microbatches is 4"),
+            (("--stages", 4), "has 2 stages, and --stages is 4"),
+            (("--rounds", 2), "has 1 rounds, and --rounds is 2"),
+            (("--open-slots", 2), "has its actions already, and --open-slots changes none"),
+            (("--recompute",), "has its actions already, and --recompute changes none"),
+        ):
+            assert said in call(*command, path, *words, exit_code=2)
+    assert "has 2 layers, and the costs are of 5" in call("simulate", path, "--costs", costs_file, exit_code=2)
+    said = call("show", path, "--costs", costs_file, exit_code=2)
+    assert "cut already" in " ".join(said.replace("│", " ").split())
+
+
+def test_an_option_is_not_completed_and_the_nearest_is_named():
+    assert "--ranks" in call("show", "1f1b", "--rank", 3, exit_code=2)
 
 
 @pytest.mark.parametrize("command", ["show", "simulate"])
@@ -148,6 +197,7 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path, costs_file):
     for words in (("simulate", "1f1b", "--ranks", 2), ("compare", "--ranks", 2), ("plan", "--ranks", 2)):
         said = call(*words, "--costs", bare, "--memory-cap", "1GiB", exit_code=2)
         assert "weight_bytes or activation_bytes" in " ".join(said.replace("│", " ").split())
+    assert "roundpipe always recomputes" in call("show", "roundpipe", "--recompute", exit_code=2)
     for command in ("compare", "plan"):
         said = call(command, "--costs", costs_file, "--layers", 7, exit_code=2)
         assert "those of --costs" in " ".join(said.split())
@@ -157,7 +207,8 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path, costs_file):
 def test_compare_where_nothing_fits_or_costs_anything(tmp_path, costs_file):
     said = call("compare", "--ranks", 2, "--costs", costs_file, "--memory-cap", 1, exit_code=1)
     assert "makespan" not in said
-    assert said.count("the cap is 1") == len(SCHEDULES)
+    assert said.count("the cap is 1:") == len(SCHEDULES)
+    assert said.count("gpipe") == 1
     free = tmp_path / "free.json"
     free.write_text(json.dumps({"forward_s": [0] * 4, "backward_s": [0] * 4}))
     assert "makespan" in call("compare", "--ranks", 2, "--costs", free)

@@ -380,8 +380,24 @@ def test_the_plan_command(tmp_path):
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
     again = RoundPipePlan.from_json(found)
     assert again.num_devices == 2
-    refused = CliRunner().invoke(app, ["plan", "--costs", str(tmp_path / "none.json")])
-    assert refused.exit_code == 2
+
+
+def test_the_plan_command_tells_bad_input_from_no_plan(tmp_path):
+    costs = tmp_path / "costs.json"
+    good = {"forward_s": [1] * 4, "backward_s": [2] * 4, "weight_bytes": 100}
+    for numbers, words, code, said in (
+        (good, ["--memory-cap", "150"], 1, "layer 0 alone needs 200 bytes on a device"),
+        (good, ["--memory-cap", "210"], 1, "the cap is 210; cut finer or raise it"),
+        (good | {"forward_s": [0] * 4}, [], 2, "costs are positive finite seconds"),
+        (good | {"boundary_bytes": [1, 2]}, [], 2, "boundary_bytes of the costs is of 2 micro-batches; 8 were asked"),
+        ({"forward_s": [1], "backward_s": [2]}, [], 2, "the costs are of one layer"),
+        ({}, [], 2, "cannot read costs"),
+    ):
+        costs.write_text(json.dumps(numbers))
+        done = CliRunner().invoke(app, ["plan", "--costs", str(costs), "--ranks", "2", "--effort", "0.01", *words])
+        assert done.exit_code == code, done.output
+        assert said in done.output
+        assert len(done.output.splitlines()) == 1
 
 
 def test_bytes_that_are_no_machine_integer_are_counted():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.actions import Action, Op, Phase
 from pipeline.comms import complete
@@ -219,3 +220,14 @@ def test_an_input_that_is_changed_cannot_be_run_again():
         PipelineError, match=r"changes its input in place \(micro-batch 4\), so it cannot run forward again"
     ):
         stage.forward(torch.ones(2), mb=4, group=None, index=0, keep=False)
+
+
+def test_a_recompute_changes_buffers_again_as_torchs_own_does():
+    ours, theirs = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    x = torch.randn(5, 3)
+    stage = GraphStage(lambda _, mb: ours(x).square().sum(), input_grad=False)
+    stage.forward(None, mb=0, group=None, index=0, keep=False)
+    stage.backward(0, None)
+    checkpoint(lambda x: theirs(x).square().sum(), x.requires_grad_(), use_reentrant=False).backward()
+    assert int(ours.num_batches_tracked) == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))

@@ -219,9 +219,23 @@ def test_peak_bytes_are_held_to_the_cap():
     costs = Costs.uniform(4, activation_bytes=((100,),), boundary_bytes=(1,))
     schedule = SCHEDULES["gpipe"](devices=4, microbatches=8)
     validate(schedule, costs=costs, memory_cap_bytes=800)
-    with pytest.raises(ScheduleError, match=r"0F7: 800 bytes are on device 0 by now; the cap is 799"):
+    with pytest.raises(
+        ScheduleError, match=r"0F7: 800 bytes are on device 0, and the cap is 799: 1 too many\. Recompute activations"
+    ):
         validate(schedule, costs=costs, memory_cap_bytes=799)
     validate(with_recompute(schedule), costs=costs, memory_cap_bytes=110)
+    with pytest.raises(
+        ScheduleError, match=r"\d too many\. Nothing is left to recompute: .*, more ranks, or roundpipe"
+    ):
+        validate(with_recompute(schedule), costs=costs, memory_cap_bytes=97)
+    heavy = Costs.uniform(4, activation_bytes=((100,),), weight_bytes=(500,))
+    with pytest.raises(
+        ScheduleError, match=r"801 too many\. Of these 1,000 are there all the time, .*: use more ranks"
+    ):
+        validate(with_recompute(schedule), costs=heavy, memory_cap_bytes=299)
+    slots = complete(SCHEDULES["roundpipe"](devices=2, microbatches=4))
+    with pytest.raises(ScheduleError, match="or slots of fewer layers: `python -m pipeline plan`"):
+        validate(slots, costs=Costs.uniform(slots.num_layers, weight_bytes=(500,)), memory_cap_bytes=299)
 
 
 def test_frozen_layers_need_no_backward():

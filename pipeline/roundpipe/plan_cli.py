@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-import typer
-
 from pipeline.costs import Costs
+from pipeline.errors import PlanError
 from pipeline.roundpipe.planner import RoundPipePlan, plan
 from pipeline.roundpipe.slots import LayerCosts
 
 
-def print_plan(
-    costs: Costs,
+def layers_of(costs: Costs, microbatches: int) -> LayerCosts:
+    """Return what the planner takes of costs. Raises PlanError for costs that it cannot plan."""
+    costs.check_microbatches(microbatches)
+    if costs.num_layers < 2:
+        raise PlanError("the costs are of one layer; give a number for each of the layers, the head the last of them")
+    return LayerCosts.of(costs)
+
+
+def find_plan(
+    costs: LayerCosts,
     *,
     devices: int,
     microbatches: Sequence[int],
     memory_cap_bytes: float | None,
     effort: float,
-    as_json: bool,
-) -> None:
-    """Plan and print, as text or JSON. The costs are of the first number of `microbatches`, the others are tried too.
+) -> RoundPipePlan:
+    """Search. The costs are of the first number of `microbatches`, the others are tried too.
 
     Raises PlanError where nothing fits.
     """
-    costs.check_microbatches(microbatches[0])
-    found = plan(
-        LayerCosts.of(costs),
+    return plan(
+        costs,
         num_devices=devices,
         num_microbatches=microbatches,
         num_rounds=(1, 2, 4),
         memory_cap_bytes=None if memory_cap_bytes is None else int(memory_cap_bytes),
         effort=effort,
     )
-    if as_json:
-        typer.echo(json.dumps(found.to_json()))
-        return
-    typer.echo(as_text(found))
-    if len(costs.forward_s) > 1 or len(costs.backward_s) > 1:
-        typer.echo(
-            "- the costs of micro-batches differ: this is the plan of as many with their mean seconds, most bytes"
-        )
 
 
-def as_text(found: RoundPipePlan) -> str:
-    """Return the plan in words: what runs, what it costs, why."""
+def as_text(found: RoundPipePlan, costs: Costs) -> str:
+    """Return the plan in words: what runs, what it costs, why. `costs` are those it was planned by."""
     cut = found.partition
     lines = [
         f"{found.num_devices} devices, {sum(found.rounds)} micro-batches in rounds of {list(found.rounds)}, "
@@ -57,4 +53,8 @@ def as_text(found: RoundPipePlan) -> str:
         + (f", {found.peak_bytes:,} bytes a device" if found.peak_bytes else ""),
         *(f"- {reason}" for reason in found.reasons),
     ]
+    if len(costs.forward_s) > 1 or len(costs.backward_s) > 1:
+        lines.append(
+            "- the costs of micro-batches differ: this is the plan of as many with their mean seconds, most bytes"
+        )
     return "\n".join(lines)

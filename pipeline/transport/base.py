@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -27,6 +28,12 @@ class Message:
     def __str__(self) -> str:
         what = "activation" if self.phase is Phase.F else "gradient"
         return f"{what} of micro-batch {self.microbatch} for stage {self.stage}, step {self.step}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error of a connection says, on one line, without the line of gloo's source and its advice."""
+    text = re.sub(r"\[\S+\.(?:cc|cpp|h):\d+\] ", "", " ".join(str(error).split()))
+    return text.partition(". This ")[0][:200]
 
 
 class Transport(Protocol):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import ScheduleError, WatchdogError
-from pipeline.transport.base import Mailbox, Message
+from pipeline.transport.base import Mailbox, Message, reason_of
 from pipeline.transport.wire import HEADER_WORDS, decode, encode, encode_abort
 
 # A wait that times out inside gloo breaks the whole group, so threads wait (almost) without end and the rank's own
@@ -118,7 +118,7 @@ class GroupTransport:
             self._mailbox.put(message, payload.to(self._device))
 
     def _failer(self, peer: int) -> Callable[[Exception], None]:
-        return lambda error: self._mailbox.fail(peer, f"is gone ({' '.join(str(error).split())[:200]})")
+        return lambda error: self._mailbox.fail(peer, f"is gone ({reason_of(error)})")
 
 
 class _Link:
@@ -166,7 +166,7 @@ class _Link:
             except Exception as error:  # noqa: BLE001  (whatever it is, the rank's own thread raises it)
                 self._failed(error)
                 with self._done:
-                    self.error = " ".join(str(error).split())[:200]
+                    self.error = reason_of(error)
                     self._done.notify_all()
                 return  # the items left stay pending, and `end` names them
             with self._done:

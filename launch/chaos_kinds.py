@@ -132,9 +132,15 @@ class Kind:
     """How many have to be there."""
 
 
+_GIVES_UP = (
+    "is gone, stopped, hangs", "is gone or stopped", "is gone, stopped or hangs", "nothing came within",
+    "did nothing for", "did not report", "did not answer",
+)  # fmt: skip
+"""Any of these is in what a rank says of one that is stopped, wherever it waits for it."""
+
 KINDS = {
     "kill": Kind(kill, ("(exitcode: -9)",)),
-    "stop": Kind(stop, ("is gone, stopped, hangs", "is gone or stopped", "did not report", "did not answer")),
+    "stop": Kind(stop, _GIVES_UP),
     "full-disk": Kind(full_disk, ("No space left on device", "File too large")),
     "corrupt": Kind(corrupt, ("Skipped ",), checkpoints=2),
     SHRINK: Kind(shrink, ("Resuming after step",), checkpoints=1),

@@ -152,14 +152,14 @@ def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resum
     """Export the model and sum the run up. Every rank calls."""
     from launch.report import write_report  # draws; nearly a second to import, and no start waits for it
 
-    peak = max(job.world.board.gather("peak memory", job.memory.resident_bytes()))
+    told = job.world.board.gather("peak memory", job.memory.resident_bytes(), timeout_s=job.patience_s)
     if not job.write_model(folder.model):
         return
     summary = summarize(
         read_metrics(folder.metrics),
         steps=job.state.step,
         resumed_from=resumed_from,
-        peak_memory_bytes=peak,
+        peak_memory_bytes=max(told),
         checkpoint=saver.path,
         model=folder.model.absolute(),
     )

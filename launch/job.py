@@ -121,7 +121,9 @@ class Job:
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
         config, tokenizer, device = self.config, self.data.tokenizer, self.world.device
-        return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
+        where = f"rank {self.world.rank}, step {self.state.step}, gathering the model"
+        with lost_rank_told(where, self.patience_s):
+            return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
 
     def write_model(self, folder: Path) -> bool:
         """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""

@@ -4,18 +4,26 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from checkpointing import Checkpointer, KeepLast
 from chunkflow import SINGLE, ChunkLoader, ChunkRunner, MemorySource
 from chunkflow.reference import float64_throughout
 from launch import TrainState
+from launch.board import Board
 from launch.config import FinetuneConfig, OptimizerConfig
-from launch.errors import ConfigError
+from launch.env import World
+from launch.errors import ConfigError, WorldError
+from launch.files import RunFolder
+from launch.finetune import finish
+from launch.job import prepare
 from launch.mesh import make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
@@ -24,6 +32,7 @@ from launch.pipeline_parts import cut
 from launch.pipeline_runner import PipelineRunner
 from launch.recipe import read_config
 from pipeline.config import PipelineConfig
+from pipeline.errors import WatchdogError
 from pipeline.transport import GroupTransport
 from tests.launch_jobs import kill_job, run_job, settings, start, wait_for_step, workers, write_corpus
 from tests.spawn import ROOT, run_ranks
@@ -140,6 +149,33 @@ def test_a_stage_that_stops_ends_the_job(place):
         for rank in workers(job):
             os.kill(rank, signal.SIGCONT)
         kill_job(job)
+
+
+def rank_ends(info, store, flags):
+    """The last rank leaves when there is nothing to train any more; what the others say of it."""
+    board = Board(dist.FileStore(store, info.world_size), rank=info.rank, world_size=info.world_size, timeout_s=20)
+    config = read_config(flags, prog="x", description="")
+    job = prepare(config, World(info.rank, info.world_size, torch.device("cpu"), board))
+    if info.rank == info.world_size - 1:
+        dist.destroy_process_group()
+        return "", ""
+    job = replace(job, config=replace(config, run=replace(config.run, timeout_s=1)))
+    with pytest.raises(WorldError) as silent:
+        finish(job, RunFolder(Path(store)), None, Console(quiet=True), resumed_from=None)
+    with pytest.raises(WatchdogError) as lost:
+        job.whole_model()
+    return str(silent.value), str(lost.value)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "roundpipe"])
+def test_a_rank_that_is_lost_behind_the_last_step_is_told(place, schedule):
+    flags = settings(
+        place / "corpus", place / "unused", pipeline__schedule=schedule, pipeline__ranks=2,
+        chunks__chunk_tokens=128, data__long_files=[], data__max_file_bytes=120,
+    )  # fmt: skip
+    told, _ = run_ranks(rank_ends, 2, str(place / f"store-{schedule}"), flags)
+    assert told[0].startswith("rank 1 did not answer about 'peak memory' within 1 s")
+    assert told[1].startswith("rank 0, step 0, gathering the model: rank 1 is gone, stopped, hangs")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,25 @@ T = TypeVar("T")
 
 
 class Board:
-    """A place where every rank leaves one answer a question. All ranks ask the same questions in the same order."""
+    """A place where every rank leaves one answer a question. All ranks ask the same questions in the same order.
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, timeout_s: float) -> None:
+    `kept` is a store that ranks find again which torchrun starts in the place of these; None where there is none.
+    """
+
+    def __init__(
+        self, store: Store, *, rank: int, world_size: int, timeout_s: float, kept: Store | None = None
+    ) -> None:
         self.rank, self.world_size, self._timeout_s = rank, world_size, timeout_s
-        self._store, self._asked = store, 0
+        self._store, self._asked, self._kept = store, 0, kept
+
+    def note(self, fact: str) -> None:
+        """Write a fact down for the ranks of this start of the job and of later ones, as far as there is a place."""
+        if self._kept is not None:
+            self._kept.set(f"noted/{fact}", "yes")
+
+    def noted(self, fact: str) -> bool | None:
+        """Return whether a fact was written down in any start of the job; None where that is not kept."""
+        return None if self._kept is None else self._kept.check([f"noted/{fact}"])
 
     def gather(self, topic: str, answer: Any, *, timeout_s: float | None = None) -> list[Any]:
         """Return the answers of all ranks, by rank. Raises WorldError naming a rank that does not answer in time."""

@@ -12,6 +12,9 @@ from launch.env import World
 from launch.errors import FolderError, FolderInUseError
 from launch.files import RunFolder
 
+STARTED_OVER = "started over"
+"""What is noted once an earlier run is out of the way: a start of the ranks behind that resumes."""
+
 
 @contextmanager
 def claimed(folder: RunFolder, world: World, *, fresh: bool) -> Iterator[Path | None]:
@@ -27,7 +30,11 @@ def claimed(folder: RunFolder, world: World, *, fresh: bool) -> Iterator[Path | 
                 return None
             with _writing(folder):
                 held.enter_context(_locked(folder))
-                return folder.move_aside() if fresh else None
+                if not fresh:
+                    return None
+                aside = folder.move_aside()
+                world.board.note(STARTED_OVER)
+                return aside
 
         yield world.board.together("claim", claim)
 

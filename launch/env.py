@@ -37,6 +37,8 @@ class Processes:
     """How often torchrun has started the job again after a failure."""
     launched: bool = False
     """Started by torchrun, or by something that sets the same variables."""
+    keeps_store: bool = False
+    """The job's store is torchrun's own, and outlives the ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,11 @@ def read_processes(environ: Mapping[str, str] = os.environ) -> Processes:
         raise WorldError(f"a variable of torchrun is no whole number ({error}); start it with torchrun") from error
     if not 0 <= rank < world_size:
         raise WorldError(f"RANK is {rank} and WORLD_SIZE is {world_size}; start it with torchrun")
-    return Processes(rank=rank, world_size=world_size, local_rank=local_rank, restarts=restarts, launched=True)
+    keeps_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return Processes(
+        rank=rank, world_size=world_size, local_rank=local_rank, restarts=restarts, launched=True,
+        keeps_store=keeps_store,
+    )  # fmt: skip
 
 
 def end_with_launcher(processes: Processes) -> None:
@@ -85,7 +91,9 @@ def end_with_parent() -> None:
 @contextmanager
 def joined(processes: Processes, *, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """Connect to the other ranks as the default process group, and leave it at the end. Every rank calls."""
-    store = _meet(processes, timeout_s)
+    kept = _meet(processes, timeout_s)
+    # torchrun keeps its store when it starts the ranks again, with addresses and answers of ranks that are gone.
+    store = PrefixStore(f"attempt/{processes.restarts}", kept)
     device = choose_device(processes.local_rank)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
@@ -94,7 +102,10 @@ def joined(processes: Processes, *, timeout_s: float = TIMEOUT_S) -> Iterator[Wo
         world_size=processes.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    board = Board(store, rank=processes.rank, world_size=processes.world_size, timeout_s=timeout_s)
+    board = Board(
+        store, rank=processes.rank, world_size=processes.world_size, timeout_s=timeout_s,
+        kept=kept if processes.keeps_store else None,
+    )  # fmt: skip
     try:
         yield World(processes.rank, processes.world_size, device, board)
     finally:
@@ -129,5 +140,4 @@ def _meet(processes: Processes, timeout_s: float) -> Store:
         )
     except (dist.DistError, ValueError) as error:
         raise WorldError(f"the job's store could not be reached within {timeout_s:g} s: {error}") from error
-    # torchrun keeps its store when it starts the ranks again, with addresses and answers of ranks that are gone.
-    return PrefixStore(f"attempt/{processes.restarts}", store)
+    return store

@@ -17,6 +17,12 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, name: str) -> RunFolder:
+        """Return the folder of that name; of a symbolic link what it leads to, so that one folder has one lock."""
+        path = Path(name)
+        return cls(path.resolve() if path.is_symlink() else path)
+
     @property
     def lock(self) -> Path:
         """Held by the job that writes here; beside the folder, which may be moved."""

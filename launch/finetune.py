@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from checkpointing import Checkpointer, KeepLast
-from launch.claim import claimed
+from launch.claim import STARTED_OVER, claimed
 from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
@@ -53,12 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None, world: World, stop: StopSignals, *, restarts: int = 0) -> None:
     """Run a command line in a world that exists. Every rank calls, and every rank gets the same error."""
     config = agreed_config(argv, world.board, prog="python -m launch.finetune", description=__doc__ or "")
-    finetune(config, world, stop, fresh=config.fresh and restarts == 0)  # torchrun's restarts are resumes
+    # torchrun's restarts are resumes, but for those before which the earlier run was not yet out of the way.
+    started_over = world.board.noted(STARTED_OVER)
+    resumes = restarts > 0 if started_over is None else started_over
+    finetune(config, world, stop, fresh=config.fresh and not resumes)
 
 
 def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: bool) -> None:
     """Train a job from its last checkpoint, or its beginning, to its end or until it is asked to stop."""
-    console, folder = make_console(world.rank), RunFolder(Path(config.run.folder))
+    console, folder = make_console(world.rank), RunFolder.of(config.run.folder)
     world.board.together("mirror", lambda: check_mirror(config.checkpoint.mirror, fresh=fresh and world.rank == 0))
     job = prepare(config, world)
     describe_job(job, console)

@@ -123,13 +123,37 @@ def test_a_checkpoint_of_something_else_is_refused_and_stays(tmp_path, corpus):
     refused(tmp_path, flags(), "data.files was")
 
 
-def test_a_folder_in_use_is_refused(tmp_path, corpus):
+@pytest.mark.parametrize("name", ["run", "link"])
+def test_a_folder_in_use_is_refused(tmp_path, corpus, name):
+    """By whatever name."""
+    (tmp_path / "link").symlink_to("run")
     with (tmp_path / "run.lock").open("w") as lock:
         lock.write("process 12 on host\n")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(tmp_path, settings(corpus, tmp_path / "run", fresh=True), "another job (process 12 on host)")
+        refused(tmp_path, settings(corpus, tmp_path / name, fresh=True), "another job (process 12 on host)")
     assert not (tmp_path / "run").exists()
+
+
+def start_over(info, flags):
+    """A start by torchrun that ends before it has the folder, and three that get further."""
+    dist.destroy_process_group()
+    for restarts in range(4):
+        place = Processes(rank=0, world_size=1, restarts=restarts, launched=True, keeps_store=True)
+        with joined(place, timeout_s=20) as world:
+            if restarts:
+                run(flags, world, StopSignals(), restarts=restarts)
+
+
+def test_fresh_starts_over_once_whichever_start_of_the_ranks_gets_there(tmp_path, corpus):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    run_ranks(start_over, 1, settings(corpus, tmp_path / "run", fresh=True, run__steps=1), env=env)
+    assert (tmp_path / "run.old-1" / "old").exists()
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run.old-2").exists()
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path, corpus):

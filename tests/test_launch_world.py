@@ -27,6 +27,7 @@ def test_who_this_process_is():
     assert read_processes({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}) == Processes(
         rank=1, world_size=4, local_rank=1, restarts=2, launched=True
     )
+    assert read_processes({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}).keeps_store
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ FLAGS = {
 }  # fmt: skip
 
 
-def job_of(info, flags, *, dtype=torch.float64, lengths=LENGTHS, layers=2, family="llama"):
-    """A job on this rank; `flags` are by dotted key."""
+def job_of(info, flags, *, dtype=torch.float64, lengths=LENGTHS, layers=2, family="llama", changes=None):
+    """A job on this rank; `flags` are by dotted key, `changes` are of the model's configuration."""
     config = read_config([f"--{key}={value}" for key, value in {**FLAGS, **flags}.items()], prog="x", description="")
     torch.manual_seed(1)
-    sizes = {"dtype": dtype, "tie_word_embeddings": True, "num_hidden_layers": layers}
+    sizes = {"dtype": dtype, "tie_word_embeddings": True, "num_hidden_layers": layers, **(changes or {})}
     if family in FAMILIES:
         model = tiny_moe(family, vocab_size=VOCABULARY, max_position_embeddings=4096, **sizes)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,12 @@ from launch.pipeline_parts import RankParts
 
 @torch.no_grad()
 def gather_weights(
-    parts: RankParts, group: dist.ProcessGroup | None, build: Callable[[], PreTrainedModel]
+    parts: RankParts, group: dist.ProcessGroup | None, build: Callable[[], PreTrainedModel], *, timeout_s: float
 ) -> PreTrainedModel | None:
     """Return on world rank 0 the whole model, filled into what `build` makes there; None on the others.
 
-    Every rank calls; only the pipeline of rank 0 has something to do. Tensors travel one by one.
+    Every rank calls; only the pipeline of rank 0 has something to do. Tensors travel one by one. Raises torch's error
+    where one does not come within `timeout_s`; the others wait as long as it takes rank 0 to build.
     """
     world_rank = dist.get_rank() if dist.is_initialized() else 0
     if group is not None and 0 not in dist.get_process_group_ranks(group):
@@ -32,7 +34,9 @@ def gather_weights(
         elif model is not None:
             assert group is not None
             received = torch.empty_like(target[name], memory_format=torch.contiguous_format)
-            dist.recv(received, dist.get_global_rank(group, first), group=group)
+            work = dist.irecv(received, dist.get_global_rank(group, first), group=group)
+            assert work is not None
+            work.wait(timedelta(seconds=timeout_s))  # without one, gloo takes half an hour, whatever the group's limit
             target[name].copy_(received)
         elif first == parts.rank:
             dist.send(state[name].contiguous(), 0, group=group)

@@ -41,6 +41,7 @@ from launch.split import split
 from launch.state import TrainState
 from launch.step_times import StepTimes, over_ranks
 from launch.zero import ZeroRunner
+from pipeline.errors import WatchdogError
 
 BUILD_TIMEOUT_S = 4 * 3600.0
 """How long ranks wait for rank 0 to tokenize the data."""
@@ -113,8 +114,14 @@ class Job:
         if not self.held_out:
             return None
         self.model.eval()
-        with lost_rank_told(f"rank {self.world.rank}, step {self.state.step}, evaluating", self.patience_s):
-            losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
+        where = f"rank {self.world.rank}, step {self.state.step}, evaluating"
+        try:
+            with lost_rank_told(where, self.patience_s):
+                losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
+        except WatchdogError as error:
+            if str(error).startswith(where):
+                raise
+            raise WatchdogError(f"{where}: {error}") from error  # a pipeline's, which counts the held-out batches
         self.model.train()
         return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
 

@@ -113,7 +113,7 @@ class PipelineRunner:
 
     def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
         """Return the whole model on rank 0, filled into the one that `build` makes there. Every rank calls."""
-        return gather_weights(self._parts, self._group, build)
+        return gather_weights(self._parts, self._group, build, timeout_s=self._config.timeout_s)
 
     def close(self) -> None:
         """End the transport."""

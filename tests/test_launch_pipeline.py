@@ -19,15 +19,16 @@ from chunkflow.reference import float64_throughout
 from launch import TrainState
 from launch.board import Board
 from launch.config import FinetuneConfig, OptimizerConfig
+from launch.data import load_data
 from launch.env import World
 from launch.errors import ConfigError, WorldError
 from launch.files import RunFolder
 from launch.finetune import finish
-from launch.job import prepare
-from launch.mesh import make_mesh
+from launch.job import assemble, build, share_model
+from launch.mesh import limit_waits, make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
-from launch.pipeline_job import check_whole_samples
+from launch.pipeline_job import check_whole_samples, find_place
 from launch.pipeline_parts import cut
 from launch.pipeline_runner import PipelineRunner
 from launch.recipe import read_config
@@ -152,30 +153,38 @@ def test_a_stage_that_stops_ends_the_job(place):
 
 
 def rank_ends(info, store, flags):
-    """The last rank leaves when there is nothing to train any more; what the others say of it."""
+    """Rank 1 leaves when there is nothing to train any more; what rank 0 says of it."""
     board = Board(dist.FileStore(store, info.world_size), rank=info.rank, world_size=info.world_size, timeout_s=20)
+    world = World(info.rank, info.world_size, torch.device("cpu"), board)
     config = read_config(flags, prog="x", description="")
-    job = prepare(config, World(info.rank, info.world_size, torch.device("cpu"), board))
-    if info.rank == info.world_size - 1:
-        dist.destroy_process_group()
-        return "", ""
+    place = find_place(config.pipeline, config.moe, world)
+    data = board.rank0_first("data", lambda: load_data(config))
+    model = build(config, world, data, place)
+    share_model(model, config, place)
+    job = assemble(config, world, data, model, place)
+    if info.rank == 1:
+        return {}
+    limit_waits(place.mesh, 1.0)
+    with pytest.raises(WatchdogError) as evaluating:
+        job.evaluate()
     job = replace(job, config=replace(config, run=replace(config.run, timeout_s=1)))
     with pytest.raises(WorldError) as silent:
         finish(job, RunFolder(Path(store)), None, Console(quiet=True), resumed_from=None)
     with pytest.raises(WatchdogError) as lost:
         job.whole_model()
-    return str(silent.value), str(lost.value)
+    return {"evaluating": str(evaluating.value), "silent": str(silent.value), "lost": str(lost.value)}
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "roundpipe"])
 def test_a_rank_that_is_lost_behind_the_last_step_is_told(place, schedule):
     flags = settings(
-        place / "corpus", place / "unused", pipeline__schedule=schedule, pipeline__ranks=2,
+        place / "corpus", place / "unused", pipeline__schedule=schedule, pipeline__ranks=2, pipeline__timeout_s=1,
         chunks__chunk_tokens=128, data__long_files=[], data__max_file_bytes=120,
     )  # fmt: skip
     told, _ = run_ranks(rank_ends, 2, str(place / f"store-{schedule}"), flags)
-    assert told[0].startswith("rank 1 did not answer about 'peak memory' within 1 s")
-    assert told[1].startswith("rank 0, step 0, gathering the model: rank 1 is gone, stopped, hangs")
+    assert told["silent"].startswith("rank 1 did not answer about 'peak memory' within 1 s")
+    assert told["lost"].startswith("rank 0, step 0, gathering the model: rank 1 is gone, stopped, hangs")
+    assert re.match(r"rank 0, step 0, evaluating: rank 0, .* rank 1\b", told["evaluating"])
 
 
 @pytest.mark.parametrize(

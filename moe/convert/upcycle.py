@@ -70,7 +70,7 @@ def upcycle(model: PreTrainedModel, num_experts: int, *, top_k: int = 2, seed: i
 
 
 def _empty(model: PreTrainedModel, num_experts: int, top_k: int) -> PreTrainedModel:
-    old: Any = model.config
+    old: Any = getattr(model, "config", None)
     kept = {name: getattr(old, name) for name in _KEPT if hasattr(old, name)}
     sizes = {**kept, "num_experts_per_tok": top_k, "sliding_window": None, "output_router_logits": True}
     if isinstance(model, LlamaForCausalLM):

@@ -62,7 +62,7 @@ def test_a_compiled_model_gives_the_same():
 
 
 def test_experts_that_do_not_count_themselves_or_are_too_few_are_named():
-    with pytest.raises(ContractError, match="ModuleList has no int `num_experts`.*moe.experts.ModuleExperts"):
+    with pytest.raises(ContractError, match=r"ModuleList has no int `num_experts`.*moe\.experts\.ModuleExperts"):
         MoELayer(make_gate(), nn.ModuleList())
     layer = make_layer()
     layer.experts = StackedExperts(*(stack[:3] for stack in stacks()))

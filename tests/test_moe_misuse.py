@@ -65,7 +65,8 @@ def test_experts_that_do_not_count_themselves_or_are_too_few_are_named():
     with pytest.raises(ContractError, match=r"ModuleList has no int `num_experts`.*moe\.experts\.ModuleExperts"):
         MoELayer(make_gate(), nn.ModuleList())
     layer = make_layer()
-    layer.experts = StackedExperts(*(stack[:3] for stack in stacks()))
+    gate_up, down = stacks()
+    layer.experts = StackedExperts(gate_up[:3], down[:3])
     with pytest.raises(ContractError, match="its gate has not as many experts as the ranks of ep hold together"):
         layer(tokens_of(0, [6]))
     layer = make_layer()

@@ -75,3 +75,5 @@ def test_experts_that_do_not_count_themselves_or_are_too_few_are_named():
         layer(tokens_of(0, [6]))
     with pytest.raises(MoeConfigError, match="Linear cannot be upcycled; take a LlamaForCausalLM"):
         upcycle(nn.Linear(2, 2), 4)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(MoeConfigError, match="MixtralForCausalLM has experts already; train it as it is"):
+        upcycle(tiny_moe("mixtral"), 4)

@@ -86,6 +86,10 @@ def _empty(model: PreTrainedModel, num_experts: int, top_k: int) -> PreTrainedMo
             norm_topk_prob=True,
         )
         return Qwen3MoeForCausalLM(config)
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        raise MoeConfigError(
+            f"{type(model).__name__} has experts already; train it as it is, in a recipe with moe.num_experts: null"
+        )
     raise MoeConfigError(
         f"{type(model).__name__} cannot be upcycled; take a LlamaForCausalLM (SmolLM2 is one) or a Qwen3ForCausalLM"
     )

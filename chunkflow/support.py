@@ -22,7 +22,7 @@ _REFUSED_CONFIG = {
     "attention_chunk_size": "attention in chunks of its own would not see our prefix",
     "layerdrop": "a layer that is skipped for one chunk has no keys and values for the next; set it to 0",
     "decoder_layerdrop": "a layer that is skipped for one chunk has no keys and values for the next; set it to 0",
-    "output_router_logits": "the router's auxiliary loss is not a sum over tokens; turn it off",
+    "output_router_logits": "the router's auxiliary loss is not a sum over tokens; set it to false in the config",
 }
 """Settings that would make chunks another model, and why."""
 

@@ -127,7 +127,8 @@ class ExpertPlanner:
         self._plan()
         self._write()
         path, measured = self._folder.expert_plans, [] if why is None else self._profile.describe()
-        anew = f"Experts planned anew: {reasons[0]}; {len(reasons)} reasons, plans in {path}"
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        anew = f"Experts planned anew: {reasons[0]}{more}; plans in {path}"
         return (*told, anew, *measured, *self._plans())
 
     def _compare(self, loads: dict[str, LayerLoad]) -> tuple[tuple[str, ...], str | None]:

@@ -19,7 +19,6 @@ from chunkflow.engine import InStep
 from launch.config import FinetuneConfig
 from launch.expert_plan import MEASURE, ExpertPlanner, first_plan
 from launch.files import RunFolder, replace_folder
-from launch.gradnorm import global_grad_norm
 from launch.partial import WholeModel
 from launch.pipeline_job import Place
 from launch.precision import autocast, dtype_of
@@ -29,6 +28,7 @@ from moe.metrics import load_balance
 from moe.parallel import ParallelExperts
 from moe.sliced import attach_reducer
 from moe.state import state_dict, to_global, to_local
+from moe.sync import grad_norm
 
 _IDLE = (
     "Routers learn nothing: with moe.top_k 1 the weight of a token's only expert is always one, so their gradient is "
@@ -166,13 +166,7 @@ class ExpertRunner:
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the whole model's gradient: all experts, copies of them once. Every rank calls."""
-        parameters = list(self.model.parameters())
-        experts = [p for p in parameters if getattr(p, "is_expert", False)]
-        dense = global_grad_norm(p for p in parameters if not getattr(p, "is_expert", False)).double()
-        square = global_grad_norm(experts).double().square().reshape(1)
-        for axis in ("ep", "esp"):
-            dist.all_reduce(square, group=self._mesh.get_group(axis))
-        return (dense.square() + square[0]).sqrt()
+        return grad_norm(self.model)
 
     def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
         """Return the whole model on rank 0, filled into the one that `build` makes there. Every rank calls."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe.errors import ContractError, PlanError
 from moe.lanes import Lanes
 from moe.plan import LayerPlan
-from moe.records import Assignments, Routing
+from moe.records import Assignments, Routing, Slots
 from moe.traffic import Ints, Traffic
 
 _ORDERS = ("fifo", "ready")
@@ -33,6 +33,9 @@ class Problem(IntEnum):
     TOKENS = 4
     """The rows of the order do not fit the experts."""
     UNEQUAL = 5
+    NO_ROUTING = 6
+    EXPERTS = 7
+    """The gate and the ranks have not as many experts."""
 
 
 _SAYS = {
@@ -40,12 +43,16 @@ _SAYS = {
     Problem.OUT_OF_RANGE: "its gate returned experts or tokens that do not exist",
     Problem.REPEATED: "its gate sent a token to the same expert twice; the ids of a token must differ",
     Problem.UNEQUAL: "its gate returned tokens, experts and weights that are not of one length",
+    Problem.NO_ROUTING: "its gate returned neither Assignments nor Slots; make them with moe.records.top_k_assignments",
+    Problem.EXPERTS: "its gate has not as many experts as the ranks of ep hold together, num_experts of each",
     Problem.TOKENS: "its order returned rows or counts that do not belong together",
 }
 
 
 def problem_of(routing: Routing) -> Problem:
     """Return what is wrong with what a gate decided."""
+    if not isinstance(routing, (Assignments, Slots)):
+        return Problem.NO_ROUTING
     if not isinstance(routing, Assignments):
         finite = routing.dispatch_BTES.isfinite().all() & routing.combine_BTES.isfinite().all()
         return Problem.NONE if bool(finite) else Problem.NOT_FINITE
@@ -58,6 +65,11 @@ def problem_of(routing: Routing) -> Problem:
         return Problem.OUT_OF_RANGE
     pairs = (tokens * routing.num_experts + experts).sort().values
     return Problem.REPEATED if bool((pairs[1:] == pairs[:-1]).any()) else Problem.NONE
+
+
+def describe(problem: Problem) -> str:
+    """Return a problem in words."""
+    return _SAYS[problem]
 
 
 def _outside(ids: Tensor, size: int) -> bool:

@@ -94,8 +94,9 @@ def plan(
     """Choose chunks, forward and backward apart, and say why."""
     from moe.planner import plan_layer
 
-    load = _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
-    made = plan_layer(_read_profile(profile), load, memory_bytes=memory_bytes)
+    known, load = _read_profile(profile), _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
+    _require_links(known, load, profile)
+    made = plan_layer(known, load, memory_bytes=memory_bytes)
     if out is not None:
         _write(out, made.to_json())
     print(made.to_json() if as_json else made)
@@ -122,6 +123,7 @@ def simulate(
     from moe.tracing import from_timeline, write_events
 
     known, load = _read_profile(profile), _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
+    _require_links(known, load, profile)
     made = LayerPlan.from_json(_read(plan)) if plan else plan_layer(known, load)
     backward = way == "backward"
     r, lag = made.chunks(backward=backward), made.backward_lag if backward else made.forward_lag
@@ -135,7 +137,7 @@ def simulate(
     table = Table(title=f"{way}, r = {r}, {made.order}: {max((e.t1_s for e in timeline), default=0) * 1e3:.2f} ms")
     for column in ("lane", "operation", "from ms", "to ms"):
         table.add_column(column, justify="right" if "ms" in column else "left")
-    for e in timeline:
+    for e in (e for e in timeline if e.t1_s > e.t0_s):  # without shared experts nothing is gathered
         table.add_row(e.lane, f"{e.op.name} {e.op.chunk}", f"{e.t0_s * 1e3:.2f}", f"{e.t1_s * 1e3:.2f}")
     Console().print(table)
 
@@ -224,3 +226,13 @@ def _load(exchange: float, rows: float, gather: float, gradient: float, part: fl
     return LayerLoad(
         exchange_bytes=exchange, gather_bytes=gather, expert_rows=rows, gradient_bytes=gradient, slice_bytes=part
     )
+
+
+def _require_links(known: Profile, load: LayerLoad, path: Path) -> None:
+    from moe.cost import FREE
+
+    if load.gather_bytes and FREE in (known.all_gather, known.reduce_scatter):
+        raise MoeConfigError(
+            f"gather_bytes is {load.gather_bytes:g}, but {path} was measured without ranks that share experts; leave "
+            "it out, or measure with --esp 2 or more"
+        )

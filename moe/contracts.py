@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.agree import problem_of
+from moe.agree import describe, problem_of
 from moe.dispatch import Exchange
 from moe.errors import ContractError
 from moe.hooks import Hooks
@@ -31,7 +31,7 @@ def check_gate(gate: Callable[[Tensor], Routing], x_TD: Tensor, *, causal: bool 
     """
     routing = gate(x_TD)
     problem = problem_of(routing)
-    _require(not problem, f"a gate's routing is well formed; got {problem.name}")
+    _require(not problem, f"a gate's routing is well formed; {describe(problem) if problem else ''}")
     weights = routing.weights_A if isinstance(routing, Assignments) else routing.combine_BTES
     again = gate(x_TD)
     same = again.weights_A if isinstance(again, Assignments) else again.combine_BTES

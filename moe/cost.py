@@ -221,10 +221,16 @@ def layer_time(t: StageTimes, chunks: int) -> Any:
     return np.maximum(np.maximum(inter, through), intra)
 
 
-def lane_bound(profile: Profile, load: LayerLoad, *, backward: bool) -> float:
-    """Return what no plan beats: the busiest of compute, inter and intra, as one chunk."""
-    t = stage_times(profile, load, 1, backward=backward)
-    return max(t.expert, 2 * t.all_to_all + t.gradient, t.gather + t.scatter)
+def lane_bound(profile: Profile, load: LayerLoad, *, backward: bool, max_chunks: int = MAX_CHUNKS) -> float:
+    """Return what no plan of up to `max_chunks` beats: the busiest of compute, inter and intra, each cut as it likes.
+
+    By lines one chunk takes least; by a table of measured points many small ones may.
+    """
+    most = 2 * max_chunks - 1  # pieces, where the two directions have borders of their own
+    every = [(n, stage_times(profile, load, n, backward=backward)) for n in range(1, most + 1)]
+    compute = min(n * t.expert for n, t in every)
+    inter = min(2 * n * t.all_to_all for n, t in every) + every[0][1].gradient
+    return max(compute, inter, min(n * (t.gather + t.scatter) for n, t in every))
 
 
 def serial_time(profile: Profile, load: LayerLoad, *, backward: bool) -> float:

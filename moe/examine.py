@@ -49,9 +49,9 @@ def doctor(
 
     Looks for: experts inside DDP, expert parameters that are not marked or are twice in the optimizer, experts that are
     copies of each other, experts that no rank sent a row to, NaN or infinite rows in weights and gradients, experts
-    whose copies on the `dp` axis differ, and routers without a gradient. With `reference`, also for gradients of
-    another scale than one process has: see `audit_gradients`. For an auxiliary loss see `audit_aux_loss`. Every rank
-    calls.
+    whose copies on the `dp` axis differ, other weights that differ between ranks, and routers without a gradient. With
+    `reference`, also for gradients of another scale than one process has: see `audit_gradients`. For an auxiliary loss
+    see `audit_aux_loss`. Every rank calls.
     """
     layers = expert_layers(model)
     if not layers:
@@ -65,6 +65,7 @@ def doctor(
     found = dict.fromkeys(_from_all_ranks(own))
     idle = _gather({finding for name, layer in layers.items() for finding in _idle_router(model, name, layer)})
     found |= dict.fromkeys(sorted(set.intersection(*idle), key=str))  # a rank without tokens has no gradient of its own
+    found |= dict.fromkeys(_drifted(model, layers))
     for name, layer in layers.items():
         found |= dict.fromkeys(_copies(name, layer))
         found |= dict.fromkeys(_dead(name, layer))
@@ -188,6 +189,24 @@ def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Fi
 
 def _largest(value: Tensor) -> float:
     return float(value.abs().max()) if value.numel() else 0.0
+
+
+def _drifted(model: nn.Module, layers: dict[str, ParallelExperts]) -> list[Finding]:
+    """What all ranks hold, and no longer alike; one finding, for an error of the loop moves all of it."""
+    spread = {id(p) for layer in layers.values() for p in layer.parameters()}
+    whole = {n: p for n, p in model.named_parameters() if id(p) not in spread and not isinstance(p, DTensor)}
+    prints: dict[str, set[str]] = {}
+    for part in _gather({name: print_of(p) for name, p in whole.items()}):
+        for name, value in part.items():
+            prints.setdefault(name, set()).add(value)
+    differing = [name for name, values in prints.items() if len(values) > 1]
+    if not differing:
+        return []
+    message = (
+        f"{len(differing)} of {len(prints)} parameters outside the experts differ between ranks; average gradients "
+        "over dp, ep and esp, and clip with moe.sync.clip_grad_norm_, not with torch's function"
+    )
+    return [Finding("ranks differ", differing[0], message)]
 
 
 def _copies(name: str, layer: ParallelExperts) -> list[Finding]:

@@ -169,14 +169,11 @@ class GradientReducer:
 
         `ep_group` holds the ranks whose experts differ (None: one rank has them all). Call after `flush`.
         """
-        dense, experts = _squares(self._dense.values()), _squares(self._experts.values())
+        dense, experts = squares(self._dense.values()), squares(self._experts.values())
         if ep_group is not None:
             dist.all_reduce(experts, group=ep_group)
         norm = (dense + experts).sqrt()
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for p in (*self._dense.values(), *self._experts.values()):
-            if p.grad is not None:
-                p.grad.mul_(scale.to(p.grad.dtype))
+        scale_down((*self._dense.values(), *self._experts.values()), norm, max_norm)
         return norm
 
     def close(self) -> None:
@@ -276,9 +273,18 @@ def _unique(named: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[s
             yield name, p
 
 
-def _squares(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+def squares(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Return the sum of the squares of all gradients; fp64, 0-d, on the CPU."""
     total = torch.zeros((), dtype=torch.float64)
     for p in parameters:
         if p.grad is not None:
-            total += p.grad.detach().double().square().sum().cpu()
+            total += torch.linalg.vector_norm(p.grad.detach(), dtype=torch.float64).cpu() ** 2
     return total
+
+
+def scale_down(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their norm, which is `norm`, is at most `max_norm`."""
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(scale.to(p.grad.device, p.grad.dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.agree import Problem, agree, problem_of
+from moe.errors import ContractError
 from moe.flow import Experts, LayerRun, Pass
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
@@ -47,9 +48,10 @@ class ExpertRunner:
             agree(counts_E, x_TD.shape[-1], x_TD.dtype, problem, self.plan, self.lanes, self.name)
         ordered = order(x_TD, routing)
         rows_RD, counts_E = narrowed(ordered.rows_RD), ordered.counts_E  # before they travel
-        fits = len(counts_E) == num_experts and int(counts_E.sum()) == len(rows_RD)
-        if not fits:
-            problem, counts_E = Problem.TOKENS, torch.zeros(num_experts, dtype=torch.int64)
+        fits = len(counts_E) == num_experts
+        if not fits or int(counts_E.sum()) != len(rows_RD):
+            problem = Problem.TOKENS if fits else Problem.EXPERTS
+            counts_E = torch.zeros(num_experts, dtype=torch.int64)
         traffic = agree(counts_E, rows_RD.shape[-1], rows_RD.dtype, problem, self.plan, self.lanes, self.name)
         run = LayerRun(experts, traffic, self.plan, self.lanes, self.hooks, self.name, self.drain, self.on_pass)
         return ordered.inverse(run_experts(rows_RD, run)), counts_E
@@ -76,6 +78,11 @@ class MoELayer(nn.Module):
         name: str = "",
     ) -> None:
         super().__init__()
+        if not isinstance(getattr(experts, "num_experts", None), int):
+            raise ContractError(
+                f"{type(experts).__name__} has no int `num_experts`, how many are on this rank; put modules of your "
+                "own into moe.experts.ModuleExperts"
+            )
         self.gate, self.experts = gate, experts
         self.order = order or SparseOrder()
         self.runner = ExpertRunner(lanes, plan=plan, hooks=hooks, name=name)

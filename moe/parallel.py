@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moe.alike import require_alike
 from moe.config import MoeConfig
@@ -22,7 +24,11 @@ from moe.lanes import Lanes, make_lanes
 from moe.layer import ExpertRunner
 from moe.order import SparseOrder
 from moe.plan import PLAIN, LayerPlan
+from moe.prints import print_of
 from moe.records import top_k_assignments
+
+_SAMPLED = 64
+"""Elements of a weight, about, by which the models of two ranks are told apart."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,12 @@ class Placement:
     @property
     def data_axes(self) -> tuple[str, ...]:
         """Axes whose ranks have different tokens: dense gradients are averaged over all of them."""
-        return (self.dp, self.ep, *(() if self.esp is None else (self.esp,)))
+        return (self.dp, *self.expert_axes)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """Axes whose ranks hold different experts, or slices of them."""
+        return (self.ep, *(() if self.esp is None else (self.esp,)))
 
 
 class ParallelExperts(StackedExperts):
@@ -61,6 +72,7 @@ class ParallelExperts(StackedExperts):
         for param in self.parameters():
             param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
 
+    @torch.compiler.disable  # dynamo has no gradient edges; around the experts a model compiles as ever
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
         routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
@@ -92,18 +104,18 @@ def parallelize(
     """
     config = config or MoeConfig()
     blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
-    plans = {name: plan if isinstance(plan, LayerPlan) else (plan or {}).get(name, PLAIN) for name in blocks}
-    sizes, problem = {}, None
+    plans, sizes, problem = {}, {}, None
     try:
         _check_axes(mesh, ep, esp, dp)
         sizes = _check(model, blocks, mesh, ep, esp)
-        _check_plans(plan, blocks)
+        plans = _plans(plan, blocks)
     except MoeConfigError as error:
         problem = str(error)
     # Over all axes of the mesh: a rank that was given other axes would wait in another group than the others.
     groups = [group for group in mesh.get_all_groups() if group.size() > 1]
     axes = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
-    require_alike(problem, axes | _facts(blocks, plans, config), groups)
+    facts = {} if problem else _facts(blocks, plans, config) | _weights(model)
+    require_alike(problem, axes | facts, groups)
     lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span)
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
@@ -124,10 +136,11 @@ def _is_stacked(module: nn.Module) -> bool:
 
 
 def _check_axes(mesh: DeviceMesh, ep: str, esp: str | None, dp: str) -> None:
-    names, axes = mesh.mesh_dim_names or (), [axis for axis in (ep, esp, dp) if axis is not None]
+    names, axes = mesh.mesh_dim_names or (), [ep, *([] if esp is None else [esp]), dp]
     for axis in axes:
         if axis not in names:
-            raise MoeConfigError(f"the mesh has the axes {', '.join(names) or 'without names'}, but no {axis!r}")
+            have = ", ".join(names) or "without names"
+            raise MoeConfigError(f"the mesh has the axes {have}, but no {axis!r}; one that spreads nothing has size 1")
     if len(set(axes)) < len(axes):
         raise MoeConfigError(f"ep, esp and dp are the axes {', '.join(axes)}; each must be an axis of its own")
 
@@ -142,6 +155,13 @@ def _facts(blocks: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan], conf
     return {"layers": ", ".join(blocks), **facts}
 
 
+def _weights(model: nn.Module) -> dict[str, str]:
+    """Return prints of some elements of every weight: other weights show in any, and reading all is slow."""
+    whole = {name: p for name, p in model.named_parameters() if not (p.is_meta or isinstance(p, DTensor))}
+    some = {name: p.detach().flatten()[:: max(1, p.numel() // _SAMPLED)] for name, p in whole.items()}
+    return {f"the weights of {name}": print_of(value) for name, value in some.items()}
+
+
 def _describe(weight: nn.Parameter) -> str:
     # A frozen one has another backward pass, in which another rank would wait for this one.
     return f"{list(weight.shape)} of {weight.dtype}{'' if weight.requires_grad else ', frozen'}"
@@ -151,6 +171,11 @@ def _check(
     model: nn.Module, blocks: Mapping[str, nn.Module], mesh: DeviceMesh, ep: str, esp: str | None
 ) -> dict[str, int]:
     """Return the number of experts of each layer."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise MoeConfigError(
+            "the model is inside DDP, which holds on to the weights that are replaced and averages experts over ranks "
+            "that hold others; give the model itself, and average with moe.sync.average_gradients"
+        )
     if expert_layers(model):
         raise MoeConfigError("this model is expert-parallel already; parallelize is called once")
     if not blocks:
@@ -178,10 +203,20 @@ def _check_block(name: str, module: nn.Module, ranks: int, members: int) -> int:
     return num_experts
 
 
-def _check_plans(plan: LayerPlan | Mapping[str, LayerPlan] | None, blocks: Mapping[str, nn.Module]) -> None:
-    unknown = sorted(set(plan) - set(blocks)) if isinstance(plan, Mapping) else []
+def _plans(
+    plan: LayerPlan | Mapping[str, LayerPlan] | None, blocks: Mapping[str, nn.Module]
+) -> Mapping[str, LayerPlan]:
+    """Return the plan of each layer."""
+    if plan is None or isinstance(plan, LayerPlan):
+        return dict.fromkeys(blocks, plan or PLAIN)
+    if not isinstance(plan, Mapping) or not all(isinstance(one, LayerPlan) for one in plan.values()):
+        raise MoeConfigError(
+            f"plan is {plan!r}; give a LayerPlan, LayerPlan.from_json(text) of a file, or one for each name of layers"
+        )
+    unknown = sorted(set(plan) - set(blocks))
     if unknown:
         raise MoeConfigError(f"there are plans for {', '.join(unknown)}, but the layers are {', '.join(blocks)}")
+    return {name: plan.get(name, PLAIN) for name in blocks}
 
 
 def _spread(

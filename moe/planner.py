@@ -235,7 +235,8 @@ def _search(
         verb = "taken" if taken else "not taken"
         why_not.append(f"ready order promises {promise:.3f}x over fifo, {READY_GAIN} needed: {verb}")
     count = pieces(chosen[0].chunks, chosen[1].chunks)
-    return chosen, [_why(profile, load, choice, count, backward=bool(b)) for b, choice in enumerate(chosen)] + why_not
+    why = [_why(profile, load, choice, count, max_chunks, backward=bool(b)) for b, choice in enumerate(chosen)]
+    return chosen, why + why_not
 
 
 def _fixed_fits(profile: Profile, load: LayerLoad, chunks: int, memory_bytes: float | None) -> bool:
@@ -275,7 +276,7 @@ def _sum(choices: tuple[Choice, Choice]) -> float:
     return choices[0].time_s + choices[1].time_s
 
 
-def _why(profile: Profile, load: LayerLoad, choice: Choice, count: int, *, backward: bool) -> str:
+def _why(profile: Profile, load: LayerLoad, choice: Choice, count: int, max_chunks: int, *, backward: bool) -> str:
     t = stage_times(profile, load, choice.chunks, backward=backward, pieces=count)
     r = choice.chunks
     terms = {
@@ -284,7 +285,7 @@ def _why(profile: Profile, load: LayerLoad, choice: Choice, count: int, *, backw
         "the experts": r * t.expert,
     }
     busy = max(terms, key=lambda name: terms[name])
-    bound = lane_bound(profile, load, backward=backward)
+    bound = lane_bound(profile, load, backward=backward, max_chunks=max_chunks)
     return (
         f"{'backward' if backward else 'forward'} r = {r}: {choice.time_s * 1e3:.2f} ms, limited by {busy} "
         f"({terms[busy] * 1e3:.2f} ms busy; no plan is under {bound * 1e3:.2f})"

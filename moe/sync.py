@@ -8,10 +8,12 @@ the same number of ranks. Dividing by the size of `dp` instead is the error that
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from moe.errors import MoeConfigError
+from moe.gradients import scale_down, squares
 from moe.parallel import Placement, expert_layers
 
 
@@ -39,3 +41,27 @@ def average_gradients(model: nn.Module) -> None:
             if placement.mesh[axis].size() > 1:
                 dist.all_reduce(param.grad, group=placement.mesh.get_group(axis))
         param.grad /= ranks
+
+
+def grad_norm(model: nn.Module) -> Tensor:
+    """Return the 2-norm of the gradient of the whole model, every expert once; fp64, 0-d. Every rank calls.
+
+    Call it when gradients are averaged: after `average_gradients`, or the `flush` of a reducer.
+    """
+    placement, params = placement_of(model), list(model.parameters())
+    device = torch.device(placement.mesh.device_type)
+    experts = squares(p for p in params if getattr(p, "is_expert", False)).to(device)
+    for axis in placement.expert_axes:
+        dist.all_reduce(experts, group=placement.mesh.get_group(axis))
+    return (squares(p for p in params if not getattr(p, "is_expert", False)).to(device) + experts).sqrt()
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that `grad_norm` is at most `max_norm`; return what it was before. Every rank calls.
+
+    Torch's own function counts the experts of one rank only: each rank would scale by another number, and what all of
+    them hold would drift apart.
+    """
+    norm = grad_norm(model)
+    scale_down(model.parameters(), norm, max_norm)
+    return norm

@@ -94,16 +94,16 @@ def from_timeline(events: Iterable[Event], *, start_ns: int = 0) -> list[TraceEv
     return made
 
 
-def write_events(path: Path, events: Iterable[TraceEvent]) -> None:
+def write_events(path: str | Path, events: Iterable[TraceEvent]) -> None:
     """Write one JSON object a line."""
-    path.write_text("".join(json.dumps(asdict(e)) + "\n" for e in events))
+    Path(path).write_text("".join(json.dumps(asdict(e)) + "\n" for e in events))
 
 
-def read_events(path: Path) -> list[TraceEvent]:
+def read_events(path: str | Path) -> list[TraceEvent]:
     """Read what `write_events` wrote, also with fields of others; MoeConfigError names the line that is wrong."""
     known = {f.name for f in fields(TraceEvent)}
     events = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -143,7 +143,9 @@ def perfetto(measured: Sequence[TraceEvent], predicted: Sequence[TraceEvent] = (
     return {"traceEvents": names + made, "displayTimeUnit": "ms"}
 
 
-def draw(path: Path, measured: Sequence[TraceEvent], predicted: Sequence[TraceEvent] = (), *, rank: int = 0) -> None:
+def draw(
+    path: str | Path, measured: Sequence[TraceEvent], predicted: Sequence[TraceEvent] = (), *, rank: int = 0
+) -> None:
     """Draw one rank's lanes, predicted above measured, as SVG (or what the suffix says)."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

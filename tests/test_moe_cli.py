@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moe import cli
-from moe.cost import Line, Profile
+from moe.cost import FREE, Line, Profile
 from moe.issue import Span
 from moe.measuring import ExpertShape, profile_world
 from moe.metrics import covered, load_balance, union
@@ -97,6 +98,12 @@ def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, caps
     assert "raise the limit or give each rank fewer tokens" in said
     code, said = failing(monkeypatch, capsys, "plan", "--profile", profile, *LOAD, "--slice-bytes", "-1")
     assert (code, "slice_bytes is -1.0" in said) == (2, True)
+    plain = tmp_path / "plain.json"
+    known = Profile.from_json(Path(profile).read_text())
+    plain.write_text(replace(known, all_gather=FREE, reduce_scatter=FREE).to_json())
+    for command in ("plan", "simulate"):
+        code, said = failing(monkeypatch, capsys, command, "--profile", str(plain), *LOAD)
+        assert (code, "plain.json was measured without ranks that share experts" in said) == (2, True)
     code, said = failing(monkeypatch, capsys, "profile")
     assert code == 2
     assert "torchrun --nproc-per-node 4 -m moe profile" in said

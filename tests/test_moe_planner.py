@@ -1,13 +1,14 @@
 """The planner against exhaustive search, its thresholds, its memory limit, and its reasons."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.calibrate import CHUNKS, LayerTimes, with_overheads
-from moe.cost import LayerLoad, Line, Profile, lane_bound, layer_time, serial_time, stage_times
+from moe.cost import LayerLoad, Line, Profile, Table, lane_bound, layer_time, serial_time, stage_times
 from moe.errors import PlanError
 from moe.plan import intra_order, pieces
 from moe.planner import best_choice, best_fixed, best_pair, direction_time, plan_layer
@@ -64,6 +65,25 @@ def test_a_plan_is_never_slower_than_its_peers_and_says_why(profile, load):
         assert fixed_s >= 1.03 * plan.predicted_s * (1 - 1e-9)
     assert bound <= plan.predicted_s * (1 + 1e-9)
     assert f"{plan}".count("\n  - ") == len(plan.reasons) >= 3
+
+
+def table(smallest, steps):
+    """Measured points in which large pieces may cost more than all the small ones that they are made of."""
+    return Table(tuple(smallest * 4.0**i for i in range(len(steps))), tuple(accumulate(steps)))
+
+
+STEPS = st.lists(st.floats(1e-5, 1e-2), min_size=3, max_size=3)
+
+
+@given(STEPS, STEPS, STEPS, LOADS)
+def test_no_plan_is_under_its_bound_where_tables_stand(link, forward, backward, load):
+    profile = Profile(
+        all_to_all=table(1e4, link), all_reduce=Line(1e-3, 1e-8), all_gather=table(1e4, forward),
+        reduce_scatter=Line(1e-3, 4e-9), expert_forward=table(10, forward), expert_backward=table(10, backward),
+    )  # fmt: skip
+    for choice, is_backward in zip(best_pair(profile, load, max_chunks=4), (False, True), strict=True):
+        bound = lane_bound(profile, load, backward=is_backward, max_chunks=4)
+        assert 0 < bound <= choice.time_s * (1 + 1e-9)
 
 
 def case(a=1e-8, g=4e-9, e=2e-5, alpha=1e-3):

@@ -55,6 +55,7 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> Proof:
     outcome: list[Proof | str] = ["nothing was written"]
     if is_writer:
         try:
+            Path(folder).mkdir(parents=True, exist_ok=True)  # transformers only logs that a file is in the way
             model.save_pretrained(folder, state_dict=whole)
             outcome = [_prove(folder, held)]
         except Exception as error:  # noqa: BLE001 (the other ranks wait for this rank's answer)

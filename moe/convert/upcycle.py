@@ -70,7 +70,7 @@ def upcycle(model: PreTrainedModel, num_experts: int, *, top_k: int = 2, seed: i
 
 
 def _empty(model: PreTrainedModel, num_experts: int, top_k: int) -> PreTrainedModel:
-    old: Any = model.config
+    old: Any = getattr(model, "config", None)
     kept = {name: getattr(old, name) for name in _KEPT if hasattr(old, name)}
     sizes = {**kept, "num_experts_per_tok": top_k, "sliding_window": None, "output_router_logits": True}
     if isinstance(model, LlamaForCausalLM):
@@ -86,6 +86,10 @@ def _empty(model: PreTrainedModel, num_experts: int, top_k: int) -> PreTrainedMo
             norm_topk_prob=True,
         )
         return Qwen3MoeForCausalLM(config)
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        raise MoeConfigError(
+            f"{type(model).__name__} has experts already; train it as it is, in a recipe with moe.num_experts: null"
+        )
     raise MoeConfigError(
         f"{type(model).__name__} cannot be upcycled; take a LlamaForCausalLM (SmolLM2 is one) or a Qwen3ForCausalLM"
     )

@@ -45,8 +45,8 @@ class Changed(nn.Module):
         (lambda r, n: replace(r, weights_A=r.weights_A * n), "returns the same for the same tokens"),
         (lambda r, n: replace(r, weights_A=r.weights_A * float("inf")), "routing is well formed; got NOT_FINITE"),
         (lambda r, n: replace(r, experts_A=r.experts_A * 0), "routing is well formed; got REPEATED"),
-        (lambda r, n: replace(r, tokens_A=r.tokens_A.flip(0)), "with per_token = K, assignment a is of token a // K"),
-        (lambda r, n: replace(r, num_tokens=9), "num_tokens is that of x, 8; got 9"),
+        (lambda r, n: replace(r, tokens_A=r.tokens_A.flip(0)), "routing is well formed; got UNEQUAL"),
+        (lambda r, n: replace(r, num_tokens=9, per_token=None), "num_tokens is that of x, 8; got 9"),
         (lambda r, n: replace(r, experts_A=r.experts_A[:-1]), "well formed; got UNEQUAL"),
         (
             lambda r, n: replace(r, weights_A=r.weights_A * torch.arange(1.0, 17.0)),

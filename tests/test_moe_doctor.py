@@ -76,6 +76,14 @@ def scales(info):
             param.grad *= 2  # as if divided by dp only
     wrong = texts(audit_gradients(model, whole.named_parameters()))
     assert wrong == texts(moe.doctor(model, reference=whole.named_parameters()))
+    layer = next(iter(expert_layers(model).values()))
+    for param in model.parameters():
+        if getattr(param, "is_expert", False):
+            param.grad /= 2
+    layer.down_proj.grad[1] *= 2
+    one = texts(audit_gradients(model, whole.named_parameters()))
+    assert len(one) == 2  # of the second expert on either rank of ep
+    assert "down_proj, expert 1: it is 2 times" in one[0]
     model.zero_grad()
     return right, wrong, texts(audit_gradients(model, whole.named_parameters()))
 
@@ -154,13 +162,17 @@ def aux_losses(scale):
         main = out.loss - model.router_aux_loss_coef * out.aux_loss
         return main + scale(coefficient) * out.aux_loss
 
-    return texts(audit_aux_loss(loss, gates, coefficient=0.1))
+    def alone():
+        return model(ids_of(0), output_router_logits=True).aux_loss
+
+    return texts(audit_aux_loss(loss, gates, coefficient=0.1, alone=alone))
 
 
 def test_aux_loss_must_enter_once():
     assert aux_losses(lambda c: c) == []
     assert "twice the coefficient gives 4.00 times the gradient" in aux_losses(lambda c: c * c)[0]
     assert "gives the gates no gradient" in aux_losses(lambda c: 0)[0]
+    assert "its gradient is 2.00 times the coefficient times that of it alone" in aux_losses(lambda c: 2 * c)[0]
 
 
 def test_other_models_are_refused():

@@ -45,6 +45,7 @@ class ExpertRunner:
         made.agreed_experts = self.agreed_experts
         return made
 
+    @torch.compiler.disable  # exchanges, threads and a graph of its own: the rest of a model compiles around it
     def run(self, x_TD: Tensor, routing: Routing, order: Order, experts: Experts) -> tuple[Tensor, Tensor]:
         """Return the output `[T, D]` and the rows this rank sent to each expert, `[E]`. Every rank calls.
 

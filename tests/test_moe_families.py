@@ -78,3 +78,26 @@ def test_experts_that_compute_something_else_are_refused_by_name(family):
     for said in run_ranks(spread, 2, family):
         assert said.startswith("model.layers.")
         assert said.endswith(REFUSED[family])
+
+
+def compiled(info):
+    """The rest of a model compiles: whole, and layer by layer."""
+    whole, errors = made("qwen2_moe"), []
+    (sum(whole(ids_of(rank), labels=ids_of(rank)).loss for rank in range(2)) / 2).backward()
+    for by_layer in (False, True):
+        model = parallelize(made("qwen2_moe"), make_mesh(2, 2, 1), ep="ep", dp="dp", plan=LayerPlan(2, 3))
+        if by_layer:
+            for layer in model.model.layers:
+                layer.compile(backend="aot_eager")
+        run = model if by_layer else torch.compile(model, backend="aot_eager")
+        run(ids_of(info.rank), labels=ids_of(info.rank)).loss.backward()
+        average_gradients(model)
+        expected = to_local(model, {name: p.grad for name, p in whole.named_parameters()})
+        errors += [float((p.grad - expected[name]).abs().max()) for name, p in model.named_parameters()]
+        next(iter(expert_layers(model).values())).runner.lanes.close()
+        torch._dynamo.reset()
+    return max(errors)
+
+
+def test_the_rest_of_a_model_compiles_around_its_experts():
+    assert max(run_ranks(compiled, 2, timeout_s=100)) < EXACT

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe.errors import ContractError, MoeConfigError, PlanError
 from moe.lanes import Lanes
 from moe.plan import LayerPlan
-from moe.records import Assignments, Routing
+from moe.records import Assignments, Routing, Slots
 from moe.traffic import Ints, Traffic
 
 _ORDERS = ("fifo", "ready")
@@ -36,10 +36,13 @@ class Problem(IntEnum):
     """The rows of the order do not fit the experts."""
     UNEQUAL = 5
     """Tokens, experts and weights are not of one length, or not in the order that `per_token` promises."""
-    MISFIT = 7
-    """The routing is for other tokens or experts."""
-    DTYPE = 8
-    RAISED = 9
+    NO_ROUTING = 6
+    EXPERTS = 7
+    """The gate and the ranks have not as many experts."""
+    MISFIT = 8
+    """The routing is for another number of tokens."""
+    DTYPE = 9
+    RAISED = 10
 
 
 _SAYS = {
@@ -47,7 +50,9 @@ _SAYS = {
     Problem.OUT_OF_RANGE: "its gate returned experts or tokens that do not exist",
     Problem.REPEATED: "its gate sent a token to the same expert twice; the ids of a token must differ",
     Problem.UNEQUAL: "its gate returned tokens, experts and weights that do not belong together",
-    Problem.MISFIT: "its gate returned a routing for another number of tokens or experts than it was asked for",
+    Problem.NO_ROUTING: "its gate returned neither Assignments nor Slots; make them with moe.records.top_k_assignments",
+    Problem.EXPERTS: "its gate has not as many experts as the ranks of ep hold together, num_experts of each",
+    Problem.MISFIT: "its gate returned a routing for another number of tokens than it was asked for",
     Problem.TOKENS: "its order returned rows or counts that do not belong together",
     Problem.DTYPE: "its rows are of a dtype that does not travel; use fp32, fp64, bf16 or fp16",
     Problem.RAISED: "its gate or order raised an error, which that rank shows",
@@ -56,6 +61,8 @@ _SAYS = {
 
 def problem_of(routing: Routing) -> Problem:
     """Return what is wrong with what a gate decided."""
+    if not isinstance(routing, (Assignments, Slots)):
+        return Problem.NO_ROUTING
     if not isinstance(routing, Assignments):
         if not (routing.dispatch_BTES.dim() == 4 and routing.dispatch_BTES.shape == routing.combine_BTES.shape):
             return Problem.UNEQUAL
@@ -75,11 +82,13 @@ def problem_of(routing: Routing) -> Problem:
 def misfit_of(routing: Routing, num_tokens: int, num_experts: int) -> Problem:
     """Return whether a routing is for other tokens or experts than these."""
     if isinstance(routing, Assignments):
-        found = routing.num_tokens, routing.num_experts
+        tokens, experts = routing.num_tokens, routing.num_experts
     else:
-        sequences, tokens, experts, _ = routing.dispatch_BTES.shape
-        found = sequences * tokens, experts
-    return Problem.NONE if found == (num_tokens, num_experts) else Problem.MISFIT
+        sequences, each, experts, _ = routing.dispatch_BTES.shape
+        tokens = sequences * each
+    if experts != num_experts:
+        return Problem.EXPERTS
+    return Problem.NONE if tokens == num_tokens else Problem.MISFIT
 
 
 def _is_whole(routing: Assignments) -> bool:

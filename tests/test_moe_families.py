@@ -12,7 +12,7 @@ from moe.parallel import expert_layers, parallelize
 from moe.plan import LayerPlan
 from moe.state import to_local
 from moe.sync import average_gradients
-from tests.moe_case import make_mesh
+from tests.moe_case import backward_of, errors_of, make_layer, make_mesh, reference, tokens_of
 from tests.moe_models import VOCABULARY, ids_of
 from tests.spawn import run_ranks
 
@@ -80,24 +80,9 @@ def test_experts_that_compute_something_else_are_refused_by_name(family):
         assert said.endswith(REFUSED[family])
 
 
-def compiled(info):
-    """The rest of a model compiles: whole, and layer by layer."""
-    whole, errors = made("qwen2_moe"), []
-    (sum(whole(ids_of(rank), labels=ids_of(rank)).loss for rank in range(2)) / 2).backward()
-    for by_layer in (False, True):
-        model = parallelize(made("qwen2_moe"), make_mesh(2, 2, 1), ep="ep", dp="dp", plan=LayerPlan(2, 3))
-        if by_layer:
-            for layer in model.model.layers:
-                layer.compile(backend="aot_eager")
-        run = model if by_layer else torch.compile(model, backend="aot_eager")
-        run(ids_of(info.rank), labels=ids_of(info.rank)).loss.backward()
-        average_gradients(model)
-        expected = to_local(model, {name: p.grad for name, p in whole.named_parameters()})
-        errors += [float((p.grad - expected[name]).abs().max()) for name, p in model.named_parameters()]
-        next(iter(expert_layers(model).values())).runner.lanes.close()
-        torch._dynamo.reset()
-    return max(errors)
-
-
-def test_the_rest_of_a_model_compiles_around_its_experts():
-    assert max(run_ranks(compiled, 2, timeout_s=100)) < EXACT
+def test_a_layer_compiles_around_its_experts():
+    layer, x = make_layer(plan=LayerPlan(2, 3)), tokens_of(0, [6]).requires_grad_()
+    y = torch.compile(layer, backend="eager")(x).hidden
+    backward_of(y)
+    torch._dynamo.reset()
+    assert errors_of(layer, x, y, reference([0], [6]), 0) < EXACT

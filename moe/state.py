@@ -116,8 +116,11 @@ def _locally(name: str, layer: ParallelExperts, stack: str, value: Any) -> Any:
         raise MoeConfigError(
             f"{name} has {len(value)} experts, the layer {place.num_experts}; give all of them, or a DTensor"
         )
-    if value.shape != (whole := _whole_shape(layer, stack)):
-        raise MoeConfigError(f"{name} is {list(value.shape)}, but all experts of the layer together are {list(whole)}")
+    if value.shape != (whole := _whole_shape(layer, stack)) or value.layout != torch.strided:
+        raise MoeConfigError(
+            f"{name} is {list(value.shape)} ({value.layout}), but all experts of the layer together are {list(whole)}, "
+            "strided"
+        )
     if isinstance(value, DTensor) and value.device_mesh == place.mesh[place.ep] and value.placements == (Shard(0),):
         own = value.to_local()
     else:

@@ -10,10 +10,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moe.errors import MoeConfigError
 from moe.parallel import expert_layers, parallelize
 from moe.plan import LayerPlan
-from moe.state import to_local
+from moe.state import load_state_dict, to_local
 from moe.sync import average_gradients
 from tests.moe_case import backward_of, errors_of, make_layer, make_mesh, reference, tokens_of
-from tests.moe_models import VOCABULARY, ids_of
+from tests.moe_models import VOCABULARY, ids_of, tiny_moe
 from tests.spawn import run_ranks
 
 EXACT = 1e-10
@@ -86,3 +86,27 @@ def test_a_layer_compiles_around_its_experts():
     backward_of(y)
     torch._dynamo.reset()
     assert errors_of(layer, x, y, reference([0], [6]), 0) < EXACT
+
+
+def loads(info):
+    model = parallelize(tiny_moe("mixtral"), make_mesh(2, 1, 2), ep="ep", esp="esp", dp="dp")
+    name, state = "model.layers.1.mlp.experts.gate_up_proj", tiny_moe("mixtral", initializer_range=0.1).state_dict()
+    before, said = {n: v.clone() for n, v in model.state_dict().items()}, []
+    for change in (
+        lambda v: v[:, :1],  # too narrow to be sliced over esp
+        lambda v: v[..., :-1],
+        lambda v: v.to_sparse(),
+        lambda v: v.to("meta"),
+        lambda v: v.tolist(),
+        lambda v: v > 0,
+    ):
+        with pytest.raises(MoeConfigError) as caught:
+            load_state_dict(model, {**state, name: change(state[name])})
+        said.append(name in str(caught.value))
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    next(iter(expert_layers(model).values())).runner.lanes.close()
+    return said
+
+
+def test_states_that_cannot_be_loaded_are_refused_before_anything_is_changed():
+    assert run_ranks(loads, 2) == [[True] * 6] * 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -186,15 +186,16 @@ def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Fi
     """The router beside some experts, where backward gave it no gradient but rounding."""
     gate = getattr(model.get_submodule(name.rpartition(".")[0]), "gate", None)
     weight = getattr(gate, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.grad is None:
+    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return []
     grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    largest = 0.0 if grad is None else _largest(grad)
     beside = max((_largest(p.grad) for p in layer.parameters() if p.grad is not None), default=0.0)
-    if not (isfinite(beside) and _largest(grad) <= _ROUNDING * beside):
+    if not (0 < beside < inf and largest <= _ROUNDING * beside):
         return []
     message = (
-        "its gradient is zero, so it learns nothing, which is so right after upcycling; with one expert a token, whose "
-        "weight is always one, it stays so: take two, or an auxiliary loss"
+        "its gradient is zero or missing, so it learns nothing, which is so right after upcycling; with one expert a "
+        "token, whose weight is always one, it stays so: take two, or an auxiliary loss"
     )
     return [Finding("idle router", f"{name.rpartition('.')[0]}.gate", message)]
 

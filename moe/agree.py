@@ -7,13 +7,15 @@ cannot go on must say so before the others wait for its rows.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import partial
+from zlib import crc32
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.errors import ContractError, PlanError
+from moe.errors import ContractError, MoeConfigError, PlanError
 from moe.lanes import Lanes
 from moe.plan import LayerPlan
 from moe.records import Assignments, Routing, Slots
@@ -33,19 +35,27 @@ class Problem(IntEnum):
     TOKENS = 4
     """The rows of the order do not fit the experts."""
     UNEQUAL = 5
+    """Tokens, experts and weights are not of one length, or not in the order that `per_token` promises."""
     NO_ROUTING = 6
     EXPERTS = 7
     """The gate and the ranks have not as many experts."""
+    MISFIT = 8
+    """The routing is for another number of tokens."""
+    DTYPE = 9
+    RAISED = 10
 
 
 _SAYS = {
     Problem.NOT_FINITE: "its gate returned weights that are NaN or infinite; look at the router's input and weights",
     Problem.OUT_OF_RANGE: "its gate returned experts or tokens that do not exist",
     Problem.REPEATED: "its gate sent a token to the same expert twice; the ids of a token must differ",
-    Problem.UNEQUAL: "its gate returned tokens, experts and weights that are not of one length",
+    Problem.UNEQUAL: "its gate returned tokens, experts and weights that do not belong together",
     Problem.NO_ROUTING: "its gate returned neither Assignments nor Slots; make them with moe.records.top_k_assignments",
     Problem.EXPERTS: "its gate has not as many experts as the ranks of ep hold together, num_experts of each",
+    Problem.MISFIT: "its gate returned a routing for another number of tokens than it was asked for",
     Problem.TOKENS: "its order returned rows or counts that do not belong together",
+    Problem.DTYPE: "its rows are of a dtype that does not travel; use fp32, fp64, bf16 or fp16",
+    Problem.RAISED: "its gate or order raised an error, which that rank shows",
 }
 
 
@@ -54,11 +64,13 @@ def problem_of(routing: Routing) -> Problem:
     if not isinstance(routing, (Assignments, Slots)):
         return Problem.NO_ROUTING
     if not isinstance(routing, Assignments):
+        if not (routing.dispatch_BTES.dim() == 4 and routing.dispatch_BTES.shape == routing.combine_BTES.shape):
+            return Problem.UNEQUAL
         finite = routing.dispatch_BTES.isfinite().all() & routing.combine_BTES.isfinite().all()
         return Problem.NONE if bool(finite) else Problem.NOT_FINITE
-    experts, tokens = routing.experts_A, routing.tokens_A
-    if not len(experts) == len(tokens) == len(routing.weights_A):
+    if not _is_whole(routing):
         return Problem.UNEQUAL
+    experts, tokens = routing.experts_A, routing.tokens_A
     if not bool(routing.weights_A.isfinite().all()):
         return Problem.NOT_FINITE
     if _outside(experts, routing.num_experts) or _outside(tokens, routing.num_tokens):
@@ -72,8 +84,51 @@ def describe(problem: Problem) -> str:
     return _SAYS[problem]
 
 
+def misfit_of(routing: Routing, num_tokens: int, num_experts: int) -> Problem:
+    """Return whether a routing is for other tokens or experts than these."""
+    if isinstance(routing, Assignments):
+        tokens, experts = routing.num_tokens, routing.num_experts
+    else:
+        sequences, each, experts, _ = routing.dispatch_BTES.shape
+        tokens = sequences * each
+    if experts != num_experts:
+        return Problem.EXPERTS
+    return Problem.NONE if tokens == num_tokens else Problem.MISFIT
+
+
+def _is_whole(routing: Assignments) -> bool:
+    shape, keep, per_token = routing.experts_A.shape, routing.keep_A, routing.per_token
+    if len(shape) != 1 or not shape == routing.tokens_A.shape == routing.weights_A.shape:
+        return False
+    if keep is not None and (keep.shape != shape or keep.dtype != torch.bool):
+        return False
+    if per_token is None:
+        return True
+    if per_token * routing.num_tokens != shape[0]:
+        return False
+    of_token_T1 = torch.arange(routing.num_tokens, device=routing.tokens_A.device).unsqueeze(1)
+    return bool((routing.tokens_A.view(routing.num_tokens, per_token) == of_token_T1).all())
+
+
 def _outside(ids: Tensor, size: int) -> bool:
-    return bool(((ids < 0) | (ids >= size)).any())
+    return ids.is_floating_point() or ids.is_complex() or bool(((ids < 0) | (ids >= size)).any())
+
+
+def agree_on_experts(num_experts: int, lanes: Lanes, layer: str) -> None:
+    """Raise MoeConfigError on every rank where the ranks have another number of experts. Every rank of both axes calls.
+
+    Counts have one entry an expert, so this must be alike before they are exchanged.
+    """
+    sizes = torch.tensor([num_experts])
+    for lane, group in ((lanes.inter, lanes.ep), (lanes.intra, lanes.esp)):
+        if group is not None:
+            part = sizes
+            sizes = lane.submit(partial(_gather, part, group), layer=layer, op="exchange of sizes").result()
+    if int(sizes.min()) != int(sizes.max()):
+        raise MoeConfigError(
+            f"layer {layer or '?'}: the ranks have {sizes.tolist()} experts; give each the same number, and a gate "
+            "for all of them together"
+        )
 
 
 def agree(
@@ -84,7 +139,7 @@ def agree(
     Raises ContractError on every rank where the routing of any rank has a problem, PlanError where the ranks differ in
     plan, width or dtype, ExchangeError when a rank does not come.
     """
-    own = torch.cat([torch.tensor(_header(width, dtype, problem, plan)), counts_E.to("cpu", torch.int64)])
+    own = torch.cat([torch.tensor(_header(width, dtype, problem, plan, layer)), counts_E.to("cpu", torch.int64)])
     every = own.view(1, 1, -1)
     if lanes.ep is not None:
         every = lanes.inter.submit(lambda: _gather(own, lanes.ep), layer=layer, op="exchange of counts").result()
@@ -98,10 +153,12 @@ def agree(
     return Traffic(every[..., size:].numpy(), lanes.member, lanes.position)
 
 
-def _header(width: int, dtype: torch.dtype, problem: Problem, plan: LayerPlan) -> list[int]:
+def _header(width: int, dtype: torch.dtype, problem: Problem, plan: LayerPlan, layer: str) -> list[int]:
     order = _ORDERS.index(plan.order)
     sizes = [plan.forward_chunks, plan.backward_chunks, order, plan.forward_lag, plan.backward_lag, plan.gradient_bytes]
-    return [int(problem), width, _DTYPES.index(dtype), *sizes]
+    if dtype not in _DTYPES:
+        return [int(problem or Problem.DTYPE), 0, width, 0, *sizes]
+    return [int(problem), crc32(layer.encode()), width, _DTYPES.index(dtype), *sizes]
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -117,12 +174,17 @@ def _check(headers: Ints, lanes: Lanes, layer: str) -> None:
         if problem:
             raise ContractError(f"layer {layer or '?'}, {_place(member, position, lanes)}: {_SAYS[problem]}")
     for member, position in np.ndindex(*headers.shape[:2]):
-        first, other = headers[0, 0, 1:], headers[member, position, 1:]
-        if not np.array_equal(first, other):
+        (name, *first), (other_name, *other) = (headers[at][1:].tolist() for at in ((0, 0), (member, position)))
+        if name != other_name:
+            raise PlanError(
+                f"{_place(member, position, lanes)} is in another layer than {_place(0, 0, lanes)}; one of them is "
+                f"layer {layer or '?'}. Ranks run the same layers in the same order, also one without tokens"
+            )
+        if first != other:
             names = "width, dtype, forward_chunks, backward_chunks, order, forward_lag, backward_lag, gradient_bytes"
             raise PlanError(
-                f"layer {layer or '?'}: {_place(0, 0, lanes)} has ({names}) = {first.tolist()}, "
-                f"{_place(member, position, lanes)} has {other.tolist()}; give every rank the same plan and dtype"
+                f"layer {layer or '?'}: {_place(0, 0, lanes)} has ({names}) = {first}, "
+                f"{_place(member, position, lanes)} has {other}; give every rank the same plan and dtype"
             )
 
 

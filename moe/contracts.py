@@ -136,9 +136,6 @@ def _check_scores(gate: Callable[[Tensor], Routing], weights: Tensor) -> None:
 
 def _check_assignments(routing: Assignments, num_tokens: int) -> None:
     _require(routing.num_tokens == num_tokens, f"num_tokens is that of x, {num_tokens}; got {routing.num_tokens}")
-    if routing.per_token is not None:
-        expected = torch.arange(num_tokens, device=routing.tokens_A.device).repeat_interleave(routing.per_token)
-        _require(torch.equal(routing.tokens_A, expected), "with per_token = K, assignment a is of token a // K")
 
 
 def _check_permutation(gate: Callable[[Tensor], Routing], x_TD: Tensor, routing: Assignments) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import inf
+from sys import float_info
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,18 @@ MAX_CHUNKS = 16
 
 def _require_costs(*values: float) -> None:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= float_info.max:
             raise PlanError(f"{value!r} is no cost; sizes and seconds are numbers of at least 0")
+
+
+_MOST_S = 1e12
+"""No layer takes 30,000 years; sums of costs below this stay finite."""
+
+
+def _seconds(what: str, value: float) -> float:
+    if not 0 <= value < _MOST_S:
+        raise PlanError(f"{what} comes to {value:.3g} s; look at the units of the profile and of the load")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,7 @@ OPERATIONS = (
     "all_to_all", "all_gather", "reduce_scatter", "all_reduce", "expert_forward", "expert_backward", "piece_forward",
     "piece_backward",
 )  # fmt: skip
+_MOST_SLOWDOWN = 1e6
 PAIRS = ((INTER, INTRA), (COMPUTE, INTER), (COMPUTE, INTRA))
 
 
@@ -100,12 +112,16 @@ class Profile:
     """Largest relative residual of each fit; an operation with a table shows what its line would have had."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.layer_s < inf:
+        if not 0 <= self.layer_s < _MOST_S:
             raise PlanError(f"layer_s is {self.layer_s!r}; give seconds of at least 0")
         known = {"+".join(pair) for pair in PAIRS}
         for name, value in self.slowdowns.items():
-            if name not in known or not 1.0 <= value < inf:
-                raise PlanError(f"slowdown {name!r} is {value!r}; give a factor of at least 1 for {sorted(known)}")
+            if name not in known or not 1.0 <= value <= _MOST_SLOWDOWN:
+                raise PlanError(
+                    f"slowdown {name!r} is {value!r}; give a factor of at least 1, and at most {_MOST_SLOWDOWN:g}, for "
+                    f"{sorted(known)}"
+                )
+        _require_costs(*self.residuals.values())
 
     def slowdown(self, one: str, other: str) -> float:
         """Return how much longer lanes `one` and `other` take together."""
@@ -129,7 +145,7 @@ class Profile:
             values = json.loads(text)
             costs = {name: _cost(values.pop(name)) for name in OPERATIONS}
             return cls(**costs, **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PlanError(f"not a profile: {error!r}; make one with `python -m moe profile`") from None
 
 
@@ -189,7 +205,7 @@ class StageTimes:
 def gradient_time(profile: Profile, load: LayerLoad) -> float:
     """Return the seconds of the load's gradients, slice by slice."""
     whole, rest = divmod(load.gradient_bytes, load.slice_bytes)
-    return whole * profile.all_reduce(load.slice_bytes) + profile.all_reduce(rest)
+    return _seconds("the gradient", whole * profile.all_reduce(load.slice_bytes) + profile.all_reduce(rest))
 
 
 def stage_times(
@@ -203,10 +219,13 @@ def stage_times(
     expert = profile.expert_backward if backward else profile.expert_forward
     extra = profile.piece_backward if backward else profile.piece_forward
     return StageTimes(
-        all_to_all=profile.all_to_all(load.exchange_bytes / chunks),
-        gather=profile.all_gather(load.gather_bytes / chunks),
-        expert=(expert(load.expert_rows / pieces) + extra(load.held_bytes / pieces)) * pieces / chunks,
-        scatter=profile.reduce_scatter(load.gather_bytes / chunks),
+        all_to_all=_seconds("an all-to-all", profile.all_to_all(load.exchange_bytes / chunks)),
+        gather=_seconds("a gather", profile.all_gather(load.gather_bytes / chunks)),
+        expert=_seconds(
+            "a chunk of the experts",
+            (expert(load.expert_rows / pieces) + extra(load.held_bytes / pieces)) * pieces / chunks,
+        ),
+        scatter=_seconds("a scatter", profile.reduce_scatter(load.gather_bytes / chunks)),
         gradient=gradient_time(profile, load) if backward else 0.0,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -89,17 +89,24 @@ def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Paramete
             if param.grad is None or want is None:
                 own.append(Finding("gradient scale", f"{name}.{stack}", "there is no gradient to compare"))
                 continue
-            own += _compare(f"{name}.{stack}", param.grad, want)
+            first = layer.runner.lanes.position * layer.num_experts
+            own += _compare(f"{name}.{stack}", param.grad, want, first)
     return list(dict.fromkeys(_from_all_ranks(own)))
 
 
 def audit_aux_loss(
-    loss: Callable[[float], Tensor], gates: Iterable[nn.Parameter], *, coefficient: float
+    loss: Callable[[float], Tensor],
+    gates: Iterable[nn.Parameter],
+    *,
+    coefficient: float,
+    alone: Callable[[], Tensor] | None = None,
 ) -> list[Finding]:
     """Check that an auxiliary loss enters once: the gradient it adds to the gates grows with `coefficient`, not faster.
 
     `loss(c)` returns the whole loss of one fixed batch with the auxiliary coefficient c. Loss and gradient at
-    `coefficient` less those at 0 must be half of those at twice the coefficient less those at 0.
+    `coefficient` less those at 0 must be half of those at twice the coefficient less those at 0. With `alone`, which
+    returns the auxiliary loss of that batch by itself, they must also be `coefficient` times its gradient: a constant
+    factor, the number of ranks or layers say, shows in nothing else.
     """
     params = list(gates)
     grads = [_flat_grads(loss(c * coefficient), params) for c in (0, 1, 2)]
@@ -109,7 +116,13 @@ def audit_aux_loss(
     factor = float((twice * once).sum() / (once * once).sum())
     if abs(factor - 2) > 2 * _SCALE_TOLERANCE:
         return [Finding("aux loss", "gates", f"twice the coefficient gives {factor:.2f} times the gradient, not 2")]
-    return []
+    if alone is None:
+        return []
+    wanted = coefficient * _flat_grads(alone(), params)
+    scale = float((once * wanted).sum() / (wanted * wanted).sum())
+    if abs(scale - 1) <= _SCALE_TOLERANCE:
+        return []
+    return [Finding("aux loss", "gates", f"its gradient is {scale:.2f} times the coefficient times that of it alone")]
 
 
 def _flat_grads(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
@@ -174,15 +187,16 @@ def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Fi
     """The router beside some experts, where backward gave it no gradient but rounding."""
     gate = getattr(model.get_submodule(name.rpartition(".")[0]), "gate", None)
     weight = getattr(gate, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.grad is None:
+    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return []
     grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    largest = 0.0 if grad is None else _largest(grad)
     beside = max((_largest(p.grad) for p in layer.parameters() if p.grad is not None), default=0.0)
-    if not (isfinite(beside) and _largest(grad) <= _ROUNDING * beside):
+    if not (0 < beside < inf and largest <= _ROUNDING * beside):
         return []
     message = (
-        "its gradient is zero, so it learns nothing, which is so right after upcycling; with one expert a token, whose "
-        "weight is always one, it stays so: take two, or an auxiliary loss"
+        "its gradient is zero or missing, so it learns nothing, which is so right after upcycling; with one expert a "
+        "token, whose weight is always one, it stays so: take two, or an auxiliary loss"
     )
     return [Finding("idle router", f"{name.rpartition('.')[0]}.gate", message)]
 
@@ -249,15 +263,19 @@ def _own_part(layer: ParallelExperts, stack: str, whole: Tensor | None) -> Tenso
     return slice_inner(stack, own, lanes.member, lanes.num_members)
 
 
-def _compare(where: str, got: Tensor, want: Tensor) -> list[Finding]:
-    size = float((want * want).sum())
-    if not size:
+def _compare(where: str, got: Tensor, want: Tensor, first: int) -> list[Finding]:
+    """One finding where all experts are off by one factor, else one for each that is off."""
+    size_E, along_E = (value.double().flatten(1).sum(1) for value in (want * want, got * want))
+    used = size_E > 0
+    factors = {first + int(e): float(along_E[e] / size_E[e]) for e in used.nonzero().flatten()}
+    off = {e: factor for e, factor in factors.items() if not abs(factor - 1) <= _SCALE_TOLERANCE}
+    if not off:
         return []
-    factor = float((got * want).sum()) / size
-    if abs(factor - 1) <= _SCALE_TOLERANCE:
-        return []
-    message = f"it is {factor:.3g} times that of one process; divide the sum over dp by the ranks of dp, ep and esp"
-    return [Finding("gradient scale", where, message)]
+    message = "times that of one process; divide the sum over dp by the ranks of dp, ep and esp"
+    mean = float(along_E.sum() / size_E.sum())
+    if len(off) == len(factors) and all(abs(f - mean) <= _SCALE_TOLERANCE * abs(mean) for f in off.values()):
+        return [Finding("gradient scale", where, f"it is {mean:.3g} {message}")]
+    return [Finding("gradient scale", f"{where}, expert {e}", f"it is {f:.3g} {message}") for e, f in off.items()]
 
 
 def _from_all_ranks(own: list[Finding]) -> list[Finding]:

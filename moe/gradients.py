@@ -9,16 +9,16 @@
     optimizer.step()
 
 Hooks only note that a gradient is there. Slices have borders that no plan moves, so results are bit for bit the same
-however many bytes each layer drains; the order of slices is fixed, so every rank issues alike. A slice that was sent
-before all of its gradients came (another graph than the plan was made for) is sent again by `flush`.
+however many bytes each layer drains; the order of slices is fixed, so every rank issues alike. A slice whose gradients
+changed after it was sent (another graph than the plan was made for, a backward that failed) is sent again by `flush`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,62 +26,30 @@ import torch.distributed as dist
 from moe.errors import MoeConfigError
 from moe.issue import IssueQueue, Ticket
 from moe.plan import LayerPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements `start .. stop` of one flattened parameter."""
-
-    name: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """What is reduced in one go: pieces of one dtype on one device."""
-
-    index: int
-    pieces: tuple[Piece, ...]
-    nbytes: int
+from moe.slices import Piece, Slice, cut
 
 
 @dataclass(slots=True)
 class _Sent:
-    """A slice on its way, and the buffer its sum arrives in."""
+    """A slice on its way, the buffer its sum arrives in, and what it was made of."""
 
     buffer: torch.Tensor
-    ticket: Ticket | None = field(default=None)
+    ticket: Ticket
+    grads: list[_Seen]
 
 
-def cut(parameters: Iterable[tuple[str, torch.Tensor]], slice_bytes: int) -> list[Slice]:
-    """Cut parameters, last first, into slices of at most `slice_bytes`; a slice holds one dtype and device."""
-    slices: list[Slice] = []
-    pieces: list[Piece] = []
-    used, kind = 0, None
+class _Seen(NamedTuple):
+    """A gradient as it was at some time; None where there was none."""
 
-    def close() -> None:
-        nonlocal pieces, used
-        if pieces:
-            slices.append(Slice(len(slices), tuple(pieces), used))
-        pieces, used = [], 0
+    grad: torch.Tensor | None
+    version: int
 
-    for name, p in reversed(list(parameters)):
-        if (p.dtype, p.device) != kind:
-            close()
-            kind = (p.dtype, p.device)
-        start, size = 0, p.element_size()
-        while start < p.numel():
-            room = (slice_bytes - used) // size
-            if room < 1:
-                close()
-                continue
-            stop = min(p.numel(), start + room)
-            pieces.append(Piece(name, start, stop))
-            used += (stop - start) * size
-            start = stop
-    close()
-    return slices
+    @classmethod
+    def of(cls, p: torch.nn.Parameter) -> _Seen:
+        return cls(p.grad, -1 if p.grad is None else p.grad._version)
+
+    def holds(self, p: torch.nn.Parameter) -> bool:
+        return self.grad is p.grad and self.version == _Seen.of(p).version
 
 
 class GradientReducer:
@@ -90,6 +58,9 @@ class GradientReducer:
     Every rank of `group` makes one, with the same parameters, and calls the same methods in the same order. Parameters
     with `is_expert` are never summed over `group`: over `expert_group`, the ranks with the same experts, where there is
     one. They too are divided by the size of `group`, since an expert has already summed what all ranks sent to it.
+    A parameter without a gradient on some ranks counts as zero there; one without on all keeps None.
+
+    With `model`, `flush` refuses to go on where that has parameters to train which the reducer does not know.
     """
 
     def __init__(
@@ -101,6 +72,7 @@ class GradientReducer:
         expert_group: dist.ProcessGroup | None = None,
         slice_bytes: int = 1 << 20,
         average: bool = True,
+        model: torch.nn.Module | None = None,
     ) -> None:
         if slice_bytes < 64:
             raise MoeConfigError(f"slice_bytes is {slice_bytes}; a slice has at least 64 bytes")
@@ -108,6 +80,7 @@ class GradientReducer:
         self._experts = {name: p for name, p in named.items() if getattr(p, "is_expert", False)}
         self._dense = {name: p for name, p in named.items() if name not in self._experts}
         self.slices = cut(self._dense.items(), slice_bytes)
+        self._model, self._known = model, {id(p) for p in named.values()}
         self._group, self._expert_group, self._queue = group, expert_group, queue
         self._divisor = dist.get_world_size(group) if average else 1
         self._armed = True
@@ -146,20 +119,19 @@ class GradientReducer:
     def flush(self) -> None:
         """Send the rest, wait for everything, and put the results into `.grad`. Every rank calls, once a step.
 
-        Raises ExchangeError when a peer is lost or late.
+        Raises ExchangeError when a peer is lost or late, MoeConfigError when the model got parameters to train since.
         """
         try:
+            self._require_known()
             while self._next < len(self.slices):
                 self._send(self.slices[self._next], "flush")
-            again = self._agree_on_late()
-            for index in again:
-                sent = self._sent[index]
-                assert sent.ticket is not None
-                sent.ticket.result()  # its buffer is filled anew
-                self._send(self.slices[index], "flush again", count=False)
+            late, present = self._agree()
+            for part in late:
+                self._sent[part.index].ticket.result()  # its buffer is filled anew
+                self._send(part, "flush again", count=False)
             for part in self.slices:
-                self._finish(part)
-            self._reduce_experts()
+                self._finish(part, present)
+            self._reduce_experts(present)
             self.ready_bytes = self._drained_ready
         finally:
             self._reset()
@@ -177,24 +149,28 @@ class GradientReducer:
         return norm
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off; layers that still call `drain` send nothing."""
+        self._armed = False
         for hook in self._hooks:
             hook.remove()
 
     def _reset(self) -> None:
         self._next = 0
         self._there: set[str] = set()
-        self._sent_names: set[str] = set()
-        self._late: set[str] = set()
         self._sent: dict[int, _Sent] = {}
         self._drained_ready: list[int] = []
 
     def _note(self, name: str) -> None:
-        if not self._armed:
-            return
-        self._there.add(name)
-        if name in self._sent_names:
-            self._late.add(name)
+        if self._armed:
+            self._there.add(name)
+
+    def _require_known(self) -> None:
+        for name, p in () if self._model is None else self._model.named_parameters():
+            if p.requires_grad and id(p) not in self._known:
+                raise MoeConfigError(
+                    f"{name} was added or unfrozen after this reducer was made, and would stay different on every "
+                    "rank; close the reducer and attach a new one"
+                )
 
     def _ready_prefix(self) -> int:
         total = 0
@@ -210,8 +186,7 @@ class GradientReducer:
         ticket = self._queue.submit(
             lambda: dist.all_reduce(buffer, group=self._group), layer=layer, op=f"gradient {part.index}"
         )
-        self._sent[part.index] = _Sent(buffer, ticket)
-        self._sent_names.update(piece.name for piece in part.pieces)
+        self._sent[part.index] = _Sent(buffer, ticket, [_Seen.of(self._dense[piece.name]) for piece in part.pieces])
         self._next += count
 
     def _flat(self, piece: Piece) -> torch.Tensor:
@@ -222,35 +197,44 @@ class GradientReducer:
             raise MoeConfigError(f"the gradient of {piece.name} is {p.grad.layout}; use dense gradients (sparse=False)")
         return p.grad.reshape(-1)[piece.start : piece.stop]
 
-    def _agree_on_late(self) -> list[int]:
-        """Return the slices that some rank sent before all of its gradients were there."""
+    def _agree(self) -> tuple[list[Slice], set[str]]:
+        """Return slices that changed on some rank after it sent them, and parameters with a gradient on some."""
+        params = {**self._dense, **self._experts}
         flags = torch.tensor(
-            [any(p.name in self._late for p in part.pieces) for part in self.slices], dtype=torch.int32
+            [*map(self._is_late, self.slices), *(p.grad is not None for p in params.values())], dtype=torch.int32
         )
         if len(flags):
             agree = self._queue.submit(
                 lambda: dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group), layer="flush", op="late slices"
             )
             agree.result()
-        return [i for i, late in enumerate(flags.tolist()) if late]
+        late, present = flags[: len(self.slices)].tolist(), flags[len(self.slices) :].tolist()
+        late_slices = [part for part, is_late in zip(self.slices, late, strict=True) if is_late]
+        return late_slices, {name for name, is_present in zip(params, present, strict=True) if is_present}
 
-    def _finish(self, part: Slice) -> None:
+    def _is_late(self, part: Slice) -> bool:
+        pairs = zip(part.pieces, self._sent[part.index].grads, strict=True)
+        return not all(seen.holds(self._dense[piece.name]) for piece, seen in pairs)
+
+    def _finish(self, part: Slice, present: set[str]) -> None:
         sent = self._sent[part.index]
-        assert sent.ticket is not None
         sent.ticket.result()
         total = sent.buffer.div_(self._divisor) if self._divisor > 1 else sent.buffer
         offset = 0
         for piece in part.pieces:
             p, size = self._dense[piece.name], piece.stop - piece.start
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if not p.grad.is_contiguous():
-                p.grad = p.grad.contiguous()
-            p.grad.view(-1)[piece.start : piece.stop].copy_(total[offset : offset + size])
+            if piece.name in present:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                if not p.grad.is_contiguous():
+                    p.grad = p.grad.contiguous()
+                p.grad.view(-1)[piece.start : piece.stop].copy_(total[offset : offset + size])
             offset += size
 
-    def _reduce_experts(self) -> None:
+    def _reduce_experts(self, present: set[str]) -> None:
         for name, p in self._experts.items():
+            if name not in present:
+                continue
             if p.grad is None:  # an expert without tokens here may have had some on another rank
                 p.grad = torch.zeros_like(p)
             grad: Any = p.grad

@@ -40,6 +40,11 @@ class Result(Protocol):
         ...
 
 
+_GRACE_S = 1.5
+"""A collective that waits in vain ends by its group's deadline, as long, and says why. Who waits for it lets it: a
+process that ended while its thread was still inside was aborted."""
+
+
 class Ticket(Future):
     """The handle of one submitted operation. `result()` is the only proof that it ran; it re-raises the cause."""
 
@@ -51,7 +56,7 @@ class Ticket(Future):
         """Return what the operation returned. Raises ExchangeError when it failed or is later than the deadline."""
         waited_s = self._timeout_s if timeout is None else timeout
         try:
-            return super().result(waited_s)
+            return super().result(waited_s + _GRACE_S if timeout is None else timeout)
         except TimeoutError:
             raise ExchangeError(
                 f"{self.who}: not done after {waited_s:g} s; a peer is lost, late, or issues in another order"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from moe.agree import Problem, agree, problem_of
-from moe.errors import ContractError
+from moe.agree import Problem, agree, agree_on_experts, misfit_of, problem_of
+from moe.errors import ContractError, MoeError
 from moe.flow import Experts, LayerRun, Pass
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
@@ -34,27 +36,63 @@ class ExpertRunner:
         self.lanes, self.plan, self.hooks, self.name = lanes, plan, hooks or Hooks(), name
         self.drain: Drain | None = None
         self.on_pass: Callable[[Pass], None] | None = None
+        self.agreed_experts: int | None = None
+        """Experts of every rank, where the ranks know that they have as many."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertRunner:
+        """Copy for the copy of a model, an average of its weights say: over the same lanes, and without a drain."""
+        made = ExpertRunner(self.lanes, plan=self.plan, hooks=deepcopy(self.hooks, memo), name=self.name)
+        made.agreed_experts = self.agreed_experts
+        return made
+
+    @torch.compiler.disable  # exchanges, threads and a graph of its own: the rest of a model compiles around it
     def run(self, x_TD: Tensor, routing: Routing, order: Order, experts: Experts) -> tuple[Tensor, Tensor]:
         """Return the output `[T, D]` and the rows this rank sent to each expert, `[E]`. Every rank calls.
 
         Raises ContractError, on every rank, where a rank's gate or order breaks its contract; PlanError where plans
         differ; ExchangeError where a rank is lost.
         """
-        problem, num_experts = problem_of(routing), experts.num_experts * self.lanes.num_ranks
+        num_experts = experts.num_experts * self.lanes.num_ranks
+        problem = problem_of(routing) or misfit_of(routing, len(x_TD), num_experts)
         if problem:
-            # Rows of nonsense may not be built: tell the others, who raise what this rank raises.
-            counts_E = torch.zeros(num_experts, dtype=torch.int64)
-            agree(counts_E, x_TD.shape[-1], x_TD.dtype, problem, self.plan, self.lanes, self.name)
-        ordered = order(x_TD, routing)
+            self.tell(problem, x_TD, experts)  # rows of nonsense may not be built
+        self._agree_on_experts(experts)
+        with self.telling(x_TD, experts):
+            ordered = order(x_TD, routing)
         rows_RD, counts_E = narrowed(ordered.rows_RD), ordered.counts_E  # before they travel
-        fits = len(counts_E) == num_experts
-        if not fits or int(counts_E.sum()) != len(rows_RD):
-            problem = Problem.TOKENS if fits else Problem.EXPERTS
-            counts_E = torch.zeros(num_experts, dtype=torch.int64)
+        if not _fits(rows_RD, counts_E, num_experts):
+            problem, counts_E = Problem.TOKENS, torch.zeros(num_experts, dtype=torch.int64)
         traffic = agree(counts_E, rows_RD.shape[-1], rows_RD.dtype, problem, self.plan, self.lanes, self.name)
         run = LayerRun(experts, traffic, self.plan, self.lanes, self.hooks, self.name, self.drain, self.on_pass)
         return ordered.inverse(run_experts(rows_RD, run)), counts_E
+
+    @contextmanager
+    def telling(self, x: Tensor, experts: Experts) -> Iterator[None]:
+        """Let the other ranks raise ContractError where something inside raises: they would wait for this rank."""
+        try:
+            yield
+        except Exception:
+            with suppress(MoeError):
+                self.tell(Problem.RAISED, x, experts)
+            raise
+
+    def tell(self, problem: Problem, x: Tensor, experts: Experts) -> None:
+        """Raise ContractError here and on the other ranks, which are about to exchange their counts."""
+        self._agree_on_experts(experts)
+        counts_E = torch.zeros(experts.num_experts * self.lanes.num_ranks, dtype=torch.int64)
+        agree(counts_E, x.shape[-1], x.dtype, problem, self.plan, self.lanes, self.name)
+
+    def _agree_on_experts(self, experts: Experts) -> None:
+        if self.agreed_experts != experts.num_experts:
+            agree_on_experts(experts.num_experts, self.lanes, self.name)
+            self.agreed_experts = experts.num_experts
+
+
+def _fits(rows_RD: Tensor, counts_E: Tensor, num_experts: int) -> bool:
+    """Whether these can be the rows of so many experts."""
+    if rows_RD.dim() != 2 or counts_E.shape != (num_experts,) or counts_E.is_floating_point():
+        return False
+    return int(counts_E.sum()) == len(rows_RD) and bool((counts_E >= 0).all())
 
 
 class MoELayer(nn.Module):
@@ -93,6 +131,8 @@ class MoELayer(nn.Module):
         """Run `[..., D]` through the experts. Every rank of the lanes calls, also one whose x has no tokens."""
         hooks = self.runner.hooks
         x = hooks.before_moe_start(x)
-        routing: Routing = self.gate(x)
-        y_TD, counts_E = self.runner.run(x.reshape(-1, x.shape[-1]), routing, self.order, cast(Experts, self.experts))
+        experts = cast(Experts, self.experts)
+        with self.runner.telling(x, experts):
+            routing: Routing = self.gate(x)
+        y_TD, counts_E = self.runner.run(x.reshape(-1, x.shape[-1]), routing, self.order, experts)
         return MoeOutput(hooks.before_moe_end(y_TD.view_as(x)), routing.aux_loss, counts_E)

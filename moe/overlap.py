@@ -6,11 +6,12 @@ is computed twice, and backward may have another number of chunks. The weighted 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +73,10 @@ class _Overlap(torch.autograd.Function):
         sums = _GradientSums(ctx.params)
 
         def compute(grad_ND: Tensor, index: Ints, counts: list[int], start: Fraction) -> Tensor:
-            piece: Piece | None = ctx.pieces.get(start)
+            grad, piece = take(grad_ND, index), ctx.pieces.get(start)
             if piece is None:
-                return grad_ND
-            inputs, grad = [piece.rows, *ctx.params], take(grad_ND, index)
+                return torch.zeros_like(grad)
+            inputs = [piece.rows, *ctx.params]
             found = torch.autograd.grad([piece.output], inputs, [grad], retain_graph=True, allow_unused=True)
             sums.add(found[1:])
             return grad.new_zeros(()).expand_as(grad) if found[0] is None else found[0]
@@ -117,6 +118,11 @@ class _Leaf(torch.autograd.Function):
         return None, None
 
 
+class _Weight(NamedTuple):
+    param: nn.Parameter
+    version: int
+
+
 class _Saved:
     """What the graphs of the pieces saved, in the hands of the outer graph.
 
@@ -135,14 +141,22 @@ class _Saved:
         self.tensors = (*self.tensors, *self._all)
         self._all = []
 
-    def _pack(self, tensor: Tensor) -> Tensor | int:
+    def _pack(self, tensor: Tensor) -> _Weight | int:
         if isinstance(tensor, nn.Parameter):
-            return tensor
+            return _Weight(tensor, tensor._version)
         self._all.append(tensor.detach())
         return len(self.tensors) + len(self._all) - 1
 
-    def _unpack(self, held: Tensor | int) -> Tensor:
-        return self.tensors[held] if isinstance(held, int) else held
+    def _unpack(self, held: _Weight | int) -> Tensor:
+        if isinstance(held, int):
+            return self.tensors[held]
+        # With hooks autograd leaves this check to them.
+        if held.param._version != held.version:
+            raise MoeError(
+                f"a weight {tuple(held.param.shape)} of the experts was changed in place between forward and backward; "
+                "run every backward before the optimizer's step"
+            )
+        return held.param
 
 
 class _GradientSums:
@@ -153,12 +167,15 @@ class _GradientSums:
         self._sums: list[Tensor | None] = [None] * len(params)
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
+        places = Counter(grad.data_ptr() for grad in grads if grad is not None)
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
             held = self._sums[i]
             if held is None:
-                self._sums[i] = grad
+                # Where two parameters were added up, one tensor is the gradient of both; where elements were, expanded.
+                is_own = places[grad.data_ptr()] == 1 and 0 not in grad.stride()
+                self._sums[i] = grad if is_own else grad.clone(memory_format=torch.contiguous_format)
             else:
                 wide = torch.promote_types(grad.dtype, torch.float32)
                 self._sums[i] = held.to(wide).add_(grad)

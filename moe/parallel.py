@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ from moe.records import top_k_assignments
 _SAMPLED = 64
 """Elements of a weight, about, by which the models of two ranks are told apart."""
 
+_ADAPTED = (
+    "its weights are computed from others, as with an adapter over experts (peft's target_parameters), whose gradients "
+    "would be averaged over ranks with other experts; adapt other modules, or train the experts themselves"
+)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -40,6 +46,10 @@ class Placement:
     esp: str | None
     dp: str
     num_experts: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
+        """Return this: a copy of a model is in the same places."""
+        return self
 
     @property
     def data_axes(self) -> tuple[str, ...]:
@@ -69,12 +79,20 @@ class ParallelExperts(StackedExperts):
         self.runner, self.placement = runner, placement
         self.rows_per_expert_E: Tensor | None = None
         """int64: rows this rank sent to each expert in the last forward."""
+        self._mark()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # parameters lose what was set on them when they are copied
+
+    def _mark(self) -> None:
         for param in self.parameters():
             param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
 
-    @torch.compiler.disable  # dynamo has no gradient edges; around the experts a model compiles as ever
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
+        if not all(isinstance(getattr(self, stack), nn.Parameter) for stack in INNER):
+            raise MoeConfigError(f"layer {self.runner.name}: {_ADAPTED}")
         routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
         output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, SparseOrder(), self.stacks())
         return output_TD
@@ -120,6 +138,7 @@ def parallelize(
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
         runner = ExpertRunner(lanes, plan=plans[name], name=name)
+        runner.agreed_experts = sizes[name] // lanes.num_ranks
         model.set_submodule(name, _spread(module, lanes, runner, placement, config))
     return model
 
@@ -183,14 +202,56 @@ def _check(
             f"{type(model).__name__} has no stacked experts (gate_up_proj, down_proj); parallelize takes the Mixtral, "
             "Qwen3-MoE, DeepSeek-V3 and OLMoE models of transformers 5. To make one from a dense model: moe.upcycle"
         )
+    _check_untied(model, blocks)
     ranks, members = mesh[ep].size(), 1 if esp is None else mesh[esp].size()
     return {name: _check_block(name, module, ranks, members) for name, module in blocks.items()}
 
 
-def _check_block(name: str, module: nn.Module, ranks: int, members: int) -> int:
-    for flag, wanted in (("has_gate", True), ("has_bias", False), ("is_transposed", False), ("is_concatenated", True)):
+def _check_untied(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    owners: dict[int, str] = {}
+    wanted = {id(module) for module in blocks.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for weight in (module.get_parameter(stack) for stack in INNER if id(module) in wanted):
+            if (owner := owners.setdefault(id(weight), name)) != name:
+                raise MoeConfigError(f"{name} and {owner} share their weights; tied experts are not supported")
+
+
+_KIND = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+}
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
+    """Refuse experts that compute something else than `down(act(gate(x)) * up(x))`, which is what takes their place."""
+    kind = type(module).__name__
+    if not hasattr(module, "has_gate"):
+        raise MoeConfigError(f"{name}: {kind} is called in a way of its own, not as the experts of other models are")
+    for flag, wanted in _KIND.items():
         if getattr(module, flag, wanted) is not wanted:
-            raise MoeConfigError(f"{name}: {flag} is {not wanted} for {type(module).__name__}; these are not supported")
+            raise MoeConfigError(f"{name}: {flag} is {not wanted} for {kind}; these are not supported")
+    gating = getattr(type(module), "_apply_gate", None)
+    if gating is not None and gating.__module__ != "transformers.integrations.moe":
+        raise MoeConfigError(f"{name}: {kind} has a gating of its own (_apply_gate); these are not supported")
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise MoeConfigError(
+            f"{name}: {kind} is sharded already (DTensor); call moe.parallelize first, then shard the rest"
+        )
+    others = {n for n, _ in (*module.named_parameters(), *module.named_buffers())} - INNER.keys()
+    if others or not isinstance(getattr(module, "act_fn", None), nn.Module):
+        raise MoeConfigError(
+            f"{name}: {kind} has {', '.join(sorted(others)) or 'no act_fn'} beside gate_up_proj and down_proj; such "
+            "experts, quantized ones say, are not supported"
+        )
+    if name.rpartition(".")[2] == "base_layer":
+        raise MoeConfigError(f"{name}: {_ADAPTED}")
+
+
+def _check_block(name: str, module: nn.Module, ranks: int, members: int) -> int:
+    _check_kind(name, module)
     num_experts, _, inner = module.get_parameter("down_proj").shape
     if num_experts % ranks:
         raise MoeConfigError(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import gcd
+from sys import float_info
 from typing import Any, Literal, NamedTuple
 
 from moe.errors import PlanError
@@ -29,9 +30,15 @@ class Op(NamedTuple):
     chunk: int
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PlanError(f"{name} is {value!r}; it must be an integer of at least {least}")
+MOST_CHUNKS = 1024
+"""More parts than any layer has a use for; a plan of more would only exhaust memory."""
+_MOST_BYTES = 2**63 - 1
+"""Ranks compare their plans as int64."""
+
+
+def _check_int(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise PlanError(f"{name} is {value!r}; it must be an integer from {least} to {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +65,12 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         for name in ("forward_chunks", "backward_chunks", "forward_lag", "backward_lag"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("gradient_bytes", self.gradient_bytes, 0)
+            _check_int(name, getattr(self, name), 1, MOST_CHUNKS)
+        _check_int("gradient_bytes", self.gradient_bytes, 0, _MOST_BYTES)
+        for name in ("predicted_forward_s", "predicted_backward_s", "predicted_serial_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= float_info.max:
+                raise PlanError(f"{name} is {value!r}; it must be a number of seconds of at least 0")
         if self.order not in ("fifo", "ready"):
             raise PlanError(f"order is {self.order!r}; choose 'fifo' or 'ready'")
 
@@ -98,7 +109,7 @@ class LayerPlan:
             values: dict[str, Any] = json.loads(text)
             values.pop("predicted_s", None)
             return cls(**{**values, "reasons": tuple(values.get("reasons", ()))})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             known = ", ".join(f.name for f in fields(cls))
             raise PlanError(f"not a layer plan: {error}; it is a JSON object with {known}") from None
 

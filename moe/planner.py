@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
+from math import inf
 
 from moe.cost import (
     MAX_CHUNKS,
@@ -193,9 +194,9 @@ def plan_layer(
         reasons.append(f"promises {fixed_s / best_s:.3f}x over the best single r = {fixed_r}: stays with that")
         plan = _fixed_plan(profile, load, fixed_r, serial_s)
     else:
-        reasons.append(f"promises {fixed_s / best_s:.3f}x over the best single r = {fixed_r}")
+        reasons.append(f"promises {_over(fixed_s, best_s):.3f}x over the best single r = {fixed_r}")
     if plan.forward_chunks * plan.backward_chunks > 1:
-        reasons.append(f"promises {serial_s / plan.predicted_s:.3f}x over no overlap")
+        reasons.append(f"promises {_over(serial_s, plan.predicted_s):.3f}x over no overlap")
     if profile.slowdowns:
         reasons.append("lanes slow one another: " + ", ".join(f"{k} {v:.2f}x" for k, v in profile.slowdowns.items()))
     return replace(plan, reasons=tuple(reasons))
@@ -229,7 +230,7 @@ def _search(
     chosen, why_not = both("fifo"), []
     if load.gather_bytes:
         ready = both("ready")
-        promise = _sum(chosen) / _sum(ready)
+        promise = _over(_sum(chosen), _sum(ready))
         taken = promise >= READY_GAIN
         chosen = ready if taken else chosen
         verb = "taken" if taken else "not taken"
@@ -270,6 +271,11 @@ def _as_plan(chosen: tuple[Choice, Choice], load: LayerLoad, serial_s: float) ->
         predicted_backward_s=backward.time_s,
         predicted_serial_s=serial_s,
     )
+
+
+def _over(one_s: float, other_s: float) -> float:
+    """Return how many times as long one takes as the other; two that take no time take the same."""
+    return 1.0 if one_s == other_s else one_s / other_s if other_s else inf
 
 
 def _sum(choices: tuple[Choice, Choice]) -> float:

@@ -50,6 +50,7 @@ def attach_reducer(
         expert_group=own_group(copies, timeout_s=timeout_s) if copies.size() > 1 else None,
         slice_bytes=slice_bytes,
         average=average,
+        model=model,
     )
     for layer in layers:
         layer.runner.drain = reducer.drain

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moe.errors import MoeConfigError
-from moe.experts import join_inner, slice_inner
+from moe.experts import INNER, join_inner, slice_inner
 from moe.parallel import ParallelExperts, expert_layers
 
 _STACKS = ("gate_up_proj", "down_proj")
@@ -52,13 +52,21 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     local = to_local(model, state)
     own = model.state_dict()
     missing, unknown = sorted(set(own) - set(local)), sorted(set(local) - set(own))
-    wrong = sorted(name for name in set(own) & set(local) if own[name].shape != local[name].shape)
+    wrong = sorted(name for name in set(own) & set(local) if not _can_copy(local[name], own[name]))
     if missing or unknown or wrong:
         raise MoeConfigError(
             f"the state does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}, of another "
-            f"shape {wrong[:3]}; load it into a model of the same configuration"
+            f"shape or kind {wrong[:3]}; load it into a model of the same configuration"
         )
     model.load_state_dict(local)
+
+
+def _can_copy(value: Any, own: Any) -> bool:
+    if not isinstance(own, Tensor):
+        return True
+    if not isinstance(value, Tensor) or value.shape != own.shape or value.is_meta or value.layout != own.layout:
+        return False
+    return (value.is_complex(), value.is_floating_point()) == (own.is_complex(), own.is_floating_point())
 
 
 _Owner = tuple[ParallelExperts, str]
@@ -93,6 +101,13 @@ def _globally(layer: ParallelExperts, stack: str, value: Tensor) -> DTensor:
     return DTensor.from_local(value, mesh[ep], [Shard(0)], run_check=False)
 
 
+def _whole_shape(layer: ParallelExperts, stack: str) -> torch.Size:
+    shape, (inner, _) = list(getattr(layer, stack).shape), INNER[stack]
+    shape[0] = layer.placement.num_experts
+    shape[inner] *= layer.runner.lanes.num_members
+    return torch.Size(shape)
+
+
 def _locally(name: str, layer: ParallelExperts, stack: str, value: Any) -> Any:
     lanes, place = layer.runner.lanes, layer.placement
     if not isinstance(value, Tensor) or value.dim() != 3:
@@ -100,6 +115,11 @@ def _locally(name: str, layer: ParallelExperts, stack: str, value: Any) -> Any:
     if len(value) != place.num_experts:
         raise MoeConfigError(
             f"{name} has {len(value)} experts, the layer {place.num_experts}; give all of them, or a DTensor"
+        )
+    if value.shape != (whole := _whole_shape(layer, stack)) or value.layout != torch.strided:
+        raise MoeConfigError(
+            f"{name} is {list(value.shape)} ({value.layout}), but all experts of the layer together are {list(whole)}, "
+            "strided"
         )
     if isinstance(value, DTensor) and value.device_mesh == place.mesh[place.ep] and value.placements == (Shard(0),):
         own = value.to_local()

@@ -24,18 +24,29 @@ def placement_of(model: nn.Module) -> Placement:
     raise MoeConfigError("this model is not expert-parallel; call moe.parallelize(model, mesh, ...) first")
 
 
+def _present(params: list[nn.Parameter], placement: Placement) -> list[bool]:
+    """Return which parameters have a gradient on some rank: one alone would be added to another parameter's."""
+    found = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=placement.mesh.device_type)
+    for axis in placement.data_axes:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=placement.mesh.get_group(axis))
+    return found.bool().tolist()
+
+
 def average_gradients(model: nn.Module) -> None:
     """Make every gradient that of the mean over the ranks' losses. Every rank calls, after the last backward of a step.
 
-    A dense parameter must have a gradient on all ranks or on none; experts always have one, of zeros without tokens.
+    A parameter without a gradient on some ranks counts as zero there; one without on all keeps None.
     """
     placement = placement_of(model)
     ranks = 1
     for axis in placement.data_axes:
         ranks *= placement.mesh[axis].size()
-    for param in model.parameters():
-        if param.grad is None:
+    params = list(model.parameters())
+    for param, is_present in zip(params, _present(params, placement), strict=True):
+        if not is_present:
             continue
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
         axes = (placement.dp,) if getattr(param, "is_expert", False) else placement.data_axes
         for axis in axes:
             if placement.mesh[axis].size() > 1:

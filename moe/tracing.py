@@ -18,6 +18,7 @@ from moe.plan import COMPUTE, INTER, INTRA
 from moe.simulate import Event
 
 LANES = (INTER, INTRA, COMPUTE)
+_MOST_NS = 2**63
 COLOURS = {
     "dispatch": "#4878d0",
     "combine": "#6acc64",
@@ -108,14 +109,29 @@ def read_events(path: str | Path) -> list[TraceEvent]:
             continue
         try:
             event = TraceEvent(**{k: v for k, v in json.loads(line).items() if k in known})
-            if not event.t0_ns <= event.t1_ns:
-                raise ValueError(f"it ends at {event.t1_ns}, before its start at {event.t0_ns}")
-        except (ValueError, TypeError, AttributeError) as error:
+            _check_event(event)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise MoeConfigError(f"{path} line {number} is no trace event: {error}") from None
         events.append(event)
     if not events:
         raise MoeConfigError(f"{path} holds no trace events; write some with `python -m moe simulate --events FILE`")
     return events
+
+
+def _check_event(event: TraceEvent) -> None:
+    for name in ("lane", "name"):
+        if not isinstance(value := getattr(event, name), str):
+            raise ValueError(f"{name} is {value!r}; it must be a text")
+    for name in ("rank", "step", "mb"):
+        if not isinstance(value := getattr(event, name), int):
+            raise ValueError(f"{name} is {value!r}; it must be an integer")
+    for name in ("t0_ns", "t1_ns", "predicted_ns"):
+        value = getattr(event, name)
+        is_missing = value is None and name == "predicted_ns"
+        if not is_missing and not (isinstance(value, (int, float)) and abs(value) < _MOST_NS):
+            raise ValueError(f"{name} is {value!r}; it must be a number of nanoseconds")
+    if not event.t0_ns <= event.t1_ns:
+        raise ValueError(f"it ends at {event.t1_ns}, before its start at {event.t0_ns}")
 
 
 def perfetto(measured: Sequence[TraceEvent], predicted: Sequence[TraceEvent] = ()) -> dict[str, Any]:
@@ -154,7 +170,9 @@ def draw(
     shown = [("predicted", _from_zero(predicted)), ("measured", _from_zero([e for e in measured if e.rank == rank]))]
     rows = [(lane, kind, events) for lane in LANES for kind, events in shown if events]
     figure = Figure(figsize=(10, 0.5 + 0.45 * len(rows)))
-    FigureCanvasSVG(figure)
+    kinds = FigureCanvasSVG(figure).get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise MoeConfigError(f"{path} has the suffix of no picture; use one of {', '.join(f'.{k}' for k in kinds)}")
     axes = figure.subplots()
     for y, (lane, _, events) in enumerate(rows):
         for e in (e for e in events if e.lane == lane):

@@ -246,7 +246,7 @@ def test_what_cannot_be_is_refused_alike_on_every_rank(tmp_path):
     first, second = run_ranks(rank_refuses, 2, str(tmp_path))
     assert first == second
     texts = ["none.json cannot be read", "has no stacked experts", "output_router_logits", "has 6 experts, the layer 4",
-             "was [2, 16, 9] of torch.float64 and is [2, 16, 8]"]  # fmt: skip
+             "is [4, 16, 9] (torch.strided), but all experts of the layer together are [4, 16, 8]"]  # fmt: skip
     assert len(first) == len(texts)
     for error, text in zip(first, texts, strict=True):
         assert text in error

@@ -113,6 +113,19 @@ def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, caps
     assert "events.jsonl line 1 is no trace event" in said
     code, said = failing(monkeypatch, capsys, "trace", str(tmp_path / "events.jsonl"))
     assert (code, "give --perfetto FILE, --svg FILE or both" in said) == (2, True)
+    good = {"rank": 0, "lane": "inter", "name": "dispatch 0", "t0_ns": 1, "t1_ns": 2}
+    for change, text in (
+        ({"rank": "a"}, "rank is 'a'; it must be an integer"),
+        ({"name": 5}, "name is 5; it must be a text"),
+        ({"t0_ns": "a", "t1_ns": "b"}, "t0_ns is 'a'; it must be a number of nanoseconds"),
+        ({"predicted_ns": []}, "predicted_ns is []"),
+    ):
+        (tmp_path / "e.jsonl").write_text(json.dumps(good | change))
+        code, said = failing(monkeypatch, capsys, "trace", str(tmp_path / "e.jsonl"), "--svg", str(tmp_path / "x.svg"))
+        assert (code, text in said) == (2, True), said
+    (tmp_path / "e.jsonl").write_text(json.dumps(good))
+    code, said = failing(monkeypatch, capsys, "trace", str(tmp_path / "e.jsonl"), "--svg", str(tmp_path / "x.xyz"))
+    assert (code, "x.xyz has the suffix of no picture; use one of" in said) == (2, True)
     for option, value in (("--exchange-bytes", "nan"), ("--expert-rows", "inf"), ("--memory-bytes", "0")):
         code, said = failing(monkeypatch, capsys, "plan", "--profile", profile, *LOAD, option, value)
         assert code == 2
@@ -141,6 +154,10 @@ def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, caps
         ({"expert_forward": {"sizes": [1, 2], "times_s": [1]}}, "are no table"),
         ({"layer_s": "x"}, "not a profile"),
         ({"slowdowns": {"inter+intra": float("inf")}}, "give a factor of at least 1"),
+        ({"slowdowns": {"inter+intra": 1e300}}, "give a factor of at least 1, and at most 1e+06"),
+        ({"residuals": {"all_to_all": "x"}}, "'x' is no cost"),
+        ({"all_to_all": {"alpha_s": 1e300, "beta_s": 1e300}}, "an all-to-all comes to 4e+306 s; look at the units"),
+        ({"all_reduce": {"alpha_s": 0, "beta_s": 1e300}}, "s; look at the units of the profile and of the load"),
     ],
 )
 def test_a_profile_that_was_changed_by_hand_is_refused(profile, tmp_path, monkeypatch, capsys, change, text):

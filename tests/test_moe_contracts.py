@@ -45,10 +45,10 @@ class Changed(nn.Module):
         (lambda r, n: replace(r, weights_A=r.weights_A * n), "returns the same for the same tokens"),
         (lambda r, n: replace(r, weights_A=r.weights_A * float("inf")), "formed; its gate .* NaN or inf"),
         (lambda r, n: replace(r, experts_A=r.experts_A * 0), "formed; its gate sent a token to the same expert"),
-        (lambda r, n: replace(r, tokens_A=r.tokens_A.flip(0)), "with per_token = K, assignment a is of token a // K"),
-        (lambda r, n: replace(r, num_tokens=9), "num_tokens is that of x, 8; got 9"),
+        (lambda r, n: replace(r, tokens_A=r.tokens_A.flip(0)), "formed; its gate .* do not belong together"),
+        (lambda r, n: replace(r, num_tokens=9, per_token=None), "num_tokens is that of x, 8; got 9"),
         (lambda r, n: r.weights_A, "formed; its gate returned neither Assignments nor Slots"),
-        (lambda r, n: replace(r, experts_A=r.experts_A[:-1]), "formed; its gate .* not of one length"),
+        (lambda r, n: replace(r, experts_A=r.experts_A[:-1]), "formed; its gate .* do not belong together"),
         (
             lambda r, n: replace(r, weights_A=r.weights_A * torch.arange(1.0, 17.0)),
             "permuted tokens are routed alike, permuted; off by",

@@ -43,7 +43,10 @@ def examine(info):
         del layer.gate_up_proj.is_expert
         optimizer.param_groups[0]["params"].append(layer.down_proj)
     layer.rows_per_expert_E[2] = 0
+    model.model.layers[1].mlp.gate.weight.grad = None
     said["ill"] = texts(moe.doctor(model, optimizer=optimizer))
+    model.zero_grad(set_to_none=False)
+    said["zeros"] = [text for text in texts(moe.doctor(model)) if text.startswith("idle")]
     return name, said
 
 
@@ -51,16 +54,17 @@ def test_illnesses_of_one_rank_are_found_by_name_on_all():
     results = run_ranks(examine, 2)
     assert results[0] == results[1]
     name, said = results[0]
-    assert said["healthy"] == []
+    assert said["healthy"] == said["zeros"] == []
     for text in (
         f"NaN rows: {name}.down_proj, expert 3: 1 rows of its gradient are NaN or infinite",
         f"duplicated expert: {name}, expert 3: it equals expert 2",
         f"unmarked expert: {name}.gate_up_proj: it is not marked is_expert",
         f"expert in optimizer: {name}.down_proj: it is 2 times in the optimizer",
+        "idle router: model.layers.1.mlp.gate: its gradient is zero or missing, so it learns nothing",
         f"dead expert: {name}, expert 2: no rank sent it a row in the last forward",
     ):
         assert sum(text in line for line in said["ill"]) == 1, (text, said["ill"])
-    assert len(said["ill"]) == 5
+    assert len(said["ill"]) == 6
 
 
 def scales(info):
@@ -76,6 +80,14 @@ def scales(info):
             param.grad *= 2  # as if divided by dp only
     wrong = texts(audit_gradients(model, whole.named_parameters()))
     assert wrong == texts(moe.doctor(model, reference=whole.named_parameters()))
+    layer = next(iter(expert_layers(model).values()))
+    for param in model.parameters():
+        if getattr(param, "is_expert", False):
+            param.grad /= 2
+    layer.down_proj.grad[1] *= 2
+    one = texts(audit_gradients(model, whole.named_parameters()))
+    assert len(one) == 2  # of the second expert on either rank of ep
+    assert "down_proj, expert 1: it is 2 times" in one[0]
     model.zero_grad()
     return right, wrong, texts(audit_gradients(model, whole.named_parameters()))
 
@@ -154,13 +166,17 @@ def aux_losses(scale):
         main = out.loss - model.router_aux_loss_coef * out.aux_loss
         return main + scale(coefficient) * out.aux_loss
 
-    return texts(audit_aux_loss(loss, gates, coefficient=0.1))
+    def alone():
+        return model(ids_of(0), output_router_logits=True).aux_loss
+
+    return texts(audit_aux_loss(loss, gates, coefficient=0.1, alone=alone))
 
 
 def test_aux_loss_must_enter_once():
     assert aux_losses(lambda c: c) == []
     assert "twice the coefficient gives 4.00 times the gradient" in aux_losses(lambda c: c * c)[0]
     assert "gives the gates no gradient" in aux_losses(lambda c: 0)[0]
+    assert "its gradient is 2.00 times the coefficient times that of it alone" in aux_losses(lambda c: 2 * c)[0]
 
 
 def test_other_models_are_refused():

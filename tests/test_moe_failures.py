@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from moe.config import MoeConfig
 from moe.errors import ContractError, ExchangeError, MoeConfigError, MoeError, PlanError
-from moe.experts import StackedExperts
+from moe.experts import ModuleExperts, StackedExperts
 from moe.plan import LayerPlan
 from moe.records import top_k_assignments
 from tests.moe_case import EXPERTS, WIDTH, lanes_of, make_layer, make_mesh, stacks, tokens_of
@@ -24,6 +25,8 @@ class BadGate(nn.Module):
         self.kind = kind
 
     def forward(self, x):
+        if self.kind == "raises":
+            raise ContractError("layer case, rank 1 of the ep axis: its gate or order raised an error")
         ids = torch.arange(2).repeat(len(x), 1)
         weights = torch.full((len(x), 2), 0.5, dtype=x.dtype)
         if self.kind == "nan":
@@ -32,15 +35,31 @@ class BadGate(nn.Module):
             ids[1] = 3
         elif self.kind == "range":
             ids[0, 0] = EXPERTS
-        return top_k_assignments(ids, weights, EXPERTS)
+        routing = top_k_assignments(ids, weights, EXPERTS)
+        return replace(routing, **CHANGES.get(self.kind, lambda r: {})(routing))
+
+
+CHANGES = {
+    "float ids": lambda r: {"experts_A": r.experts_A.double()},
+    "flat": lambda r: {"experts_A": r.experts_A.view(-1, 2)},
+    "keep": lambda r: {"keep_A": torch.ones(3, dtype=torch.bool)},
+    "keep ids": lambda r: {"keep_A": torch.ones(8, dtype=torch.int64)},
+    "token order": lambda r: {"tokens_A": r.tokens_A.flip(0)},
+    "per token": lambda r: {"per_token": 3},
+    "tokens": lambda r: {"num_tokens": r.num_tokens + 1, "per_token": None},
+    "experts": lambda r: {"num_experts": 2 * EXPERTS},
+}
 
 
 class LosingOrder:
-    def __init__(self, order):
-        self.order = order
+    def __init__(self, order, kind):
+        self.order, self.kind = order, kind
 
     def __call__(self, x_TD, routing):
-        return self.order(x_TD, routing)._replace(counts_E=torch.zeros(EXPERTS, dtype=torch.int64))
+        counts_E = torch.zeros(EXPERTS, dtype=torch.int64)
+        if self.kind == "negative":
+            counts_E[0], counts_E[1] = -1, 9
+        return self.order(x_TD, routing)._replace(counts_E=counts_E)
 
 
 def misbehave(info, kind):
@@ -52,8 +71,15 @@ def misbehave(info, kind):
             layer.runner.plan = LayerPlan(2, 1)
         elif kind == "dtype":
             layer, x = layer.float(), x.float()
-        elif kind == "order":
-            layer.order = LosingOrder(layer.order)
+        elif kind in ("order", "negative"):
+            layer.order = LosingOrder(layer.order, kind)
+        elif kind in ("raises", "many"):
+            layer.gate = BadGate(kind)
+            layer.experts = ModuleExperts(nn.Identity() for _ in range(3)) if kind == "many" else layer.experts
+        elif kind == "name":
+            layer.runner.name = "other"
+        elif kind == "complex":
+            layer.order = lambda x, r, order=layer.order: order(x, r)._replace(rows_RD=order(x, r).rows_RD * 1j)
         else:
             layer.gate = BadGate(kind)
     start_s = time.monotonic()
@@ -72,6 +98,27 @@ def misbehave(info, kind):
         ("repeated", ContractError, "rank 1 of the ep axis: its gate sent a token to the same expert twice"),
         ("range", ContractError, "rank 1 of the ep axis: its gate returned experts or tokens that do not exist"),
         ("order", ContractError, "rank 1 of the ep axis: its order returned rows or counts that do not belong"),
+        ("negative", ContractError, "rank 1 of the ep axis: its order returned rows or counts that do not belong"),
+        ("float ids", ContractError, "rank 1 of the ep axis: its gate returned experts or tokens that do not exist"),
+        (
+            "flat",
+            ContractError,
+            "rank 1 of the ep axis: its gate returned tokens, experts and weights that do not",
+        ),
+        (
+            "keep",
+            ContractError,
+            "rank 1 of the ep axis: its gate returned tokens, experts and weights that do not",
+        ),
+        ("keep ids", ContractError, "its gate returned tokens, experts and weights that do not belong together"),
+        ("token order", ContractError, "its gate returned tokens, experts and weights that do not belong together"),
+        ("per token", ContractError, "its gate returned tokens, experts and weights that do not belong together"),
+        ("tokens", ContractError, "its gate returned a routing for another number of tokens than it was asked for"),
+        ("experts", ContractError, "its gate has not as many experts as the ranks of ep hold together"),
+        ("complex", ContractError, "rank 1 of the ep axis: its rows are of a dtype that does not travel; use fp32"),
+        ("raises", ContractError, "layer case, rank 1 of the ep axis: its gate or order raised an error"),
+        ("many", MoeConfigError, r"layer case: the ranks have \[2, 3\] experts; give each the same number"),
+        ("name", PlanError, "rank 1 of the ep axis is in another layer than rank 0 of the ep axis; one of them is"),
         ("plan", PlanError, "rank 0 of the ep axis has .* = .* rank 1 of the ep axis has .*; give every rank the same"),
         ("dtype", PlanError, "give every rank the same plan and dtype"),
     ],

@@ -10,9 +10,10 @@ from torch import nn
 
 from moe.cost import LayerLoad, Line, Profile
 from moe.errors import MoeConfigError, PlanError
-from moe.gradients import GradientReducer, cut
+from moe.gradients import GradientReducer
 from moe.issue import IssueQueue, own_group
 from moe.plan import LayerPlan
+from moe.slices import cut
 from moe.spread import plan_model, spread
 from tests.spawn import run_ranks
 
@@ -155,9 +156,11 @@ def reduced(info, plan, slice_bytes):
             loss_of(model, x, rank=info.rank, reducer=reducer, plan=plan).backward()
     loss_of(model, last, rank=info.rank, reducer=reducer, plan=plan).backward()
     reducer.flush()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert model.never.weight.grad is None  # as in plain PyTorch: the optimizer shall not touch it
+    used = {name: p for name, p in model.named_parameters() if "never" not in name}
+    grads = {name: p.grad.clone() for name, p in used.items()}
     norm = reducer.clip_grad_norm_(0.01, ep_group=queue.group)
-    clipped = {name: p.grad.clone() for name, p in model.named_parameters()}
+    clipped = {name: p.grad.clone() for name, p in used.items()}
     ready = reducer.ready_bytes
     reducer.close()
     queue.close()
@@ -171,7 +174,8 @@ def oracle():
         model = toy()
         for x in batches(rank):
             loss_of(model, x, rank=rank).backward()
-        per_rank.append({n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in model.named_parameters()})
+        used = [(n, p) for n, p in model.named_parameters() if "never" not in n]
+        per_rank.append({n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in used})
     dense = {n: (per_rank[0][n] + per_rank[1][n]) / 2 for n in per_rank[0] if "expert" not in n}
     return [{**dense, **{n: g / 2 for n, g in mine.items() if "expert" in n}} for mine in per_rank]
 
@@ -225,3 +229,47 @@ def experts_with_copies(info):
 
 def test_experts_are_summed_over_their_copies_only():
     assert run_ranks(experts_with_copies, 4) == [(6.0, 101 / 4), (6.0, 1010 / 4), (6.0, 101 / 4), (6.0, 1010 / 4)]
+
+
+def unusual(info):
+    """What a loop may do between a backward and the flush; returns gradients, and what flush said of a new weight."""
+    queue = IssueQueue(own_group(None, timeout_s=20), "inter", timeout_s=20)
+    model, plan, x = toy(), (10**6,) * 4, batches(info.rank)[0]
+    reducer = GradientReducer(model.named_parameters(), group=queue.group, queue=queue, slice_bytes=128, model=model)
+
+    def fail(grad):
+        raise ZeroDivisionError
+
+    handle = model.embed.weight.register_hook(fail)
+    with pytest.raises(ZeroDivisionError):  # on every rank alike, when all slices were sent
+        loss_of(model, x, rank=1, reducer=reducer, plan=plan).backward()
+    handle.remove()
+    model.zero_grad()
+    loss_of(model, x, rank=0, reducer=reducer, plan=plan).backward()  # `sometimes` has no gradient now
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= 3
+    reducer.flush()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(MoeConfigError, match=r"extra\.weight was added or unfrozen after this reducer was made"):
+        reducer.flush()
+    reducer.close()
+    loss_of(model, x, rank=0, reducer=reducer, plan=plan).backward()
+    assert not reducer._sent
+    queue.close()
+    return grads
+
+
+def test_what_was_sent_by_a_backward_that_failed_or_changed_later_is_sent_again():
+    expected = []
+    for rank in range(2):
+        model = toy()
+        loss_of(model, batches(rank)[0], rank=0).backward()
+        expected.append({n: p.grad * 3 for n, p in model.named_parameters() if p.grad is not None})
+    for rank, grads in enumerate(run_ranks(unusual, 2)):
+        assert grads.keys() == expected[0].keys()
+        assert not any(n.startswith("sometimes") for n in grads)
+        for name, grad in grads.items():
+            one = expected[rank][name] / 2 if "expert" in name else (expected[0][name] + expected[1][name]) / 2
+            torch.testing.assert_close(grad, one)

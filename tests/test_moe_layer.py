@@ -240,4 +240,61 @@ def test_the_measured_timeline_has_every_operation_from_when_it_had_its_input():
                 assert [link for link, *_ in steps] == ["inter", "intra", "compute", "intra", "inter"]
                 assert all(t0 <= t1 for _, t0, t1 in steps)
                 assert all(a[2] <= b[1] for a, b in pairwise(steps)), (way, c, steps)
-        assert len(spans) == len(ran) + 1 == 5 * 5 + 2  # and both exchanges of counts, of one name
+        assert len(spans) == len(ran) + 2 == 5 * 5 + 4  # and both exchanges of counts, and of sizes, of one name each
+
+
+class Zero(nn.Module):
+    """The expert that forgets its rows, and has nothing to train."""
+
+    def forward(self, rows):
+        return torch.zeros_like(rows)
+
+
+@pytest.mark.parametrize("plan", [PLAIN, LayerPlan(3, 2)], ids=str)
+def test_experts_that_ignore_their_rows_pass_no_gradient_to_them(plan):
+    torch.manual_seed(1)
+    gate = SoftmaxGate(WIDTH, EXPERTS, TOP_K).double()
+    layer, x = MoELayer(gate, ModuleExperts(Zero() for _ in range(EXPERTS)), plan=plan), tokens_of(0, [7])
+    x.requires_grad_()
+    (layer(x).hidden.sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+class Added(nn.Module):
+    """Two parameters whose gradient is one tensor, and one whose gradient is expanded from a number."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.a, self.b = (
+            nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(2)
+        )
+        self.c = nn.Parameter(torch.ones(WIDTH, dtype=torch.float64))
+
+    def forward(self, rows):
+        return torch.tanh(rows @ (self.a + self.b)) * self.c.sum()
+
+
+def test_gradients_of_pieces_add_up_where_autograd_shares_one_tensor():
+    found = []
+    for plan in (PLAIN, LayerPlan(3, 2)):
+        torch.manual_seed(1)
+        gate = SoftmaxGate(WIDTH, EXPERTS, TOP_K).double()
+        layer = MoELayer(gate, ModuleExperts(map(Added, range(EXPERTS))), plan=plan)
+        backward_of(layer(tokens_of(0, [9])).hidden)
+        found.append([p.grad for p in layer.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_was_changed_before_backward_is_refused():
+    """As in plain autograd, whether the graph saved a view of the weight or the weight itself."""
+    torch.manual_seed(1)
+    gate = SoftmaxGate(WIDTH, EXPERTS, TOP_K).double()
+    for experts in (make_layer().experts, ModuleExperts(nn.LayerNorm(WIDTH).double() for _ in range(EXPERTS))):
+        y = MoELayer(gate, experts)(tokens_of(0, [4])).hidden
+        with torch.no_grad():
+            for param in experts.parameters():
+                param += 1
+        with pytest.raises((MoeError, RuntimeError), match=r"of the experts was changed in place|an inplace operation"):
+            y.sum().backward()

@@ -18,7 +18,14 @@ def test_a_plan_reads_itself_back():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1), "forward_chunks is 0; it must be an integer of at least 1"),
+        ((0, 1), "forward_chunks is 0; it must be an integer from 1 to 1024"),
+        ((1, 10**9), "backward_chunks is 1000000000; it must be an integer from 1 to 1024"),
+        ((1, 1, "ready", 1, 2**80), "backward_lag is"),
+        ((1, 1, "fifo", 1, 1, 2**63), "gradient_bytes is"),
+        ((1, 1, "fifo", 1, 1, 0, "fast"), "predicted_forward_s is 'fast'; it must be a number of seconds"),
+        ((1, 1, "fifo", 1, 1, 0, 0.0, float("nan")), "predicted_backward_s is nan"),
+        ((1, 1, "fifo", 1, 1, 0, 0.0, 0.0, float("inf")), "predicted_serial_s is inf"),
+        ((1, 1, "fifo", 1, 1, 0, 10**400), "predicted_forward_s is 1000"),
         ((1, True), "backward_chunks is True"),
         ((1, 2.0), "backward_chunks is 2.0"),
         ((1, 1, "lifo"), "order is 'lifo'; choose 'fifo' or 'ready'"),
@@ -31,7 +38,9 @@ def test_a_plan_that_cannot_run_is_refused(arguments, message):
         LayerPlan(*arguments)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"forward_chunks": 1}', '{"forward_chunks": 1, "chunks": 2}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "[" * 100_000, '{"forward_chunks": 1}', '{"forward_chunks": 1, "chunks": 2}']
+)
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(PlanError, match="not a layer plan"):
         LayerPlan.from_json(text)

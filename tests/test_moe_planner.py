@@ -238,3 +238,16 @@ def test_a_pair_is_the_exhaustive_minimum_over_both_directions(profile, load, pi
 def test_overheads_below_zero_are_refused():
     with pytest.raises(PlanError, match="layer_s is -1"):
         replace(EVEN, layer_s=-1)
+
+
+def test_costs_of_nothing_and_beyond_all_measure_are_no_trouble():
+    """Zeros divide nothing, and what would come to infinity, where the search could not end, is refused."""
+    free = Profile(all_to_all=Line(0, 0), expert_forward=Line(0, 0), expert_backward=Line(0, 0))
+    load = LayerLoad(exchange_bytes=1e6, gather_bytes=1e6, expert_rows=100, gradient_bytes=1e5)
+    plan = plan_layer(free, load)
+    assert (plan.forward_chunks, plan.backward_chunks, plan.predicted_s) == (1, 1, 0)
+    slowed = replace(free, slowdowns={"inter+intra": 2.0})
+    for change in ({"all_to_all": Line(0, 1e300)}, {"expert_backward": Line(1e308, 0)}, {"all_reduce": Line(0, 1e308)}):
+        for profile in (free, slowed):
+            with pytest.raises(PlanError, match="s; look at the units of the profile and of the load"):
+                plan_layer(replace(profile, **change), load)

@@ -1,5 +1,6 @@
 """Sliced gradients inside the backward of real MoE layers, against the plain average of `moe.sync`."""
 
+import copy
 import itertools
 
 import pytest
@@ -55,6 +56,10 @@ def planned_step(info, ep):
         reducer.flush()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     again = ready_amounts(reducer)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(ids_of(info.rank)).logits, model(ids_of(info.rank)).logits)
+    assert all(hasattr(p, "is_expert") == (".experts." in n) for n, p in twin.named_parameters())
+    assert not any(layer.runner.drain for layer in expert_layers(twin).values())
     plain = plain_plans(model)
     assert set(plain) == set(expert_layers(model))
     assert not any(p.gradient_bytes for p in plain.values())

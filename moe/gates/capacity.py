@@ -39,6 +39,6 @@ def position_in_expert(experts_A: Tensor, num_experts: int) -> Tensor:
     order = torch.argsort(experts_A, stable=True)
     counts_E = torch.bincount(experts_A, minlength=num_experts)
     first_E = counts_E.cumsum(0) - counts_E
-    position = torch.empty_like(experts_A)
+    position = torch.empty_like(experts_A, dtype=torch.int64)
     position[order] = torch.arange(len(experts_A), device=experts_A.device) - first_E[experts_A[order]]
     return position

@@ -150,5 +150,5 @@ class DeepSeekV3Gate(Router):
 
         `rows_per_expert_E` is of the whole step and all ranks: sum it over the data axes first, or the biases differ.
         """
-        load_E = rows_per_expert_E.to(self.bias_E)
-        self.bias_E += speed * torch.sign(load_E.mean() - load_E)
+        load_E = rows_per_expert_E.to(self.bias_E.device, torch.float64)  # bf16 cannot tell 1000 rows from 1001
+        self.bias_E += speed * torch.sign(load_E.mean() - load_E).to(self.bias_E.dtype)

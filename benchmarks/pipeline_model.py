@@ -21,6 +21,8 @@ from launch.slot_layers import SlotLayers
 from pipeline.costs import Costs
 
 WIDTH, INNER, HEADS = 256, 768, 4
+SPECIAL_TOKENS = 17
+"""The first ids of SmolLM2's vocabulary."""
 HOP_S = 3e-4
 """From one rank to the other, with a micro-batch's activation: about what gloo and shared memory take for 1 MiB."""
 
@@ -70,9 +72,12 @@ def head_layers(costs: Costs) -> float:
 
 
 def one_step(shape: Shape, vocabulary: int) -> StepBatch:
-    """Return a step of M micro-batches, each one sample of T random tokens."""
+    """Return a step of M micro-batches, each one sample of T random tokens.
+
+    No special ones: the row of padding has no gradient in transformers and in ours, but has one in the peers' copies.
+    """
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(0, vocabulary, (shape.microbatches, shape.tokens), generator=generator)
+    rows = torch.randint(SPECIAL_TOKENS, vocabulary, (shape.microbatches, shape.tokens), generator=generator)
     source = MemorySource([shifted(row.numpy(), None) for row in rows])
     with ChunkLoader(
         source, chunk_tokens=shape.tokens, global_batch=shape.microbatches, rank=0, world_size=1, report=lambda _: None

@@ -36,6 +36,10 @@ _IDLE = (
 )
 
 
+STARVED_STEPS = 16
+"""Steps without a row after which an expert is told of: routers seldom come back to it."""
+
+
 def with_experts(model: PreTrainedModel, config: ExpertsConfig, *, seed: int) -> PreTrainedModel:
     """Return the model to train: `model`, or a mixture of experts made of it. The same on every rank.
 
@@ -88,6 +92,26 @@ class ExpertEngine(InStep):
         return rows.cpu()
 
 
+class Starving:
+    """Tells once of each expert that gets no row, step after step."""
+
+    def __init__(self) -> None:
+        self._steps_LE: Tensor | None = None
+
+    def after_step(self, rows_LE: Tensor) -> tuple[str, ...]:
+        """Return a note on experts without a row in so many steps, `rows_LE` of this one included."""
+        before_LE = torch.zeros_like(rows_LE) if self._steps_LE is None else self._steps_LE
+        self._steps_LE = torch.where(rows_LE == 0, before_LE + 1, 0)
+        starved = (self._steps_LE == STARVED_STEPS).nonzero().tolist()
+        if not starved:
+            return ()
+        names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in starved)
+        return (
+            f"No token chose {names} in {STARVED_STEPS} steps, and nothing brings a router back: a lower "
+            "optimizer.lr or fewer experts may help (moe/dead counts them)",
+        )
+
+
 def _rows_of(layer: ParallelExperts) -> Tensor:
     assert layer.rows_per_expert_E is not None, "the forward that was just run fills it"
     return layer.rows_per_expert_E
@@ -130,11 +154,12 @@ class ExpertRunner:
                 dtype=dtype_of(config.model.precision),
                 folder=RunFolder(Path(config.run.folder)),
             )
+        self._starving = Starving()
         self._idle = _IDLE if settings.num_experts is not None and settings.top_k == 1 else ()
         self.loads: dict[str, float] = {}
         """Of the last step: how evenly the experts of each layer were loaded, and each expert's share."""
         self.notes: tuple[str, ...] = ()
-        """Of the last step: why layers were planned anew."""
+        """Of the last step: why layers were planned anew, and which experts have starved."""
 
     @property
     def description(self) -> str:
@@ -152,9 +177,9 @@ class ExpertRunner:
         with self._precision():
             loss = self._runner.forward_backward(batch)
         rows_LE = self._engine.take_rows()
-        self.loads = _loads(rows_LE)
+        self.loads, self.notes = _loads(rows_LE), self._starving.after_step(rows_LE)
         if self._planner is not None:
-            self.notes = self._planner.after_step(rows_LE)
+            self.notes = (*self.notes, *self._planner.after_step(rows_LE))
             if self._planner.ratio is not None:
                 self.loads["moe/measured_over_predicted"] = self._planner.ratio
         return loss

@@ -11,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe.audit import audit_aux_loss, audit_gradients
     from moe.config import MoeConfig
     from moe.convert.hf import save_pretrained
     from moe.convert.upcycle import upcycle
-    from moe.examine import audit_aux_loss, audit_gradients, doctor
+    from moe.examine import doctor
     from moe.layer import MoELayer
     from moe.parallel import expert_layers, parallelize
     from moe.plan import LayerPlan
@@ -25,8 +26,8 @@ _WHERE = {
     "LayerPlan": "moe.plan",
     "MoELayer": "moe.layer",
     "MoeConfig": "moe.config",
-    "audit_aux_loss": "moe.examine",
-    "audit_gradients": "moe.examine",
+    "audit_aux_loss": "moe.audit",
+    "audit_gradients": "moe.audit",
     "doctor": "moe.examine",
     "expert_layers": "moe.parallel",
     "parallelize": "moe.parallel",

@@ -6,37 +6,22 @@ twice in the optimizer moves twice as fast, a dead one wastes its memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from math import inf
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moe.audit import audit_gradients
 from moe.errors import MoeConfigError
-from moe.experts import slice_inner
+from moe.findings import Finding, from_all_ranks, gather
 from moe.parallel import ParallelExperts, expert_layers
 from moe.prints import print_of
 
-_SCALE_TOLERANCE = 0.05
 _ROUNDING = 1e-6
 """Weights that add up to one give routers what rounding leaves of their gradient: some 1e-8 of that of the experts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong, where, and what to do."""
-
-    check: str
-    where: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.check}: {self.where}: {self.message}"
 
 
 def doctor(
@@ -61,9 +46,10 @@ def doctor(
         *_unmarked(layers),
         *_twice_in_optimizer(layers, optimizer),
         *(finding for name, layer in layers.items() for finding in _bad_rows(name, layer)),
+        *_bad_others(model, layers),
     ]
-    found = dict.fromkeys(_from_all_ranks(own))
-    idle = _gather({finding for name, layer in layers.items() for finding in _idle_router(model, name, layer)})
+    found = dict.fromkeys(from_all_ranks(own))
+    idle = gather({finding for name, layer in layers.items() for finding in _idle_router(model, name, layer)})
     found |= dict.fromkeys(sorted(set.intersection(*idle), key=str))  # a rank without tokens has no gradient of its own
     found |= dict.fromkeys(_drifted(model, layers))
     for name, layer in layers.items():
@@ -72,63 +58,6 @@ def doctor(
     if reference is not None:
         found |= dict.fromkeys(audit_gradients(model, reference))
     return list(found)
-
-
-def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Parameter]]) -> list[Finding]:
-    """Return the experts whose gradients are off by a factor from those of one process on the global batch.
-
-    `model` has finished its backward and its averaging; `reference` are the named parameters of the whole model, with
-    gradients of the same batch by one process. The factor found is what an error of groups looks like: the size of an
-    axis, or one over it. Every rank calls.
-    """
-    expected = {name: p.grad for name, p in reference}
-    own: list[Finding] = []
-    for name, layer in expert_layers(model).items():
-        for stack, param in layer.named_parameters():
-            want = _own_part(layer, stack, expected.get(f"{name}.{stack}"))
-            if param.grad is None or want is None:
-                own.append(Finding("gradient scale", f"{name}.{stack}", "there is no gradient to compare"))
-                continue
-            first = layer.runner.lanes.position * layer.num_experts
-            own += _compare(f"{name}.{stack}", param.grad, want, first)
-    return list(dict.fromkeys(_from_all_ranks(own)))
-
-
-def audit_aux_loss(
-    loss: Callable[[float], Tensor],
-    gates: Iterable[nn.Parameter],
-    *,
-    coefficient: float,
-    alone: Callable[[], Tensor] | None = None,
-) -> list[Finding]:
-    """Check that an auxiliary loss enters once: the gradient it adds to the gates grows with `coefficient`, not faster.
-
-    `loss(c)` returns the whole loss of one fixed batch with the auxiliary coefficient c. Loss and gradient at
-    `coefficient` less those at 0 must be half of those at twice the coefficient less those at 0. With `alone`, which
-    returns the auxiliary loss of that batch by itself, they must also be `coefficient` times its gradient: a constant
-    factor, the number of ranks or layers say, shows in nothing else.
-    """
-    params = list(gates)
-    grads = [_flat_grads(loss(c * coefficient), params) for c in (0, 1, 2)]
-    once, twice = grads[1] - grads[0], grads[2] - grads[0]
-    if not bool(once.abs().max() > 0):
-        return [Finding("aux loss", "gates", "the auxiliary loss gives the gates no gradient; it is left out")]
-    factor = float((twice * once).sum() / (once * once).sum())
-    if abs(factor - 2) > 2 * _SCALE_TOLERANCE:
-        return [Finding("aux loss", "gates", f"twice the coefficient gives {factor:.2f} times the gradient, not 2")]
-    if alone is None:
-        return []
-    wanted = coefficient * _flat_grads(alone(), params)
-    scale = float((once * wanted).sum() / (wanted * wanted).sum())
-    if abs(scale - 1) <= _SCALE_TOLERANCE:
-        return []
-    return [Finding("aux loss", "gates", f"its gradient is {scale:.2f} times the coefficient times that of it alone")]
-
-
-def _flat_grads(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
-    pairs = zip(params, grads, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for p, g in pairs])
 
 
 def _inside_ddp(model: nn.Module) -> list[Finding]:
@@ -183,14 +112,25 @@ def _bad_rows(name: str, layer: ParallelExperts) -> list[Finding]:
     return found
 
 
+def _bad_others(model: nn.Module, layers: dict[str, ParallelExperts]) -> list[Finding]:
+    """Of routers and all else that is not an expert."""
+    experts = {id(p) for layer in layers.values() for p in layer.parameters()}
+    return [
+        Finding("NaN rows", name, f"its {what} has values that are NaN or infinite")
+        for name, param in model.named_parameters()
+        if id(param) not in experts
+        for what, value in (("weight", param.detach()), ("gradient", param.grad))
+        if value is not None and not bool(_local(value).isfinite().all())
+    ]
+
+
 def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Finding]:
     """The router beside some experts, where backward gave it no gradient but rounding."""
     gate = getattr(model.get_submodule(name.rpartition(".")[0]), "gate", None)
     weight = getattr(gate, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return []
-    grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
-    largest = 0.0 if grad is None else _largest(grad)
+    largest = 0.0 if weight.grad is None else _largest(_local(weight.grad))
     beside = max((_largest(p.grad) for p in layer.parameters() if p.grad is not None), default=0.0)
     if not (0 < beside < inf and largest <= _ROUNDING * beside):
         return []
@@ -199,6 +139,10 @@ def _idle_router(model: nn.Module, name: str, layer: ParallelExperts) -> list[Fi
         "token, whose weight is always one, it stays so: take two, or an auxiliary loss"
     )
     return [Finding("idle router", f"{name.rpartition('.')[0]}.gate", message)]
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _largest(value: Tensor) -> float:
@@ -210,7 +154,7 @@ def _drifted(model: nn.Module, layers: dict[str, ParallelExperts]) -> list[Findi
     spread = {id(p) for layer in layers.values() for p in layer.parameters()}
     whole = {n: p for n, p in model.named_parameters() if id(p) not in spread and not isinstance(p, DTensor)}
     prints: dict[str, set[str]] = {}
-    for part in _gather({name: print_of(p) for name, p in whole.items()}):
+    for part in gather({name: print_of(p) for name, p in whole.items()}):
         for name, value in part.items():
             prints.setdefault(name, set()).add(value)
     differing = [name for name, values in prints.items() if len(values) > 1]
@@ -224,12 +168,12 @@ def _drifted(model: nn.Module, layers: dict[str, ParallelExperts]) -> list[Findi
 
 
 def _copies(name: str, layer: ParallelExperts) -> list[Finding]:
-    """Experts of one layer that are equal, and copies of one expert on different ranks that are not."""
-    prints: dict[tuple[int, int], list[str]] = {}
+    """Experts of one layer that are equal, whole or in part, and copies of one expert on other ranks that are not."""
+    prints: dict[tuple[int, int], list[tuple[str, ...]]] = {}
     first = layer.runner.lanes.position * layer.num_experts
     member = layer.runner.lanes.member
-    own = {(first + e, member): print_of(*(p[e] for p in layer.parameters())) for e in range(layer.num_experts)}
-    for part in _gather(own):
+    own = {(first + e, member): tuple(print_of(p[e]) for p in layer.parameters()) for e in range(layer.num_experts)}
+    for part in gather(own):
         for key, value in part.items():
             prints.setdefault(key, []).append(value)
     found = []
@@ -237,52 +181,30 @@ def _copies(name: str, layer: ParallelExperts) -> list[Finding]:
         if len(set(values)) > 1:
             message = "its copies on the dp axis differ; average expert gradients over dp"
             found.append(Finding("copies differ", f"{name}, expert {e}", message))
-    seen: dict[str, int] = {}
-    for (e, s), values in sorted(prints.items()):
-        if s == 0 and (twin := seen.setdefault(values[0], e)) != e:
-            message = f"it equals expert {twin}, which is so right after upcycling and an error after a step"
+    return found + _twins(name, [stack for stack, _ in layer.named_parameters()], prints)
+
+
+def _twins(name: str, stacks: list[str], prints: dict[tuple[int, int], list[tuple[str, ...]]]) -> list[Finding]:
+    seen: dict[tuple[str, str], int] = {}
+    found = []
+    for (e, member), values in sorted(prints.items()):
+        if member:
+            continue
+        pairs = list(zip(stacks, values[0], strict=True))
+        twins = {stack: twin for stack, value in pairs if (twin := seen.setdefault((stack, value), e)) != e}
+        whole = len(twins) == len(stacks) and len(set(twins.values())) == 1
+        for stack, twin in list(twins.items())[: 1 if whole else None]:
+            what = f"it equals expert {twin}" if whole else f"its {stack} equals that of expert {twin}"
+            message = f"{what}, which is so right after upcycling and an error after a step"
             found.append(Finding("duplicated expert", f"{name}, expert {e}", message))
     return found
 
 
 def _dead(name: str, layer: ParallelExperts) -> list[Finding]:
     own = layer.rows_per_expert_E
-    every = [rows for rows in _gather(None if own is None else own.tolist()) if rows is not None]
+    every = [rows for rows in gather(None if own is None else own.tolist()) if rows is not None]
     if not every:
         return []
     total = torch.tensor(every).sum(0)
     message = "no rank sent it a row in the last forward; look at the router's balance"
     return [Finding("dead expert", f"{name}, expert {e}", message) for e in (total == 0).nonzero().flatten().tolist()]
-
-
-def _own_part(layer: ParallelExperts, stack: str, whole: Tensor | None) -> Tensor | None:
-    if whole is None:
-        return None
-    lanes = layer.runner.lanes
-    own = whole[lanes.position * layer.num_experts : (lanes.position + 1) * layer.num_experts]
-    return slice_inner(stack, own, lanes.member, lanes.num_members)
-
-
-def _compare(where: str, got: Tensor, want: Tensor, first: int) -> list[Finding]:
-    """One finding where all experts are off by one factor, else one for each that is off."""
-    size_E, along_E = (value.double().flatten(1).sum(1) for value in (want * want, got * want))
-    used = size_E > 0
-    factors = {first + int(e): float(along_E[e] / size_E[e]) for e in used.nonzero().flatten()}
-    off = {e: factor for e, factor in factors.items() if not abs(factor - 1) <= _SCALE_TOLERANCE}
-    if not off:
-        return []
-    message = "times that of one process; divide the sum over dp by the ranks of dp, ep and esp"
-    mean = float(along_E.sum() / size_E.sum())
-    if len(off) == len(factors) and all(abs(f - mean) <= _SCALE_TOLERANCE * abs(mean) for f in off.values()):
-        return [Finding("gradient scale", where, f"it is {mean:.3g} {message}")]
-    return [Finding("gradient scale", f"{where}, expert {e}", f"it is {f:.3g} {message}") for e, f in off.items()]
-
-
-def _from_all_ranks(own: list[Finding]) -> list[Finding]:
-    return [finding for part in _gather(own) for finding in part]
-
-
-def _gather(own: Any) -> list[Any]:
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    return every

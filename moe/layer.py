@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from moe.precision import narrowed
 from moe.records import MoeOutput, Routing
 
 Drain = Callable[[str, LayerPlan], int]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: F) -> F:
+    """Keep exchanges, threads and a graph of their own out of torch.compile; a model compiles around them."""
+    return cast(F, torch.compiler.disable(function))
 
 
 class ExpertRunner:
@@ -45,7 +53,7 @@ class ExpertRunner:
         made.agreed_experts = self.agreed_experts
         return made
 
-    @torch.compiler.disable  # exchanges, threads and a graph of its own: the rest of a model compiles around it
+    @_uncompiled
     def run(self, x_TD: Tensor, routing: Routing, order: Order, experts: Experts) -> tuple[Tensor, Tensor]:
         """Return the output `[T, D]` and the rows this rank sent to each expert, `[E]`. Every rank calls.
 

@@ -18,7 +18,7 @@ from launch import TrainState
 from launch.config import ChunksConfig, FinetuneConfig, OptimizerConfig, RunConfig
 from launch.errors import ConfigError, ResumeError
 from launch.expert_plan import first_plan, read_plans
-from launch.experts import ExpertRunner, with_experts
+from launch.experts import STARVED_STEPS, ExpertRunner, Starving, with_experts
 from launch.gradnorm import clip_, global_grad_norm
 from launch.mesh import make_mesh
 from launch.metrics import read_metrics
@@ -382,3 +382,12 @@ def test_the_recipes_read(name):
     config = read_config(["--config", str(ROOT / "recipes" / f"{name}.yaml")], prog="x", description="")
     assert config.moe.wanted
     assert config.moe.ep == 2
+
+
+def test_experts_that_starve_are_told_of_once():
+    starving, rows = Starving(), torch.tensor([[5, 0, 3], [0, 4, 4]])
+    fed = torch.tensor([[5, 0, 3], [1, 4, 4]])
+    told = [starving.after_step(rows if step != 3 else fed) for step in range(2 * STARVED_STEPS)]
+    assert [step for step, notes in enumerate(told) if notes] == [STARVED_STEPS - 1, STARVED_STEPS + 3]
+    assert "layer 0 expert 1 in" in told[STARVED_STEPS - 1][0]
+    assert "layer 1 expert 0 in" in told[STARVED_STEPS + 3][0]

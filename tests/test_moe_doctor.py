@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moe
+from moe.audit import audit_aux_loss, audit_gradients
 from moe.convert.upcycle import upcycle
 from moe.errors import MoeConfigError
-from moe.examine import audit_aux_loss, audit_gradients
 from moe.parallel import expert_layers, parallelize
 from moe.sync import average_gradients
 from tests.moe_case import make_mesh
@@ -47,6 +47,10 @@ def examine(info):
     said["ill"] = texts(moe.doctor(model, optimizer=optimizer))
     model.zero_grad(set_to_none=False)
     said["zeros"] = [text for text in texts(moe.doctor(model)) if text.startswith("idle")]
+    if info.rank == 1:
+        layer.gate_up_proj.data[0] += 1
+        model.model.layers[1].mlp.gate.weight.data[0, 0] = float("inf")
+    said["parts"] = [text for text in texts(moe.doctor(model)) if text.startswith(("duplicated", "NaN"))]
     return name, said
 
 
@@ -65,6 +69,9 @@ def test_illnesses_of_one_rank_are_found_by_name_on_all():
     ):
         assert sum(text in line for line in said["ill"]) == 1, (text, said["ill"])
     assert len(said["ill"]) == 6
+    whole, part = said["parts"]
+    assert whole == "NaN rows: model.layers.1.mlp.gate.weight: its weight has values that are NaN or infinite"
+    assert f"{name}, expert 3: its down_proj equals that of expert 2" in part
 
 
 def scales(info):
@@ -88,6 +95,13 @@ def scales(info):
     one = texts(audit_gradients(model, whole.named_parameters()))
     assert len(one) == 2  # of the second expert on either rank of ep
     assert "down_proj, expert 1: it is 2 times" in one[0]
+    layer.down_proj.grad[1] /= 2
+    grad = layer.down_proj.grad[0]
+    other = torch.randn_like(grad)
+    other -= grad * (other * grad).sum() / (grad * grad).sum()
+    grad += other * (grad.norm() / other.norm() / 2)
+    (noisy, *_) = texts(audit_gradients(model, whole.named_parameters()))
+    assert "down_proj: the scale is that of one process, and it is 50% off" in noisy, noisy
     model.zero_grad()
     return right, wrong, texts(audit_gradients(model, whole.named_parameters()))
 

@@ -386,8 +386,8 @@ def test_the_plan_command_tells_bad_input_from_no_plan(tmp_path):
     costs = tmp_path / "costs.json"
     good = {"forward_s": [1] * 4, "backward_s": [2] * 4, "weight_bytes": 100}
     for numbers, words, code, said in (
-        (good, ["--memory-cap", "150"], 1, "layer 0 alone needs 200 bytes on a device"),
-        (good, ["--memory-cap", "210"], 1, "the cap is 210; cut finer or raise it"),
+        (good, ["--memory-cap", "150"], 1, "layer 0 has 200 of them); the cap is 150; raise it to 300"),
+        (good, ["--memory-cap", "210"], 1, "the cap is 210; raise it to 300"),
         (good | {"forward_s": [0] * 4}, [], 2, "costs are positive finite seconds"),
         (good | {"boundary_bytes": [1, 2]}, [], 2, "boundary_bytes of the costs is of 2 micro-batches; 8 were asked"),
         ({"forward_s": [1], "backward_s": [2]}, [], 2, "the costs are of one layer"),

@@ -1,7 +1,7 @@
 """The part `emulated` of `benchmarks.pipeline`: RoundPipe's runtime on emulated devices, its simulation, and peers.
 
 One process a device, the real runtime (shared memory, words, uploads, host optimizer), and a calibrated wait in the
-place of every computation, as long as the published cost tables say, scaled so that none is below 10 ms. Two
+place of every computation, as long as the published cost tables say, longer where one would be below 10 ms. Two
 micro-batches a device. Peers are simulated (`benchmarks.pipeline_peers`), which is a little better than what they would
 run: with recomputation in every stage, and, beside it, in all but the last. Run it with nothing else on the machine.
 """
@@ -55,11 +55,11 @@ RANK_TIMEOUT_S = 120.0
 
 
 def scaled(model: Model, found: RoundPipePlan) -> Costs:
-    """Return the table's costs, in seconds that make the shortest action of a plan `SHORTEST_S` long."""
+    """Return the table's costs, which are milliseconds, in seconds: all longer where a plan's shortest is too short."""
     costs = Costs(forward_s=(model.costs.forward_s,), backward_s=(model.costs.backward_s,))
     schedule = found.schedule()
     shortest = min(duration(schedule, a, costs) for row in schedule.devices for a in row if a.op in COMPUTE)
-    factor = SHORTEST_S / shortest
+    factor = max(1e-3, SHORTEST_S / shortest)
     rows = [tuple(factor * t for t in row) for row in (model.costs.forward_s, model.costs.backward_s)]
     return Costs(forward_s=(rows[0],), backward_s=(rows[1],))
 
@@ -103,7 +103,9 @@ def _serve(connection: Connection, *arguments: Any) -> None:
         connection.send(traceback.format_exc())
 
 
-def run_devices(schedule: Schedule, found: RoundPipePlan, costs: Costs, repeats: int) -> list[float]:
+def run_devices(
+    schedule: Schedule, found: RoundPipePlan, costs: Costs, repeats: int, *, deadline_s: float
+) -> list[float]:
     """Return the makespan of every repeat, in seconds."""
     context = multiprocessing.get_context("fork")  # torch is loaded already
     with tempfile.TemporaryDirectory() as folder:
@@ -115,9 +117,7 @@ def run_devices(schedule: Schedule, found: RoundPipePlan, costs: Costs, repeats:
             )
             process.start()
             ends.append((ours, process))
-        answers: list[Any] = [
-            ours.recv() if ours.poll(2 * RANK_TIMEOUT_S) else "a rank did not answer" for ours, _ in ends
-        ]
+        answers: list[Any] = [ours.recv() if ours.poll(deadline_s) else "a rank did not answer" for ours, _ in ends]
         for _, process in ends:
             process.join(10)
             process.kill()
@@ -166,7 +166,8 @@ def measure(model: Model, devices: int, plans: PlanFile, *, repeats: int, effort
     steps = STEPS if asynchronous else 1
     schedule = completed(found.schedule(steps=steps, staleness=int(asynchronous)))
     predicted_s = simulate(schedule, costs).makespan_s
-    times = run_devices(schedule, found, costs, repeats)
+    deadline_s = 2 * (RANK_TIMEOUT_S + (repeats + 1) * predicted_s)
+    times = run_devices(schedule, found, costs, repeats, deadline_s=deadline_s)
     table = Costs(forward_s=(model.costs.forward_s,), backward_s=(model.costs.backward_s,))
     factor = costs.forward_s[0][0] / model.costs.forward_s[0]
     peer_s, which = find_peer(table, devices, plans, keep_last=False)

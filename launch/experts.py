@@ -34,8 +34,6 @@ _IDLE = (
     "Routers learn nothing: with moe.top_k 1 the weight of a token's only expert is always one, so their gradient is "
     "zero; 2 trains them",
 )
-
-
 STARVED_STEPS = 16
 """Steps without a row after which an expert is told of: routers seldom come back to it."""
 

@@ -64,7 +64,7 @@ class StepTimes:
     def training(self, step: int) -> Iterator[None]:
         """Surround forward and backward of a step."""
         self._step, self._events, self._work = step, [], []
-        self.pipeline.events.clear()
+        self.pipeline.clear()
         self.experts.clear()
         begun = time.monotonic_ns()
         yield

@@ -17,6 +17,8 @@ from pipeline.errors import ScheduleError
 class Op(Enum):
     """What an action does."""
 
+    __hash__ = object.__hash__  # members are single; Enum hashes their names, in Python
+
     F = "F"
     """Forward. Keeps activations unless an R of the same stage and micro-batch follows on the device."""
     B = "B"
@@ -49,6 +51,8 @@ class Op(Enum):
 
 class Phase(Enum):
     """Which way a message goes: F with the activations, B with the gradients."""
+
+    __hash__ = object.__hash__
 
     F = "F"
     B = "B"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,30 +28,54 @@ class TraceEvent:
 
 
 class Trace:
-    """Collects the events of one rank."""
+    """Collects the events of one rank. While something runs, only what costs little is done."""
 
     def __init__(self, rank: int) -> None:
-        self.events: list[TraceEvent] = []
         self._rank = rank
+        self._seen: list[_Timed] = []
 
-    @contextmanager
-    def timed(self, action: Action, step: int, predicted_ns: int | None = None) -> Iterator[None]:
+    @property
+    def events(self) -> list[TraceEvent]:
+        """What has been timed, in the order in which it ended."""
+        return [_event(self._rank, seen) for seen in self._seen]
+
+    def timed(self, action: Action, step: int, predicted_ns: int | None = None) -> _Timed:
         """Record a block as the run of an action; also when it raises."""
-        begun = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            lane = "compute" if action.op in COMPUTE else action.op.value.lower().replace("recv", "receive")
-            ended = time.monotonic_ns()
-            self.events.append(
-                TraceEvent(self._rank, lane, action.label, step, action.microbatch, begun, ended, predicted_ns)
-            )
+        return _Timed(self._seen, action, step, predicted_ns)
+
+    def clear(self) -> None:
+        """Forget the events."""
+        self._seen.clear()
 
     def write(self, path: Path) -> None:
         """Append the events to a file of JSON lines, and forget them."""
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(event)) + "\n" for event in self.events)
-        self.events.clear()
+        self.clear()
+
+
+class _Timed:
+    """One run of an action."""
+
+    __slots__ = ("action", "begun", "ended", "predicted_ns", "seen", "step")
+
+    def __init__(self, seen: list[_Timed], action: Action, step: int, predicted_ns: int | None) -> None:
+        self.seen, self.action, self.step, self.predicted_ns = seen, action, step, predicted_ns
+
+    def __enter__(self) -> None:
+        self.begun = time.monotonic_ns()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = time.monotonic_ns()
+        self.seen.append(self)
+
+
+def _event(rank: int, seen: _Timed) -> TraceEvent:
+    op = seen.action.op
+    lane = "compute" if op in COMPUTE else op.value.lower().replace("recv", "receive")
+    return TraceEvent(
+        rank, lane, seen.action.label, seen.step, seen.action.microbatch, seen.begun, seen.ended, seen.predicted_ns
+    )
 
 
 def read_trace(path: Path) -> list[TraceEvent]:

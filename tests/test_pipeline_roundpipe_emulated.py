@@ -28,7 +28,7 @@ def rank_waits(info, plan):
     times = []
     for _ in range(3):
         dist.barrier()
-        trace.events.clear()
+        trace.clear()
         worker.run(schedule)
         events = [e for e in trace.events if e.lane == "compute"]
         times.append((min(e.t0_ns for e in events), max(e.t1_ns for e in events)))

@@ -187,13 +187,13 @@ def test_pieces_of_weights_let_an_activation_go_first():
                 order.append(number)
                 if number == 0:
                     inside.set()
-                    while not link._urgent:  # until the activation is there
+                    while not link.urgent.locked():  # until the activation is there
                         pass
 
     thread = threading.Thread(target=move_pieces)
     thread.start()
     assert inside.wait(10)
-    with link.urgent():
+    with link.urgent, link.moving:
         order.append("activation")
     thread.join(10)
     assert order == [0, "activation", 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from pipeline.roundpipe.peers import Peers
 from pipeline.roundpipe.transfers import Link
 from pipeline.schedule import Schedule
 from pipeline.transport.base import Message
-from pipeline.transport.wire import decode, encode
+from pipeline.transport.wire import decode, words_of
 
 Item = tuple[Phase, int, int]
 """Phase, boundary, micro-batch of the schedule."""
@@ -49,7 +50,7 @@ class Boundaries:
     ) -> None:
         self._schedule, self._store, self._peers, self._arena, self._link = schedule, store, peers, arena, link
         self._base, self._device, self._what = base, device, what
-        self._gets: dict[tuple[Phase, int, int], Action] = {}
+        self._gets: dict[tuple[Phase, int, int], Item] = {}
         self._outbox: dict[Item, Held] = {}
         self._makers: dict[Item, Action] = {}
         self._backward = {a.stage for row in schedule.devices for a in row if a.op is Op.B}
@@ -66,23 +67,21 @@ class Boundaries:
 
     def note(self, get: Action) -> None:
         """Remember a GET until the action that needs it takes it up."""
-        self._gets[get.phase or Phase.F, get.stage, get.microbatch or 0] = get
+        self._gets[get.phase or Phase.F, get.stage, get.microbatch or 0] = self._item(get)
 
     def take(self, action: Action, phase: Phase) -> Held | None:
         """Wait for the input activation of an action, or the gradient of its output; None before the first layer."""
         mb = action.microbatch or 0
         if self._schedule.layers(action)[0 if phase is Phase.F else 1] == 0:
             return None
-        get = self._gets.pop((phase, action.stage, mb), None)
-        maker = None if get is None else self._makers.get(self._item(get))
-        if get is None or maker is None:
-            kind = "GET" if get is None else "PUT"
+        item = self._gets.pop((phase, action.stage, mb), None)
+        maker = self._makers.get(item) if item is not None else None
+        if item is None or maker is None:
+            kind = "GET" if item is None else "PUT"
             raise ScheduleError(
                 f"{self._what()}: there is no {kind} of what it needs; complete and validate the schedule"
             )
-        item, kind = self._item(get), "activation" if phase is Phase.F else "gradient"
-        awaited = f"the {kind} of slot {maker.stage}, micro-batch {mb}, from rank {maker.device}"
-        self._peers.wait(self._put_word(item), self._turn(mb), lambda: f"{self._what()}: waiting for {awaited}")
+        self._peers.wait(self._put_word(item), self._turn(mb), lambda: f"{self._what()}: waiting for {_made(maker)}")
         return self._fetch(item, action.stage)
 
     def hold(self, phase: Phase, at: int, mb: int, tensor: Tensor, slot: int) -> None:
@@ -99,15 +98,16 @@ class Boundaries:
         self._wait_until_free(item)
         phase, at, mb = item
         tensor, turn = held.tensor, self._turn(mb)
-        header, room = self._store.boundary(phase, at, self._schedule.place(mb), turn)
-        if tensor.nbytes > room.numel():
+        most = self._store.plan.boundary_bytes
+        if tensor.nbytes > most:
             raise ScheduleError(
                 f"{self._what()}: {tensor.nbytes:,} bytes between two slots; the host store has room for "
-                f"{room.numel():,} each: shorten the micro-batch, or plan for longer ones"
+                f"{most:,} each: shorten the micro-batch, or plan for longer ones"
             )
-        with self._link.urgent():
-            header.copy_(encode(Message(turn, phase, action.stage, mb), tensor))
-            room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        where = phase, at, self._schedule.place(mb), turn
+        with self._link.urgent, self._link.moving:
+            self._store.header(*where)[:] = array("q", words_of(Message(turn, phase, action.stage, mb), tensor))
+            self._store.room(*where, tensor.dtype, tensor.shape).copy_(tensor)
         self._store.words.publish(self._put_word(item), turn)
         held.lease.free()
 
@@ -121,16 +121,14 @@ class Boundaries:
 
     def _fetch(self, item: Item, slot: int) -> Held:
         phase, at, mb = item
-        place = self._schedule.place(mb)
-        header, room = self._store.boundary(phase, at, place, self._turn(mb))
-        _, dtype, shape = decode(header)
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        lease = self._arena.lease(nbytes, slot=slot, what="an input")
-        with self._link.urgent():
-            copy = room[:nbytes].view(dtype).view(shape).to(self._device, copy=True)
+        where = phase, at, self._schedule.place(mb), self._turn(mb)
+        _, dtype, shape = decode(self._store.header(*where))
+        made = self._store.room(*where, dtype, shape)
+        lease = self._arena.lease(made.nbytes, slot=slot, what="an input")
+        with self._link.urgent, self._link.moving:
+            copy = made.to(self._device, copy=True)
         again = phase is Phase.F and slot in self._backward
-        taken = self._store.plan.words.taken(phase, at, place, self._turn(mb), again=again)
-        self._store.words.publish(taken, self._turn(mb))
+        self._store.words.publish(self._store.plan.words.taken(*where, again=again), self._turn(mb))
         return Held(copy, lease)
 
     def _item(self, action: Action) -> Item:
@@ -163,3 +161,9 @@ class Boundaries:
 
     def _turn(self, mb: int) -> int:
         return self._base + self._schedule.step(mb) + 1
+
+
+def _made(put: Action) -> str:
+    """Say what a PUT carries, and from where."""
+    kind = "activation" if put.phase is Phase.F else "gradient"
+    return f"the {kind} of slot {put.stage}, micro-batch {put.microbatch}, from rank {put.device}"

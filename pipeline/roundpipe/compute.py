@@ -23,6 +23,9 @@ from pipeline.roundpipe.layers import SlotLayer
 from pipeline.roundpipe.timer import exact_sleeps
 from pipeline.roundpipe.visit import Visit
 
+AWAKE_S = 0.0003
+"""The end of a wait is waited for awake: a machine takes up to so long to wake up."""
+
 Outputs = dict[int, Tensor]
 """By boundary: what lies before that layer; behind the last layer, the loss."""
 
@@ -177,19 +180,20 @@ class WaitCompute:
     def __init__(self, seconds: Callable[[Op, int, int], float], num_layers: int) -> None:
         exact_sleeps()
         self._seconds, self._num_layers = seconds, num_layers
+        self._handed_on, self._loss = torch.zeros(1), torch.zeros(())
         self._live: tuple[Visit, int] | None = None
 
     def forward(self, visit: Visit, x: Tensor | None, mb: int, keep: Collection[int]) -> Outputs:
         """See `Compute.forward`."""
         self._wait(Op.F, visit, mb)
-        return {boundary: torch.zeros(1) for boundary in keep}
+        return dict.fromkeys(keep, self._handed_on)
 
     def graph(self, visit: Visit, x: Tensor | None, mb: int, *, input_grad: bool) -> Tensor:
         """See `Compute.graph`."""
         self._live = visit, mb
         fused = visit.layers[1] == self._num_layers
         self._wait(Op.FB if fused else Op.R, visit, mb)
-        return torch.zeros(())
+        return self._loss
 
     def backward(self, grad: Tensor | None) -> Tensor | None:
         """See `Compute.backward`."""
@@ -197,7 +201,7 @@ class WaitCompute:
         visit, mb = self._live
         if visit.layers[1] != self._num_layers:
             self._wait(Op.B, visit, mb)
-        return torch.zeros(1)
+        return self._handed_on
 
     def drop(self) -> None:
         """Forget what is alive."""
@@ -206,7 +210,8 @@ class WaitCompute:
     def _wait(self, op: Op, visit: Visit, mb: int) -> None:
         until = time.monotonic() + self._seconds(op, visit.slot, mb)
         while (left := until - time.monotonic()) > 0:
-            time.sleep(left)
+            if left > AWAKE_S:
+                time.sleep(left - AWAKE_S)
 
 
 def _parameters(layer: SlotLayer) -> Collection[nn.Parameter]:

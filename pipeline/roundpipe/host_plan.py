@@ -127,6 +127,11 @@ class HostPlan:
     regions: dict[tuple, Region] = field(repr=False)
     size: int
 
+    def boundary(self, kind: str, phase: Phase, boundary: int, microbatch: int, turn: int) -> Region:
+        """Return where the `header` or the `boundary` of an activation or gradient lies."""
+        number = boundary if phase is Phase.F else 0
+        return self.regions[kind, phase, number, microbatch, turn % (1 + self.staleness)]
+
     def owned(self, rank: int) -> list[HostParameter]:
         """Return the parameters that a rank steps and saves."""
         return [p for p in self.parameters.values() if self.owners[p.home] == rank]

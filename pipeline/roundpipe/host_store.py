@@ -7,6 +7,7 @@ that was killed before that, the next job on the machine clears it away: until t
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import re
 import secrets
@@ -39,6 +40,9 @@ class HostStore:
     def __init__(self, plan: HostPlan, memory: Tensor, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self._memory = memory
+        self._of_dtype = {torch.uint8: memory}
+        array: Any = memory.numpy()  # a buffer, which numpy's types do not say in Python 3.11
+        self._longs = memoryview(array).cast("q")
         self.words = Words(self.region("words"))
         self.losses = self.region("losses").view(torch.float64).view(2, MAX_LOSSES)
         """fp64 [2, MAX_LOSSES], by micro-batch of a run, one row after the other: a rank may be a run ahead of one that
@@ -60,10 +64,20 @@ class HostStore:
         """Return what a layer adds to a parameter's gradient."""
         return self._shaped(self.plan.parameters[name], "gradient", name, layer)
 
-    def boundary(self, phase: Phase, boundary: int, microbatch: int, turn: int) -> tuple[Tensor, Tensor]:
-        """Return header (int64) and room (uint8) of an activation or gradient."""
-        key = (phase, boundary if phase is Phase.F else 0, microbatch, turn % (1 + self.plan.staleness))
-        return self.region("header", *key).view(torch.int64), self.region("boundary", *key)
+    def header(self, phase: Phase, boundary: int, microbatch: int, turn: int) -> memoryview:
+        """Return the words of an activation's or gradient's header, int64 [HEADER_WORDS]."""
+        offset, size = self.plan.boundary("header", phase, boundary, microbatch, turn)
+        return self._longs[offset // 8 : (offset + size) // 8]
+
+    def room(
+        self, phase: Phase, boundary: int, microbatch: int, turn: int, dtype: torch.dtype, shape: Sequence[int]
+    ) -> Tensor:
+        """Return an activation or gradient itself. It has to fit, see `HostPlan.boundary_bytes`."""
+        offset, _ = self.plan.boundary("boundary", phase, boundary, microbatch, turn)
+        if dtype not in self._of_dtype:
+            self._of_dtype[dtype] = self._memory.view(dtype)
+        first = offset // dtype.itemsize
+        return self._of_dtype[dtype][first : first + math.prod(shape)].view(shape)
 
     def say(self, text: str) -> None:
         """Write down why a rank gives up."""

@@ -56,7 +56,8 @@ class Streams:
         if visit in self._ahead:
             self._ahead.remove(visit)
             self._paused = False
-        self._wait(visit.upload, lambda: f"{what()}: waiting for {self._missing(visit)}")
+        if not visit.upload.done.is_set():
+            self._wait(visit.upload, lambda: f"{what()}: waiting for {self._missing(visit)}")
 
     def _queue_upload(self, visit: Visit) -> None:
         nbytes = self._weight_bytes(visit)

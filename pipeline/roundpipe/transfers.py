@@ -20,37 +20,23 @@ _LOOK_S = 0.001
 
 
 class Link:
-    """One link between host and device. Activations take precedence at the borders of pieces."""
+    """One link between host and device. Activations take precedence at the borders of pieces.
+
+    Who moves an activation holds both locks: `with link.urgent, link.moving`.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._urgent, self._busy = 0, False
-
-    @contextmanager
-    def urgent(self) -> Iterator[None]:
-        """Move an activation."""
-        with self._changed:
-            self._urgent += 1
-            self._changed.wait_for(lambda: not self._busy)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._urgent -= 1
-                self._changed.notify_all()
+        self.urgent, self.moving = threading.Lock(), threading.Lock()
 
     @contextmanager
     def piece(self) -> Iterator[None]:
-        """Move a piece of weights or gradients."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._urgent)
-            self._busy = True
+        """Move a piece of weights or gradients; nobody waits behind it for more than the piece."""
+        with self.urgent:
+            self.moving.acquire()
         try:
             yield
         finally:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
+            self.moving.release()
 
 
 def pieces(source: Tensor, target: Tensor, move: Callable[[Tensor, Tensor], object]) -> Iterator[None]:

@@ -13,7 +13,7 @@ Key = tuple[int, str]
 """Layer and parameter name."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Visit:
     """Filled by the upload and by the first backward."""
 

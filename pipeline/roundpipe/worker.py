@@ -10,7 +10,6 @@ business of the layer's owner (see `optimizer`), which waits for the gradients b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -126,7 +125,7 @@ class _Run:
             self._compute.seed = lambda visit, mb, layer: _mixed(seed + visit.step, schedule.place(mb), layer)
         self._now: Action | None = None
         self._visits: dict[tuple[int, int, int], Visit] = {}
-        self._last: tuple[int, int, int] | None = None
+        self._last: Visit | None = None
         self._input: Held | None = None
         self._puts = self._put_boundaries()
         self._handlers: dict[Op, Callable[[Action, int], None]] = {
@@ -150,11 +149,12 @@ class _Run:
             worker.optimizer.begin(schedule, self._versions, norms=worker.norms, first_step=self._first_step)
             worker.norms += schedule.steps
         for action in row:
-            self._now = action
-            step = self._first_step + schedule.step(action.microbatch or 0)
-            timed = nullcontext() if worker.trace is None else worker.trace.timed(action, step)
-            with timed:
-                self._handlers[action.op](action, action.microbatch or 0)
+            self._now, mb = action, action.microbatch or 0
+            if worker.trace is None:
+                self._handlers[action.op](action, mb)
+            else:
+                with worker.trace.timed(action, self._first_step + schedule.step(mb)):
+                    self._handlers[action.op](action, mb)
         return self._end()
 
     def _end(self) -> Tensor:
@@ -189,8 +189,8 @@ class _Run:
     def _free(self, action: Action, mb: int) -> None:
         """Of the visit that is at its end: FREE names none."""
         assert self._last is not None
-        visit = self._visits.pop(self._last)
-        visit.drop_weights()
+        del self._visits[self._last.step, self._last.round, self._last.slot]
+        self._last.drop_weights()
 
     def _forward(self, action: Action, mb: int) -> None:
         visit, x = self._begin(action, mb), self._boundaries.take(action, Phase.F)
@@ -234,7 +234,7 @@ class _Run:
     def _begin(self, action: Action, mb: int) -> Visit:
         """Wait for the weights of an action."""
         visit = self._visit(action, mb)
-        self._last = self._key(action, mb)
+        self._last = visit
         self._streams.uploaded(visit, self._what)
         return visit
 
@@ -251,10 +251,10 @@ class _Run:
         return self._schedule.step(mb), self._schedule.round(mb), action.stage
 
     def _visit(self, action: Action, mb: int) -> Visit:
-        key = self._key(action, mb)
-        if key not in self._visits:
+        visit = self._visits.get(self._key(action, mb))
+        if visit is None:
             raise self._mistake(f"{action.label} comes before the UPLOAD of its slot")
-        return self._visits[key]
+        return visit
 
     def _what(self) -> str:
         """Say where this rank is."""

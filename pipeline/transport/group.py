@@ -107,7 +107,7 @@ class GroupTransport:
     def _take_one(self, link: _Link, _item: None) -> None:
         header = torch.empty(HEADER_WORDS, dtype=torch.int64, device=self._wire)
         _finished(dist.irecv(header, link.global_rank, group=link.group))
-        message, dtype, shape = decode(header.cpu())
+        message, dtype, shape = decode(header.tolist())
         payload = torch.empty(shape, dtype=dtype, device=self._wire)
         if payload.numel():
             _finished(dist.irecv(payload, link.global_rank, group=link.group))

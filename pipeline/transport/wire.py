@@ -6,6 +6,8 @@ must know the shape; and micro-batches may be ragged and change every step, so i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ _DTYPES = (
 _PHASES = (Phase.F, Phase.B)
 
 
-def encode(message: Message, tensor: Tensor) -> Tensor:
-    """Return the header of a tensor, int64 [HEADER_WORDS], on the CPU."""
+def words_of(message: Message, tensor: Tensor) -> list[int]:
+    """Return the HEADER_WORDS words of a tensor's header."""
     if tensor.dtype not in _DTYPES or tensor.ndim > HEADER_WORDS - _FIXED:
         raise PipelineError(
             f"a stage gave a tensor of {tensor.dtype} with {tensor.ndim} dimensions; what travels between ranks has at "
@@ -33,7 +35,12 @@ def encode(message: Message, tensor: Tensor) -> Tensor:
         _TENSOR, message.step, _PHASES.index(message.phase), message.stage, message.microbatch,
         _DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape,
     ]  # fmt: skip
-    return torch.tensor(words + [0] * (HEADER_WORDS - len(words)), dtype=torch.int64)
+    return words + [0] * (HEADER_WORDS - len(words))
+
+
+def encode(message: Message, tensor: Tensor) -> Tensor:
+    """Return the header of a tensor, int64 [HEADER_WORDS], on the CPU."""
+    return torch.tensor(words_of(message, tensor), dtype=torch.int64)
 
 
 def encode_abort(reason: str) -> tuple[Tensor, Tensor]:
@@ -43,12 +50,13 @@ def encode_abort(reason: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(words, dtype=torch.int64), payload
 
 
-def decode(header: Tensor) -> tuple[Message | None, torch.dtype, list[int]]:
-    """Return (message, dtype, shape) of what follows; the message is None when the text of an abort follows."""
-    words = header.tolist()
+def decode(words: Sequence[int]) -> tuple[Message | None, torch.dtype, list[int]]:
+    """Return (message, dtype, shape) of what follows a header; no message when the text of an abort follows."""
     if words[0] == _ABORT:
         return None, torch.uint8, [words[1]]
     if words[0] != _TENSOR:
-        raise PipelineError(f"a message begins with {words[:_FIXED]}; the ranks run different versions of pipeline")
+        raise PipelineError(
+            f"a message begins with {list(words[:_FIXED])}; the ranks run different versions of pipeline"
+        )
     message = Message(words[1], _PHASES[words[2]], words[3], words[4])
-    return message, _DTYPES[words[5]], words[_FIXED : _FIXED + words[6]]
+    return message, _DTYPES[words[5]], list(words[_FIXED : _FIXED + words[6]])

@@ -84,7 +84,7 @@ class Calibration:
             "flops": self.machine.flops if self.has_flops else None, "overhead_s": self.machine.overhead_s,
             "median_error": float(np.median(abs(errors))), "largest_error": float(abs(errors).max()),
             "beyond_bytes": dict(zip(("least", "median", "most"), beyond, strict=True)),
-            "layout": self.layout.settings(), "data_ranks": self.layout.data,
+            "layout": self.layout.settings(FinetuneConfig()), "data_ranks": self.layout.data,
             "steps": [{name: getattr(one, name) for name in Compared.__slots__} for one in self.steps],
         }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from chunkflow.support import require_exact
 from launch.bounded import lost_rank_told
 from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
-from launch.env import World
+from launch.env import World, prepare_deepspeed
 from launch.errors import TrainingError
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
@@ -135,6 +136,7 @@ class Job:
     def write_model(self, folder: Path) -> bool:
         """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""
         logging.disable_progress_bar()  # transformers' own, on our way out
+        prepare_deepspeed(self.world.device)  # transformers imports it when it saves, engine or not
         if self.experts is not None:
             self.experts.write(folder, self._write_tokenizer)
             return self.world.rank == 0
@@ -243,7 +245,7 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
         runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
         seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
     )  # fmt: skip
-    held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1))
+    held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_untold))
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
@@ -252,7 +254,17 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     )  # fmt: skip
 
 
-def _loader(source: Source, config: FinetuneConfig, place: Place, *, epochs: int) -> ChunkLoader:
+def _told(accounts: str) -> None:
+    print(f"Samples longer than a chunk are split, which cuts nothing (>); other policies would keep:\n{accounts}")
+
+
+def _untold(accounts: str) -> None:
+    """Held-out samples are few, and split like the others."""
+
+
+def _loader(
+    source: Source, config: FinetuneConfig, place: Place, *, epochs: int, report: Callable[[str], None] = _told
+) -> ChunkLoader:
     chunks = config.chunks
     return ChunkLoader(
         source,
@@ -265,4 +277,5 @@ def _loader(source: Source, config: FinetuneConfig, place: Place, *, epochs: int
         seed=config.run.seed,
         epochs=epochs,
         prefetch=chunks.prefetch,
+        report=report,
     )

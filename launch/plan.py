@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CHECK_FAILED
     why = reasons(planner, best)
     if args.json:
-        print(json.dumps(as_json(planner, best, why, time.perf_counter() - begun), indent=1))
+        print(json.dumps(as_json(planner, best, config, why, time.perf_counter() - begun), indent=1))
     else:
-        show(Console(soft_wrap=True, highlight=False, width=120), planner, best, why)
+        show(Console(soft_wrap=True, highlight=False, width=120), planner, best, config, why)
     return EXIT_WELL
 
 
@@ -101,13 +101,15 @@ def reasons(planner: Planner, best: Estimate) -> list[str]:
     return lines
 
 
-def as_json(planner: Planner, best: Estimate, why: Sequence[str], seconds: float) -> dict[str, Any]:
+def as_json(
+    planner: Planner, best: Estimate, recipe: FinetuneConfig, why: Sequence[str], seconds: float
+) -> dict[str, Any]:
     """Return the plan as JSON values."""
     sizes = planner.model.sizes
     tried = sorted(planner.known.values(), key=lambda one: (not planner.fits(one), one.step_s))
     return {
         "chosen": best.to_json() | {"tokens_per_s": tokens_of(planner) / best.step_s},
-        "settings": best.layout.settings() | {"chunks.pair_cost": float(f"{planner.model.pair_cost:.3g}")},
+        "settings": settings_of(planner, best, recipe),
         "why": list(why),
         "tried": [one.to_json() | {"fits": planner.fits(one)} for one in tried],
         "model": {"name": sizes.name, "parameters": sizes.parameters, "layers": len(sizes.layers)},
@@ -122,7 +124,7 @@ def tokens_of(planner: Planner) -> float:
     return float(np.mean(every))
 
 
-def show(console: Console, planner: Planner, best: Estimate, why: Sequence[str]) -> None:
+def show(console: Console, planner: Planner, best: Estimate, recipe: FinetuneConfig, why: Sequence[str]) -> None:
     """Print the best layouts as a table, the reasons, and the settings that make the first."""
     sizes, machine = planner.model.sizes, planner.model.machine
     console.print(
@@ -145,8 +147,18 @@ def show(console: Console, planner: Planner, best: Estimate, why: Sequence[str])
     console.print(table)
     for line in why:
         console.print(f"  - {line}")
-    settings: Mapping[str, Any] = best.layout.settings() | {"chunks.pair_cost": f"{planner.model.pair_cost:.3g}"}
-    console.print("settings: " + " ".join(f"--{key} {value}" for key, value in settings.items()))
+    flags = (f"--{key} {flag_value(value)}" for key, value in settings_of(planner, best, recipe).items())
+    console.print(f"settings: {' '.join(flags)}")
+
+
+def settings_of(planner: Planner, best: Estimate, recipe: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings that make the best layout of the recipe, where it has others."""
+    return best.layout.settings(recipe) | {"chunks.pair_cost": float(f"{planner.model.pair_cost:.3g}")}
+
+
+def flag_value(value: Any) -> str:
+    """Return a setting as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _planner(config: FinetuneConfig, args: argparse.Namespace) -> Planner:

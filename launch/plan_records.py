@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from launch.compose import EngineName
+from launch.config import FinetuneConfig
+from launch.recipe import flatten_config
+from pipeline.config import PipelineConfig
+
+_PLANNED = ("ranks", "schedule", "timeout_s")
+_NOT_PLANNED = {"moe.esp": 1} | {
+    f"pipeline.{field.name}": field.default for field in fields(PipelineConfig) if field.name not in _PLANNED
+}
+"""Settings that no layout has, as every layout needs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,14 +30,16 @@ class Layout:
     chunk_tokens: int
     retain: int
 
-    def settings(self) -> dict[str, Any]:
-        """Return it as settings of a recipe."""
-        found: dict[str, Any] = {"chunks.chunk_tokens": self.chunk_tokens, "chunks.retain": self.retain}
-        if self.pp > 1:
-            found |= {"pipeline.ranks": self.pp, "pipeline.schedule": self.schedule}
-        if self.ep > 1:
-            found["moe.ep"] = self.ep
-        return found | ({"engine": self.engine} if self.engine != "ddp" else {})
+    def settings(self, recipe: FinetuneConfig) -> dict[str, Any]:
+        """Return its chunks, and the settings that have to be others than a recipe's to make it."""
+        spread, alone = self.ep > 1, {"moe.plan": None, "moe.exchange": "direct", "moe.node_ranks": 1}
+        wanted = {
+            "pipeline.ranks": self.pp, "pipeline.schedule": self.schedule, "moe.ep": self.ep if spread else None,
+            "engine": self.engine, **_NOT_PLANNED, **({} if spread else alone),
+        }  # fmt: skip
+        given = flatten_config(recipe)
+        chunks = {"chunks.chunk_tokens": self.chunk_tokens, "chunks.retain": self.retain}
+        return chunks | {key: value for key, value in wanted.items() if given[key] != value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from chunkflow.errors import ChunkflowError
 from launch.board import Board
@@ -28,6 +28,10 @@ _UNKNOWN = re.compile(
 """How jsonargparse names what it does not know: a flag, a key of a recipe, a key of one of its sections."""
 
 
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description, which are commands."""
+
+
 def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> FinetuneConfig:
     """Return the job that a command line describes; flags override the recipe.
 
@@ -35,7 +39,9 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
     """
     # Process-wide in jsonargparse, and harmless: the strings under the fields become the help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=prog, description=description, formatter_class=_Help, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="A recipe: a YAML file of the settings below.")
     parser.add_class_arguments(FinetuneConfig)
     try:

@@ -10,14 +10,16 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from chunkflow.histogram import histogram
 from chunkflow.lengths import llama3_sft
 from chunkflow.records import Chunk, Segment
+from launch.calibrate import layout_of
 from launch.config import FinetuneConfig
 from launch.experts import with_experts
 from launch.layer_costs import measure_costs
 from launch.metrics import read_metrics
 from launch.model import build_model
-from launch.plan import _lengths, main, quantity
+from launch.plan import _lengths, flag_value, main, quantity
 from launch.plan_costs import CostModel, Machine
 from launch.plan_layouts import Planner
+from launch.plan_records import Layout
 from launch.plan_sizes import sizes_of
 from launch.recipe import read_config
 from tests.launch_jobs import run_job, settings, write_corpus
@@ -108,8 +110,33 @@ def test_experts_are_spread_and_bf16_has_no_pipeline(tmp_path):
     found = planner(config, np.minimum(llama3_sft(5000, seed=0), 4000), devices=16, memory=3.53e9)
     assert {layout.pp for layout in found.layouts()} == {1}
     best = found.best()  # 21 GB of weights, gradients and moments; stage 3 keeps 2 GB gathered besides its shards
-    assert best.layout.settings()["moe.ep"] == best.layout.ep > 1
+    assert best.layout.settings(config)["moe.ep"] == best.layout.ep > 1
     assert best.memory_bytes < 3.53e9
+
+
+EXPERTS = ["--moe.num_experts=4", "--moe.ep=4", "--moe.esp=2", "--moe.plan=measure", "--moe.exchange=2d"]
+LOOPED = ["--pipeline.ranks=2", "--pipeline.schedule=interleaved", "--pipeline.stages=4", "--pipeline.recompute=true"]
+STREAMS = ["--pipeline.schedule=roundpipe", "--pipeline.rounds=2", "--pipeline.staleness=1", "--pipeline.ranks=4"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pp", "ep", "engine", "schedule"),
+    [
+        (EXPERTS, 1, 1, "ddp", "state_aware_1f1b"),
+        ([*EXPERTS, "--moe.node_ranks=2"], 1, 2, "ddp", "state_aware_1f1b"),
+        (LOOPED, 1, 1, "fsdp2", "state_aware_1f1b"),
+        (LOOPED, 4, 1, "ddp", "zbv"),
+        (STREAMS, 2, 1, "ddp", "state_aware_1f1b"),
+        (["--engine=zero2"], 1, 1, "ddp", "state_aware_1f1b"),
+    ],
+)
+def test_a_plans_settings_override_its_recipe(recipe, pp, ep, engine, schedule):
+    """Whatever the recipe had: with the settings that the plan prints, the job is laid out as planned."""
+    layout = Layout(pp=pp, ep=ep, data=8 // pp, engine=engine, schedule=schedule, chunk_tokens=64, retain=2)
+    printed = [f"--{key}={flag_value(value)}" for key, value in layout.settings(read(*recipe)).items()]
+    config = read(*recipe, *printed)
+    assert layout_of(config, 8) == layout
+    assert layout.settings(config).keys() == {"chunks.chunk_tokens", "chunks.retain"}
 
 
 def command(capsys, *argv):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from moe.errors import MoeConfigError
+from moe.issue import naming
 
 
 class _Said(NamedTuple):
@@ -22,11 +23,13 @@ def require_alike(problem: str | None, facts: Mapping[str, str], groups: Sequenc
     """Raise MoeConfigError on every rank where one has a problem, or where facts of two differ.
 
     `groups` are those of the axes of a mesh, on every rank in the same order; all their ranks call. Facts are named.
+    Raises ExchangeError when a rank is lost, or later than the groups allow.
     """
     said: dict[int, _Said] = {dist.get_rank() if groups else 0: _Said(problem, dict(facts))}
     for group in groups:  # one axis after the other, so that in the end all know all
         every: list[dict[int, _Said]] = [{} for _ in range(group.size())]
-        dist.all_gather_object(every, said, group=group)
+        with naming("parallelize, comparing models and settings"):
+            dist.all_gather_object(every, said, group=group)
         said = {rank: one for part in every for rank, one in part.items()}
     problems = {rank: one.problem for rank, one in sorted(said.items()) if one.problem is not None}
     if problems:

@@ -192,6 +192,8 @@ def _put(like: Tensor, whole: Tensor | None, index: Ints, part: Tensor) -> Tenso
     """Put `part` at `index` of `whole`, which is made when it is None: of the size of `like`, or `part` itself."""
     if _is_all(like, index):
         return part
+    if whole is not None and not len(index):
+        return whole  # which may be a part that was expanded, and so cannot be written to
     if whole is None:
         whole = torch.empty_like(like, memory_format=torch.contiguous_format)
     return whole.index_copy_(0, _on(index, whole), part)

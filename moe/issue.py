@@ -8,8 +8,9 @@ nothing from chunks, one thread a link class follows the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -161,12 +162,24 @@ class IssueQueue:
         ticket.set_result(value)
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Make what torch raises inside, where a rank is lost or late, an ExchangeError that names this rank and `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        raise ExchangeError(f"rank {rank}, {what}: a rank is lost or late: {error}") from error
+
+
 def own_group(group: dist.ProcessGroup | None, *, timeout_s: float = 300.0) -> dist.ProcessGroup:
     """Return a new group of the ranks of `group` (None: all). Every one of these ranks calls, in the same order.
 
-    Its collectives fail after `timeout_s`, which is what bounds a wait for a rank that is lost.
+    Its collectives fail after `timeout_s`, which is what bounds a wait for a rank that is lost. Raises ExchangeError
+    when one is lost already.
     """
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
+    with naming(f"making a group of the ranks {ranks}"):
+        made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from moe.config import MoeConfig
 from moe.dispatch import DirectExchange, Exchange, TwoLevelExchange, stay
 from moe.errors import MoeConfigError
-from moe.issue import IssueQueue, Result, Span, Ticket, own_group
+from moe.issue import IssueQueue, Result, Span, Ticket, naming, own_group
 
 
 class Lane(Protocol):
@@ -136,6 +136,7 @@ def _exchange(ep: dist.ProcessGroup, config: MoeConfig) -> Exchange:
 
 
 def _subgroup(ranks: list[int], timeout_s: float) -> dist.ProcessGroup:
-    made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
+    with naming(f"making a group of the ranks {ranks}"):
+        made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made

@@ -37,7 +37,13 @@ class Order(Protocol):
 
 
 class SparseOrder:
-    """Sorts the assignments by expert; within an expert they stay in token order."""
+    """Sorts the assignments by expert; within an expert they stay in token order.
+
+    `dtype` is that of the rows, where experts have another than the tokens; sums over a token are in the wider one.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Ordered:
         """Return the rows, and how to get back."""
@@ -53,7 +59,8 @@ class SparseOrder:
             wide = torch.promote_types(weighted_RD.dtype, x_TD.dtype)
             return _sum_tokens(weighted_RD.to(wide), chosen_R, routing).to(x_TD.dtype)
 
-        return Ordered(x_TD[routing.tokens_A[chosen_R]], counts_E, inverse)
+        rows_RD = x_TD[routing.tokens_A[chosen_R]]
+        return Ordered(rows_RD if self._dtype is None else rows_RD.to(self._dtype), counts_E, inverse)
 
 
 def _sum_tokens(weighted_RD: Tensor, chosen_R: Tensor, routing: Assignments) -> Tensor:

@@ -56,6 +56,7 @@ class _Overlap(torch.autograd.Function):
         output_RD = run_chunks(rows_RD, run, compute, backward=False)
         ctx.run, ctx.params = run, params
         ctx.pieces, ctx.saved = pieces, saved
+        saved.find_changed()
         # Never empty: under non-reentrant activation checkpointing, reading it recomputes the layer with its exchanges,
         # which must come before backward's own exchanges on every rank, also on one that had no rows.
         ctx.save_for_backward(rows_RD.new_empty(0), *saved.tensors)
@@ -78,7 +79,7 @@ class _Overlap(torch.autograd.Function):
                 return torch.zeros_like(grad)
             inputs = [piece.rows, *ctx.params]
             found = torch.autograd.grad([piece.output], inputs, [grad], retain_graph=True, allow_unused=True)
-            sums.add(found[1:])
+            sums.add(found[1:], (grad, found[0]))
             return grad.new_zeros(()).expand_as(grad) if found[0] is None else found[0]
 
         grad_RD = run_chunks(grads[0], ctx.run, compute, backward=True)
@@ -133,6 +134,8 @@ class _Saved:
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
         self._all: list[Tensor] = []
+        self._versions: list[int] = []
+        self._changed: set[int] = set()
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -141,14 +144,22 @@ class _Saved:
         self.tensors = (*self.tensors, *self._all)
         self._all = []
 
+    def find_changed(self) -> None:
+        """Note what was changed in place since it was saved: the outer graph sees only what is changed later."""
+        pairs = zip(self.tensors, self._versions, strict=True)
+        self._changed = {i for i, (tensor, version) in enumerate(pairs) if tensor._version != version}
+
     def _pack(self, tensor: Tensor) -> _Weight | int:
         if isinstance(tensor, nn.Parameter):
             return _Weight(tensor, tensor._version)
         self._all.append(tensor.detach())
+        self._versions.append(tensor._version)
         return len(self.tensors) + len(self._all) - 1
 
     def _unpack(self, held: _Weight | int) -> Tensor:
         if isinstance(held, int):
+            if held in self._changed:
+                raise MoeError("the experts changed in place, in their forward, what their backward needs; use a copy")
             return self.tensors[held]
         # With hooks autograd leaves this check to them.
         if held.param._version != held.version:
@@ -166,15 +177,17 @@ class _GradientSums:
         self._params = params
         self._sums: list[Tensor | None] = [None] * len(params)
 
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        places = Counter(grad.data_ptr() for grad in grads if grad is not None)
+    def add(self, grads: Sequence[Tensor | None], lent: Sequence[Tensor | None]) -> None:
+        """Add the gradients of one piece; `lent` are others that may not be written to: those of its rows."""
+        places = Counter(_memory(grad) for grad in (*grads, *lent) if grad is not None)
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
             held = self._sums[i]
             if held is None:
-                # Where two parameters were added up, one tensor is the gradient of both; where elements were, expanded.
-                is_own = places[grad.data_ptr()] == 1 and 0 not in grad.stride()
+                # Where two parameters were added up, or one to a single row, one tensor is the gradient of both; where
+                # elements were, expanded.
+                is_own = places[_memory(grad)] == 1 and 0 not in grad.stride()
                 self._sums[i] = grad if is_own else grad.clone(memory_format=torch.contiguous_format)
             else:
                 wide = torch.promote_types(grad.dtype, torch.float32)
@@ -183,3 +196,7 @@ class _GradientSums:
     def result(self) -> list[Tensor]:
         pairs = zip(self._params, self._sums, strict=True)
         return [torch.zeros_like(p) if held is None else held.to(p.dtype) for p, held in pairs]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

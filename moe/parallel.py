@@ -21,6 +21,7 @@ from moe.config import MoeConfig
 from moe.errors import MoeConfigError
 from moe.experts import INNER, StackedExperts, slice_inner
 from moe.issue import Span
+from moe.kinds import ADAPTED, check_kind
 from moe.lanes import Lanes, make_lanes
 from moe.layer import ExpertRunner
 from moe.order import SparseOrder
@@ -30,11 +31,6 @@ from moe.records import top_k_assignments
 
 _SAMPLED = 64
 """Elements of a weight, about, by which the models of two ranks are told apart."""
-
-_ADAPTED = (
-    "its weights are computed from others, as with an adapter over experts (peft's target_parameters), whose gradients "
-    "would be averaged over ranks with other experts; adapt other modules, or train the experts themselves"
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class ParallelExperts(StackedExperts):
         self,
         gate_up_EID: Tensor,
         down_EDI: Tensor,
-        act: nn.Module,
+        act: Callable[[Tensor], Tensor],
         runner: ExpertRunner,
         placement: Placement,
         *,
@@ -92,9 +88,11 @@ class ParallelExperts(StackedExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
         if not all(isinstance(getattr(self, stack), nn.Parameter) for stack in INNER):
-            raise MoeConfigError(f"layer {self.runner.name}: {_ADAPTED}")
+            raise MoeConfigError(f"layer {self.runner.name}: {ADAPTED}")
         routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
-        output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, SparseOrder(), self.stacks())
+        stacks = self.stacks()
+        order = SparseOrder(stacks.gate_up_EID.dtype)
+        output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, order, stacks)
         return output_TD
 
 
@@ -118,7 +116,8 @@ def parallelize(
     measured timeline, for `moe.tracing.from_spans`.
 
     Raises MoeConfigError, on every rank, and leaves the model as it was, when it has no such experts, when experts do
-    not divide, or when ranks were given other axes, models, plans or settings.
+    not divide, or when ranks were given other axes, models, plans or settings; ExchangeError when a rank is lost, or
+    later than the groups of the mesh allow.
     """
     config = config or MoeConfig()
     blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
@@ -216,42 +215,8 @@ def _check_untied(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
                 raise MoeConfigError(f"{name} and {owner} share their weights; tied experts are not supported")
 
 
-_KIND = {
-    "has_gate": True,
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-}
-
-
-def _check_kind(name: str, module: nn.Module) -> None:
-    """Refuse experts that compute something else than `down(act(gate(x)) * up(x))`, which is what takes their place."""
-    kind = type(module).__name__
-    if not hasattr(module, "has_gate"):
-        raise MoeConfigError(f"{name}: {kind} is called in a way of its own, not as the experts of other models are")
-    for flag, wanted in _KIND.items():
-        if getattr(module, flag, wanted) is not wanted:
-            raise MoeConfigError(f"{name}: {flag} is {not wanted} for {kind}; these are not supported")
-    gating = getattr(type(module), "_apply_gate", None)
-    if gating is not None and gating.__module__ != "transformers.integrations.moe":
-        raise MoeConfigError(f"{name}: {kind} has a gating of its own (_apply_gate); these are not supported")
-    if any(isinstance(p, DTensor) for p in module.parameters()):
-        raise MoeConfigError(
-            f"{name}: {kind} is sharded already (DTensor); call moe.parallelize first, then shard the rest"
-        )
-    others = {n for n, _ in (*module.named_parameters(), *module.named_buffers())} - INNER.keys()
-    if others or not isinstance(getattr(module, "act_fn", None), nn.Module):
-        raise MoeConfigError(
-            f"{name}: {kind} has {', '.join(sorted(others)) or 'no act_fn'} beside gate_up_proj and down_proj; such "
-            "experts, quantized ones say, are not supported"
-        )
-    if name.rpartition(".")[2] == "base_layer":
-        raise MoeConfigError(f"{name}: {_ADAPTED}")
-
-
 def _check_block(name: str, module: nn.Module, ranks: int, members: int) -> int:
-    _check_kind(name, module)
+    check_kind(name, module)
     num_experts, _, inner = module.get_parameter("down_proj").shape
     if num_experts % ranks:
         raise MoeConfigError(
@@ -289,7 +254,7 @@ def _spread(
     with torch.no_grad():
         pairs = zip(INNER, whole, strict=True)
         gate_up, down = (slice_inner(name, w[own], lanes.member, lanes.num_members) for name, w in pairs)
-    act = module.get_submodule("act_fn")
+    act: Any = module.act_fn  # a module, or a function
     spread = ParallelExperts(gate_up, down, act, runner, placement, grouped=config.grouped_mm)
     for new, old in zip((spread.gate_up_proj, spread.down_proj), whole, strict=True):
         new.requires_grad_(old.requires_grad)

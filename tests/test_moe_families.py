@@ -1,13 +1,16 @@
 """Other models of transformers with experts: spread exactly, or refused by name and unchanged."""
 
+import functools
 import inspect
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe.errors import MoeConfigError
+from moe.kinds import check_kind
 from moe.parallel import expert_layers, parallelize
 from moe.plan import LayerPlan
 from moe.state import load_state_dict, to_local
@@ -86,6 +89,27 @@ def test_a_layer_compiles_around_its_experts():
     backward_of(y)
     torch._dynamo.reset()
     assert errors_of(layer, x, y, reference([0], [6]), 0) < EXACT
+
+
+class Doubled(MixtralExperts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return 2 * super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+def test_experts_that_somebody_changed_are_refused():
+    config = tiny_moe("mixtral").config
+    check_kind("x", MixtralExperts(config))
+    wrapped, mixed, hooked = (MixtralExperts(config) for _ in range(3))
+    wrapped.forward = functools.partial(wrapped.forward)  # as accelerate's offloading does
+    for other in (Doubled(config), wrapped):
+        with pytest.raises(MoeConfigError, match="is called in a way of its own"):
+            check_kind("x", other)
+    mixed.down_proj.data = mixed.down_proj.data.half()
+    with pytest.raises(MoeConfigError, match=r"x: gate_up_proj is .* and down_proj torch.float16; give both one dtype"):
+        check_kind("x", mixed)
+    hooked.register_forward_hook(print)
+    with pytest.raises(MoeConfigError, match="x: there are hooks on MixtralExperts, which is replaced"):
+        check_kind("x", hooked)
 
 
 def loads(info):

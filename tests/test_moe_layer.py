@@ -250,14 +250,15 @@ class Zero(nn.Module):
         return torch.zeros_like(rows)
 
 
-@pytest.mark.parametrize("plan", [PLAIN, LayerPlan(3, 2)], ids=str)
+@pytest.mark.parametrize("plan", [PLAIN, LayerPlan(3, 2), LayerPlan(1, 6)], ids=str)
 def test_experts_that_ignore_their_rows_pass_no_gradient_to_them(plan):
     torch.manual_seed(1)
     gate = SoftmaxGate(WIDTH, EXPERTS, TOP_K).double()
-    layer, x = MoELayer(gate, ModuleExperts(Zero() for _ in range(EXPERTS)), plan=plan), tokens_of(0, [7])
-    x.requires_grad_()
-    (layer(x).hidden.sum() + x.sum()).backward()
-    assert torch.equal(x.grad, torch.ones_like(x))
+    layer = MoELayer(gate, ModuleExperts(Zero() for _ in range(EXPERTS)), plan=plan)
+    for tokens in (7, 1):  # of one token a chunk has all rows, and the others none
+        x = tokens_of(0, [tokens]).requires_grad_()
+        (layer(x).hidden.sum() + x.sum()).backward()
+        assert torch.equal(x.grad, torch.ones_like(x))
 
 
 class Added(nn.Module):
@@ -285,6 +286,44 @@ def test_gradients_of_pieces_add_up_where_autograd_shares_one_tensor():
         found.append([p.grad for p in layer.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+class Bias(nn.Module):
+    """The expert whose parameter, with one row, has the gradient of that row."""
+
+    num_experts = 1
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(WIDTH, dtype=torch.float64))
+
+    def forward(self, rows, counts):
+        return rows + self.bias[None]
+
+
+@pytest.mark.parametrize("plan", [PLAIN, LayerPlan(1, 6), LayerPlan(3, 6)], ids=str)
+def test_gradients_of_rows_stay_what_they_are_where_a_parameter_has_the_same(plan):
+    layer, x = MoELayer(SoftmaxGate(WIDTH, 1, 1).double(), Bias(), plan=plan), tokens_of(0, [6]).requires_grad_()
+    backward_of(layer(x).hidden)
+    plain = tokens_of(0, [6]).requires_grad_()
+    backward_of(plain * 1.0)
+    assert torch.allclose(x.grad, plain.grad, rtol=0, atol=EXACT)
+    assert torch.allclose(layer.experts.bias.grad, plain.grad.sum(0), rtol=0, atol=EXACT)
+
+
+class InPlace(Scaled):
+    def forward(self, rows):
+        return torch.sigmoid(rows @ self.w).mul_(2)  # the gradient of sigmoid needs what it returned
+
+
+def test_experts_that_change_what_backward_needs_are_refused_as_by_autograd():
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        InPlace(0)(tokens_of(0, [4])).sum().backward()
+    torch.manual_seed(1)
+    layer = MoELayer(SoftmaxGate(WIDTH, EXPERTS, TOP_K).double(), ModuleExperts(map(InPlace, range(EXPERTS))))
+    y = layer(tokens_of(0, [4])).hidden
+    with pytest.raises(MoeError, match="the experts changed in place, in their forward, what their backward needs"):
+        y.sum().backward()
 
 
 def test_a_weight_that_was_changed_before_backward_is_refused():

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moe.alike import require_alike
 from moe.convert.upcycle import upcycle
-from moe.errors import ContractError, MoeConfigError
+from moe.errors import ContractError, ExchangeError, MoeConfigError
 from moe.experts import StackedExperts
+from moe.issue import own_group
 from moe.layer import MoELayer
 from moe.parallel import parallelize
 from tests.moe_case import make_gate, make_layer, make_mesh, stacks, tokens_of
@@ -32,6 +34,10 @@ def misused(info):
             parallelize(model, mesh, **{"ep": "ep", "dp": "dp", **options})
         assert before == [id(p) for p in model.parameters()]
         said.append(str(caught.value))
+    group = own_group(None, timeout_s=1)
+    if info.rank == 0:  # the other does not come, as one that is lost or stopped
+        with pytest.raises(ExchangeError, match=r"^rank 0, parallelize, comparing .*: a rank is lost or late: "):
+            require_alike(None, {}, [group])
     return said
 
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,20 @@ def end_with_parent() -> None:
 @contextmanager
 def joined(processes: Processes, *, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """Connect to the other ranks as the default process group, and leave it at the end. Every rank calls."""
+    with _ends_on_signals():
+        device, kept, store = _connect(processes, timeout_s)
+    board = Board(
+        store, rank=processes.rank, world_size=processes.world_size, timeout_s=timeout_s,
+        kept=kept if processes.keeps_store else None,
+    )  # fmt: skip
+    try:
+        yield World(processes.rank, processes.world_size, device, board)
+    finally:
+        dist.destroy_process_group()
+
+
+def _connect(processes: Processes, timeout_s: float) -> tuple[torch.device, Store, Store]:
+    """Make the default process group; return this rank's device, the job's store, and that of this start of the job."""
     kept = _meet(processes, timeout_s)
     # torchrun keeps its store when it starts the ranks again, with addresses and answers of ranks that are gone.
     store = PrefixStore(f"attempt/{processes.restarts}", kept)
@@ -102,14 +117,22 @@ def joined(processes: Processes, *, timeout_s: float = TIMEOUT_S) -> Iterator[Wo
         world_size=processes.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    board = Board(
-        store, rank=processes.rank, world_size=processes.world_size, timeout_s=timeout_s,
-        kept=kept if processes.keeps_store else None,
-    )  # fmt: skip
+    return device, kept, store
+
+
+@contextmanager
+def _ends_on_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process at once: there is nothing to save yet, and Python's own handlers would
+    run when the ranks have found each other, or never."""
+    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield World(processes.rank, processes.world_size, device, board)
+        yield
     finally:
-        dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def prepare_deepspeed(device: torch.device, environ: MutableMapping[str, str] = os.environ) -> None:

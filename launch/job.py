@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +90,12 @@ class Job:
         settings = self.config.optimizer
         self.memory.begin()
         lr = learning_rate(batch.step, self.config.schedule, peak=settings.lr, total_steps=self.total_steps)
-        where = f"rank {self.world.rank}, step {batch.step + 1}"
-        with lost_rank_told(where, self.patience_s), self.times.training(batch.step):
+        step = batch.step + 1
+        where = f"rank {self.world.rank}, step {step}"
+        with lost_rank_told(where, self.patience_s), self.times.training(step):
             loss = float(self.runner.forward_backward(batch))
             norm = self.runner.grad_norm()
-        require_finite(batch.step + 1, loss, float(norm))
+        require_finite(step, loss, float(norm))
         with self.times.part("checkpoint"):
             self.times.fence()
         with self.times.part("update"):
@@ -115,23 +117,28 @@ class Job:
         if not self.held_out:
             return None
         self.model.eval()
-        where = f"rank {self.world.rank}, step {self.state.step}, evaluating"
-        try:
-            with lost_rank_told(where, self.patience_s):
-                losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
-        except WatchdogError as error:
-            if str(error).startswith(where):
-                raise
-            raise WatchdogError(f"{where}: {error}") from error  # a pipeline's, which counts the held-out batches
+        with self._told("evaluating"):
+            losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
         self.model.train()
         return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
 
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
         config, tokenizer, device = self.config, self.data.tokenizer, self.world.device
-        where = f"rank {self.world.rank}, step {self.state.step}, gathering the model"
-        with lost_rank_told(where, self.patience_s):
+        with self._told("gathering the model"):
             return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Have errors about other ranks say where this one was; a pipeline's own count held-out batches, or nothing."""
+        where = f"rank {self.world.rank}, step {self.state.step}, {what}"
+        try:
+            with lost_rank_told(where, self.patience_s):
+                yield
+        except WatchdogError as error:
+            if str(error).startswith(where):
+                raise
+            raise WatchdogError(f"{where}: {error}") from error
 
     def write_model(self, folder: Path) -> bool:
         """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""

@@ -106,4 +106,5 @@ def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place
         pair_cost=config.chunks.pair_cost,
         num_positions=num_positions,
         times=place.times,
+        build_timeout_s=config.run.timeout_s,
     )

@@ -35,6 +35,7 @@ class PipelineRunner:
 
     `group` are the ranks of this pipeline, in order; `data_group` those that hold the same layers for other data.
     `pair_cost` is what chunkflow's planner counts for attention; by it the order of the chunks is planned.
+    `build_timeout_s` is how long the others wait for rank 0 to build the model that it gathers.
     Made on every rank; does not communicate.
     """
 
@@ -51,10 +52,11 @@ class PipelineRunner:
         pair_cost: float = 0.0,
         num_positions: int | None = None,
         times: StepTimes | None = None,
+        build_timeout_s: float = 600.0,
     ) -> None:
         self.num_positions = num_positions
         self._parts, self._config, self._retain, self._seed = parts, config, retain, seed
-        self._pair_cost = pair_cost
+        self._pair_cost, self._build_timeout_s = pair_cost, build_timeout_s
         self._group, self._data_group = group, data_group
         self._runtime = PipelineRuntime(
             parts.stages, transport, rank=parts.rank, timeout_s=config.timeout_s, trace=times and times.pipeline
@@ -113,7 +115,9 @@ class PipelineRunner:
 
     def gather(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
         """Return the whole model on rank 0, filled into the one that `build` makes there. Every rank calls."""
-        return gather_weights(self._parts, self._group, build, timeout_s=self._config.timeout_s)
+        return gather_weights(
+            self._parts, self._group, build, timeout_s=self._config.timeout_s, build_timeout_s=self._build_timeout_s
+        )
 
     def close(self) -> None:
         """End the transport."""
@@ -121,7 +125,7 @@ class PipelineRunner:
 
     def _run(self, batch: StepBatch, *, scoring: bool) -> Tensor:
         """Return this rank's share of the loss, fp64."""
-        self._step = batch.step
+        self._step = batch.step + 1  # errors and traces count as the log does
         total = torch.zeros((), dtype=torch.float64)
         if not batch.chunks:
             return total
@@ -140,7 +144,7 @@ class PipelineRunner:
         elif self._times is not None:
             self._times.schedule = schedule
         self._begin(chunks, batch, scoring)
-        losses = self._runtime.run(schedule, step=batch.step)
+        losses = self._runtime.run(schedule, step=self._step)
         for mb in sorted(losses, key=lambda mb: places[mb]):  # added up in the order of the batch
             total += losses[mb].double().cpu()
         return total

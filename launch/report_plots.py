@@ -85,7 +85,7 @@ def _of_job(trained: Sequence[Line], timeline: Timeline | None) -> list[Plot | N
               "Mean over ranks. Exchange: what communication adds. Checkpoint: what a save makes training wait.",
               lambda axes: draw_parts(axes, timed), timed),
         _plot("timeline", "A step in time",
-              f"Forwards blue, backwards green, of step {1 + timeline.step if timeline else 0}.{how}",
+              f"Forwards blue, backwards green, of step {timeline.step if timeline else 0}.{how}",
               lambda axes: draw_timeline(axes, timeline) if timeline else None, timeline),
         _plot("straggler", "Stragglers", "Computing of the slowest rank over the mean; 1 is even.",
               lambda axes: draw_straggler(axes, timed), timed),

@@ -148,7 +148,7 @@ class RoundPipeRunner:
             parameters={name: p for name, p in self._owned.items() if p.requires_grad}, before_step=before_step,
         )  # fmt: skip
         first = batches[0].step
-        losses = self.worker.run(schedule, seed=dropout_seed(self._seed, first), first_step=first)
+        losses = self.worker.run(schedule, seed=dropout_seed(self._seed, first), first_step=first + 1)
         return [part.sum() for part in losses.split(sizes)]
 
     def evaluate(self, batch: StepBatch) -> Tensor:
@@ -189,7 +189,7 @@ class RoundPipeRunner:
             schedule = step_schedule(self.plan, devices=self._config.ranks, microbatches=self._size(batch))
             schedule = scoring(schedule) if is_scoring else schedule
             seed = dropout_seed(self._seed, batch.step)
-            total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step).sum()
+            total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step + 1).sum()
         if self._data_group is not None:
             dist.all_reduce(total, group=self._data_group)
         return total
@@ -197,8 +197,8 @@ class RoundPipeRunner:
     def _size(self, batch: StepBatch) -> int:
         if len(batch.chunks) > self._microbatches:
             raise ConfigError(
-                f"step {batch.step} has {len(batch.chunks)} chunks, and there is host memory for pipeline.microbatches "
-                f"= {self._microbatches}; raise it, or leave it out for chunks.global_batch"
+                f"step {batch.step + 1} has {len(batch.chunks)} chunks, and there is host memory for "
+                f"pipeline.microbatches = {self._microbatches}; raise it, or leave it out for chunks.global_batch"
             )
         return len(batch.chunks)
 

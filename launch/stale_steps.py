@@ -62,7 +62,7 @@ def train_together(job: Job, batches: Sequence[StepBatch]) -> list[StepMetrics]:
 
     job.memory.begin()
     where = f"rank {job.world.rank}, steps {steps[0] + 1} to {steps[-1] + 1}"
-    with lost_rank_told(where, job.patience_s), job.times.training(steps[0]):
+    with lost_rank_told(where, job.patience_s), job.times.training(steps[0] + 1):
         losses = runner.train_together(batches, optimizer, clip_norm=settings.clip_norm, before_step=before_step)
     job.state.step += len(batches)
     mine = {name: seconds / len(batches) for name, seconds in job.times.take().items()}

@@ -62,7 +62,7 @@ class StepTimes:
 
     @contextmanager
     def training(self, step: int) -> Iterator[None]:
-        """Surround forward and backward of a step."""
+        """Surround forward and backward of a step, counted from 1 as in the log."""
         self._step, self._events, self._work = step, [], []
         self.pipeline.clear()
         self.experts.clear()

@@ -229,7 +229,7 @@ def trace(
 
 @app.command()
 def plan(
-    costs: Annotated[Path | None, typer.Option(help="Costs as JSON; without, every layer is 1 + 2 s.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="Costs as JSON; without, every layer is 1 + 2 units.")] = None,
     ranks: Annotated[int, typer.Option(min=1, max=MOST_LAYERS, help="Devices.")] = RANKS,
     microbatches: Annotated[
         list[int],
@@ -252,7 +252,8 @@ def plan(
     if costs is not None and stages is not None:
         raise typer.BadParameter("the layers are those of --costs; leave one of the two out", param_hint="--layers")
     cap = num_bytes(memory_cap)
-    profile = read_costs(costs, cap) or Costs.uniform(stages or 17)
+    read = read_costs(costs, cap)
+    profile, unit = read or Costs.uniform(stages or 17), unit_of(read)
     with waiting("searching for a plan"):
         # Compiling takes seconds, which the other commands need not pay.
         from pipeline.roundpipe.plan_cli import as_text, find_plan, layers_of
@@ -260,8 +261,10 @@ def plan(
         with exits(2):
             layers = layers_of(profile, microbatches[0])
         with exits(1, plan=1):
-            found = find_plan(layers, devices=ranks, microbatches=microbatches, memory_cap_bytes=cap, effort=effort)
+            found = find_plan(
+                layers, devices=ranks, microbatches=microbatches, memory_cap_bytes=cap, effort=effort, unit=unit
+            )
     if as_json:
         print_json(found.to_json())
     else:
-        typer.echo(as_text(found, profile))
+        typer.echo(as_text(found, profile, unit))

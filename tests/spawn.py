@@ -78,7 +78,7 @@ def run_ranks(
     """
     task = _pickled_task(fn, args)
     if fresh:
-        ranks = [_Rank(env) for _ in range(world_size)]
+        ranks = [_Rank(env, is_kept=False) for _ in range(world_size)]
         try:
             return _run(ranks, task, timeout_s, {})
         finally:
@@ -104,10 +104,10 @@ def close_pool() -> None:
 class _Rank:
     """One process that runs tasks; it leads its own process group, so whatever it started ends with it."""
 
-    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, env: Mapping[str, str] | None = None, *, is_kept: bool = True) -> None:
         ours, theirs = socket.socketpair()
         self.log = tempfile.NamedTemporaryFile(prefix="rank-", suffix=".log")  # noqa: SIM115 (closed by _kill)
-        code = f"from tests.spawn_rank import serve; serve({theirs.fileno()}, {os.getpid()})"
+        code = f"from tests.spawn_rank import serve; serve({theirs.fileno()}, {os.getpid()}, is_kept={is_kept})"
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-c", code],
             cwd=ROOT,

@@ -18,15 +18,20 @@ from tests.spawn import RankInfo
 PR_SET_PDEATHSIG = 1
 
 
-def serve(fd: int, parent: int) -> None:
-    """Answer "ready" once warm, then one answer a task: `(value, None, time)` or `(None, traceback, time)`."""
+def serve(fd: int, parent: int, *, is_kept: bool) -> None:
+    """Answer "ready" once warm, then one answer a task: `(value, None, time)` or `(None, traceback, time)`.
+
+    A rank that is kept for other tasks imports what most of them need; another what its one task does.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     import torch
-    import transformers  # noqa: F401 (warmed)
+
+    if is_kept:
+        import transformers  # noqa: F401 (warmed)
 
     torch.set_num_interop_threads(1)
     connection = Connection(fd)

@@ -24,6 +24,7 @@ from launch.env import World
 from launch.errors import ConfigError, WorldError
 from launch.files import RunFolder
 from launch.finetune import finish
+from launch.gather import gather_weights
 from launch.job import assemble, build, share_model
 from launch.mesh import limit_waits, make_mesh
 from launch.metrics import read_metrics
@@ -173,6 +174,29 @@ def rank_ends(info, store, flags):
     with pytest.raises(WatchdogError) as lost:
         job.whole_model()
     return {"evaluating": str(evaluating.value), "silent": str(silent.value), "lost": str(lost.value)}
+
+
+def rank_builds_too_long(info, folder):
+    """Rank 0 does not come to the end of building the model until rank 1 has given up."""
+    parts = cut(tiny_model("llama", num_hidden_layers=2), PipelineConfig(ranks=2, timeout_s=5), rank=info.rank)
+    given_up = Path(folder) / "given-up"
+
+    def build():
+        while not given_up.exists():
+            time.sleep(0.02)
+        return tiny_model("llama", num_hidden_layers=2)
+
+    begun = time.monotonic()
+    with pytest.raises(WatchdogError if info.rank else RuntimeError) as error:
+        gather_weights(parts, dist.group.WORLD, build, timeout_s=5, build_timeout_s=0.3)
+    given_up.touch()
+    return str(error.value), time.monotonic() - begun
+
+
+def test_a_rank_that_waits_for_the_first_to_build_gives_up_in_time(tmp_path):
+    _, (told, seconds) = run_ranks(rank_builds_too_long, 2, str(tmp_path))
+    assert told.startswith("rank 0, which puts it together, is gone, stopped, hangs, or is later than 0.3 s: see its")
+    assert seconds < 3
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "roundpipe"])

@@ -308,7 +308,7 @@ def rank_meets_caps(info):
     with ChunkLoader(SOURCE, chunk_tokens=TOKENS, global_batch=BATCH, rank=0, world_size=1) as loader:
         batch = next(iter(loader))
     assert len(batch.chunks) > 2
-    expected = f"step 0 has {len(batch.chunks)} chunks, and there is host memory for pipeline.microbatches = 2; raise"
+    expected = f"step 1 has {len(batch.chunks)} chunks, and there is host memory for pipeline.microbatches = 2; raise"
     for run in (runner.forward_backward, runner.evaluate):
         with pytest.raises(ConfigError, match=expected):
             run(batch)

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +20,7 @@ from launch.model import build_model
 from launch.recipe import agreed_config
 from launch.skeleton import share
 from launch.stop import StopSignals
-from tests.spawn import run_ranks
+from tests.spawn import ROOT, run_ranks
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -178,6 +181,36 @@ def agree_to_stop(info):
 
 def test_one_rank_s_signal_stops_all_at_the_same_step():
     assert run_ranks(agree_to_stop, 2) == [[(False, True), (True, False), (True, False)]] * 2
+
+
+CONNECTING = """
+from launch.env import joined, read_processes
+from launch.stop import StopSignals
+with StopSignals():
+    print("connecting", flush=True)
+    with joined(read_processes()):
+        pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_rank_that_waits_for_the_others(number):
+    """There is nothing to save, and a handler of Python's would run only when they have come."""
+    with socket.socket() as port:
+        port.bind(("localhost", 0))
+        free = str(port.getsockname()[1])
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", CONNECTING], env={**env, "MASTER_PORT": free}, cwd=ROOT, stdout=subprocess.PIPE
+    )
+    try:
+        assert rank.stdout.readline() == b"connecting\n"
+        time.sleep(0.5)
+        rank.send_signal(number)
+        assert rank.wait(timeout=10) == -number
+    finally:
+        rank.kill()
+        rank.stdout.close()
 
 
 def test_signals_are_noted_and_handlers_put_back():

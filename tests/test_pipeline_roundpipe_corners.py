@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import PipelineError
+from pipeline.costs import Costs
+from pipeline.errors import PipelineError, PlanError, ScheduleError
 from pipeline.roundpipe.host_plan import plan_host
 from pipeline.roundpipe.host_store import open_store
-from pipeline.roundpipe.lowering import slot_schedule, without_optimizer
+from pipeline.roundpipe.lowering import completed, ready_order, slot_schedule, without_optimizer
 from pipeline.roundpipe.optimizer import HostOptimizer, global_norm
 from pipeline.roundpipe.peers import Peers
-from pipeline.schedules.roundpipe import Slots
+from pipeline.schedules.roundpipe import Slots, roundpipe
 from tests.pipeline_cases import WIDTH, Words, ragged
 from tests.roundpipe_cases import open_worker, slot_layers
 from tests.spawn import run_ranks
@@ -163,3 +164,21 @@ def test_a_rank_that_reads_the_losses_late_has_those_of_its_run():
     first, second, third = run_ranks(rank_owns_nothing, 3)
     assert torch.equal(first, second)
     assert torch.equal(first, third)
+
+
+def test_an_order_in_which_rounds_would_wait_for_each_other_gives_way_to_fewer_open_slots():
+    """Ready-first, a device begins a round's slots before others have ended those of the round before."""
+    costs = Costs(forward_s=((1.0, 2.0, 0.01),), backward_s=((2.0, 0.4, 0.02),))
+    slots, numbers = Slots(forward=(1, 1), fused=1, backward=(1, 1)), {"devices": 3, "microbatches": 2, "rounds": 2}
+    with pytest.raises(ScheduleError, match=r"a deadlock, each waits for the next: \dDOWNLOAD1@"):
+        completed(roundpipe(slots=slots, order=ready_order(slots, 3, 2, 2, costs, 4), **numbers))
+    found = slot_schedule(slots, costs=costs, open_slots=4, **numbers)
+    fewer = [slot_schedule(slots, costs=costs, open_slots=count, **numbers) for count in (1, 2, 3)]
+    assert found in fewer
+
+
+def test_steps_that_all_have_fewer_micro_batches_than_rounds_have_fewer_rounds():
+    schedule = slot_schedule(THREE, devices=2, microbatches=(1, 2), rounds=3)
+    assert [schedule.rounds_of(step) for step in (0, 1)] == [1, 2]
+    with pytest.raises((PlanError, ScheduleError), match="3 rounds for 2 micro-batches"):
+        slot_schedule(THREE, devices=2, microbatches=2, rounds=3)

@@ -39,25 +39,30 @@ def slot_schedule(
 ) -> Schedule:
     """Return a schedule with transfers and optimizer steps that a `SlotWorker` runs; ready-first where `costs` say so.
 
-    `microbatches` of each of `steps` steps, or a sequence with those of every step. Under a memory cap (`capped`) a
-    device may wait for gradients on their way down, to have room; where a ready-first order would then stand still,
-    slots run in strict order. Raises PlanError or ScheduleError for numbers that do not fit.
+    `microbatches` of each of `steps` steps, or a sequence with those of every step. A ready-first order in which
+    devices would wait in a circle, since rounds hand over their gradients in order, or under a memory cap (`capped`)
+    for room that gradients take on their way down, gives way to the one with fewer slots open, at last to strict order.
+    Raises PlanError or ScheduleError for numbers that do not fit.
     """
-    orders = None
-    if open_slots > 1:  # within a step: a device ends one before it begins the next
-        sizes = {microbatches} if isinstance(microbatches, int) else set(microbatches)
-        costs = costs or Costs.uniform(slots.num_layers)
-        orders = {size: ready_order(slots, devices, size, min(rounds, size), costs, open_slots) for size in sizes}
-    schedule = roundpipe(
-        devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness,
-        order=orders,
-    )  # fmt: skip
-    schedule = completed(schedule)
-    if not capped or orders is None or _goes_on(schedule):
-        return schedule
-    return slot_schedule(
-        slots, devices=devices, microbatches=microbatches, rounds=rounds, steps=steps, staleness=staleness
+    costs = costs or Costs.uniform(slots.num_layers)
+    sizes = {microbatches} if isinstance(microbatches, int) else set(microbatches)
+    plain = roundpipe(
+        devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness
     )
+    for count in range(open_slots, 1, -1):  # within a step: a device ends one before it begins the next
+        orders = {size: ready_order(slots, devices, size, min(rounds, size), costs, count) for size in sizes}
+        found = roundpipe(
+            devices=devices, microbatches=microbatches, slots=slots, rounds=rounds, steps=steps, staleness=staleness,
+            order=orders,
+        )  # fmt: skip
+        try:
+            found = completed(found)
+            if capped:
+                check_waits(found, capped=True)
+        except ScheduleError:
+            continue
+        return found
+    return completed(plain)
 
 
 @lru_cache(maxsize=64)
@@ -98,15 +103,6 @@ def check_waits(schedule: Schedule, *, capped: bool = False) -> None:
     for i, j in (*_runtime_edges(graph.listing), *(_room_edges(graph.listing) if capped else ())):
         before[i].append((j, Why.WEIGHTS))
     check_acyclic(replace(graph, before=tuple(map(tuple, before))))
-
-
-def _goes_on(schedule: Schedule) -> bool:
-    """Return whether a schedule that is proved runs under any cap that its slots fit."""
-    try:
-        check_waits(schedule, capped=True)
-    except ScheduleError:
-        return False
-    return True
 
 
 def without_optimizer(schedule: Schedule) -> Schedule:

@@ -25,6 +25,7 @@ def find_plan(
     microbatches: Sequence[int],
     memory_cap_bytes: float | None,
     effort: float,
+    unit: str,
 ) -> RoundPipePlan:
     """Search. The costs are of the first number of `microbatches`, the others are tried too.
 
@@ -37,11 +38,12 @@ def find_plan(
         num_rounds=(1, 2, 4),
         memory_cap_bytes=None if memory_cap_bytes is None else int(memory_cap_bytes),
         effort=effort,
+        unit=unit,
     )
 
 
-def as_text(found: RoundPipePlan, costs: Costs) -> str:
-    """Return the plan in words: what runs, what it costs, why. `costs` are those it was planned by."""
+def as_text(found: RoundPipePlan, costs: Costs, unit: str) -> str:
+    """Return the plan in words: what runs, what it costs, why. `costs`, in `unit`, are those it was planned by."""
     cut = found.partition
     lines = [
         f"{found.num_devices} devices, {sum(found.rounds)} micro-batches in rounds of {list(found.rounds)}, "
@@ -49,7 +51,7 @@ def as_text(found: RoundPipePlan, costs: Costs) -> str:
         f"layers in forward slots   {list(cut.forward)}",
         f"layers in the fused slot  {cut.fused}",
         f"layers in backward slots  {list(cut.backward)}",
-        f"makespan {found.makespan_s:.6g} s, bubble {found.bubble:.2%}, useful {found.useful:.2%}"
+        f"makespan {found.makespan_s:.6g} {unit}, bubble {found.bubble:.2%}, useful {found.useful:.2%}"
         + (f", {found.peak_bytes:,} bytes a device" if found.peak_bytes else ""),
         *(f"- {reason}" for reason in found.reasons),
     ]

@@ -189,6 +189,7 @@ def plan(
     memory_cap_bytes: int | None = None,
     effort: float = 1.0,
     seed: int = 0,
+    unit: str = "s",
 ) -> RoundPipePlan:
     """Return the plan with the shortest simulated makespan of one synchronous optimizer step, or one as good.
 
@@ -203,6 +204,7 @@ def plan(
         memory_cap_bytes: Most bytes on a device, as `RoundPipePlan.peak_bytes` counts them.
         effort: Scales the evaluations of the search; 1 is some seconds.
         seed: Of the search, which is bounded by evaluations and so the same on every rank.
+        unit: What the reasons call the unit of the costs.
 
     Raises:
         PlanError: The finest cut is over the memory cap (it says what would do), or the numbers make no schedule.
@@ -227,7 +229,7 @@ def plan(
     _, problem, found = min(survey, key=lambda entry: entry[0])
     best = evaluate(problem, settle(problem, found, seed=seed + 1000, operations=effort * SETTLE_OPS))
     others = [(t, p) for t, p, _ in survey if p is not problem]
-    return replace(best, reasons=reasons(best, others, problem.costs))
+    return replace(best, reasons=reasons(best, others, problem.costs, unit))
 
 
 def fitting(settings: Sequence[Problem], memory_cap_bytes: int) -> list[Problem]:
@@ -255,7 +257,9 @@ def heaviest_layer(costs: LayerCosts) -> tuple[int, int]:
     return worst, needs[worst]
 
 
-def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs: LayerCosts) -> tuple[str, ...]:
+def reasons(
+    best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs: LayerCosts, unit: str
+) -> tuple[str, ...]:
     """Say in words why this plan, and what bounds it."""
     num = sum(best.rounds)
     mean_s = costs.useful_s * num / best.num_devices
@@ -263,13 +267,13 @@ def reasons(best: RoundPipePlan, others: Sequence[tuple[float, Problem]], costs:
     hop = costs.transfer_s / (best.makespan_s / max(1, slots * num / best.num_devices))
     lines = [
         f"{len(best.rounds)} round(s) of {best.rounds} micro-batches, {best.open_slots} open slot(s): "
-        f"{best.makespan_s:.4g} s, {best.makespan_s / mean_s:.3f} times the bound without idling or recomputation",
+        f"{best.makespan_s:.4g} {unit}, {best.makespan_s / mean_s:.3f} times the bound without idling or recomputation",
         f"{slots} slots on {best.num_devices} devices; the fused slot holds {best.partition.fused} layer(s), "
         f"which are not recomputed",
         f"a hop costs {hop:.2f} of a mean slot: no bubble needs {best.num_devices * (1 + hop):.1f} micro-batches",
     ]
     lines += [
-        f"{len(problem.rounds)} round(s) of {problem.rounds}, {problem.open_slots} open slot(s): {t:.4g} s, "
+        f"{len(problem.rounds)} round(s) of {problem.rounds}, {problem.open_slots} open slot(s): {t:.4g} {unit}, "
         f"{t / best.makespan_s - 1:+.1%}"
         for t, problem in sorted(others, key=lambda pair: pair[0])
     ]

@@ -122,7 +122,7 @@ def roundpipe(
         sizes=sizes,
         staleness=staleness,
         first_trainable=slots.first_trainable,
-        rounds=rounds,
+        rounds=rounds if isinstance(microbatches, int) else min(rounds, max(sizes)),
     )
 
 

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe import sliced, state, sync, tracing
     from moe.audit import audit_aux_loss, audit_gradients
     from moe.config import MoeConfig
     from moe.convert.hf import save_pretrained
@@ -35,6 +36,9 @@ _WHERE = {
     "upcycle": "moe.convert.upcycle",
 }
 
+_MODULES = ("sliced", "state", "sync", "tracing")
+"""Parts that are used by their own name: `moe.sliced.attach_reducer(model)`."""
+
 __all__ = [
     "LayerPlan",
     "MoELayer",
@@ -45,6 +49,10 @@ __all__ = [
     "expert_layers",
     "parallelize",
     "save_pretrained",
+    "sliced",
+    "state",
+    "sync",
+    "tracing",
     "upcycle",
 ]
 
@@ -52,4 +60,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"moe.{name}")
     raise AttributeError(f"module 'moe' has no attribute {name!r}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.experts import slice_inner
-from moe.findings import Finding, from_all_ranks
+from moe.findings import Finding
 from moe.parallel import ParallelExperts, expert_layers
+from moe.together import Together
 
 _SCALE_TOLERANCE = 0.05
 
@@ -19,8 +20,10 @@ def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Paramete
 
     `model` has finished its backward and its averaging; `reference` are the named parameters of the whole model, with
     gradients of the same batch by one process. A factor is what an error of groups looks like: the size of an axis, or
-    one over it; without one, another batch or other weights. Every rank calls.
+    one over it; without one, another batch or other weights. Every rank calls. Raises ExchangeError when a rank is lost
+    or late.
     """
+    together = Together(model, "audit_gradients")
     expected = {name: p.grad for name, p in reference}
     own: list[Finding] = []
     for name, layer in expert_layers(model).items():
@@ -31,7 +34,7 @@ def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Paramete
                 continue
             first = layer.runner.lanes.position * layer.num_experts
             own += _compare(f"{name}.{stack}", param.grad, want, first)
-    return list(dict.fromkeys(from_all_ranks(own)))
+    return list(dict.fromkeys(finding for part in together.gather(own) for finding in part))
 
 
 def audit_aux_loss(

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.audit import audit_gradients
-from moe.errors import MoeConfigError
-from moe.findings import Finding, from_all_ranks, gather
+from moe.findings import Finding
 from moe.parallel import ParallelExperts, expert_layers
 from moe.prints import print_of
+from moe.together import Together
 
 _ROUNDING = 1e-6
 """Weights that add up to one give routers what rounding leaves of their gradient: some 1e-8 of that of the experts."""
@@ -36,11 +36,9 @@ def doctor(
     copies of each other, experts that no rank sent a row to, NaN or infinite rows in weights and gradients, experts
     whose copies on the `dp` axis differ, other weights that differ between ranks, and routers without a gradient. With
     `reference`, also for gradients of another scale than one process has: see `audit_gradients`. For an auxiliary loss
-    see `audit_aux_loss`. Every rank calls.
+    see `audit_aux_loss`. Every rank calls. Raises ExchangeError when a rank is lost or late.
     """
-    layers = expert_layers(model)
-    if not layers:
-        raise MoeConfigError("this model is not expert-parallel; call moe.parallelize(model, mesh, ...) first")
+    layers, together = expert_layers(model), Together(model, "doctor")
     own = [
         *_inside_ddp(model),
         *_unmarked(layers),
@@ -48,13 +46,13 @@ def doctor(
         *(finding for name, layer in layers.items() for finding in _bad_rows(name, layer)),
         *_bad_others(model, layers),
     ]
-    found = dict.fromkeys(from_all_ranks(own))
-    idle = gather({finding for name, layer in layers.items() for finding in _idle_router(model, name, layer)})
+    found = dict.fromkeys(finding for part in together.gather(own) for finding in part)
+    idle = together.gather({finding for name, layer in layers.items() for finding in _idle_router(model, name, layer)})
     found |= dict.fromkeys(sorted(set.intersection(*idle), key=str))  # a rank without tokens has no gradient of its own
-    found |= dict.fromkeys(_drifted(model, layers))
+    found |= dict.fromkeys(_drifted(model, layers, together))
     for name, layer in layers.items():
-        found |= dict.fromkeys(_copies(name, layer))
-        found |= dict.fromkeys(_dead(name, layer))
+        found |= dict.fromkeys(_copies(name, layer, together))
+        found |= dict.fromkeys(_dead(name, layer, together))
     if reference is not None:
         found |= dict.fromkeys(audit_gradients(model, reference))
     return list(found)
@@ -149,12 +147,12 @@ def _largest(value: Tensor) -> float:
     return float(value.abs().max()) if value.numel() else 0.0
 
 
-def _drifted(model: nn.Module, layers: dict[str, ParallelExperts]) -> list[Finding]:
+def _drifted(model: nn.Module, layers: dict[str, ParallelExperts], together: Together) -> list[Finding]:
     """What all ranks hold, and no longer alike; one finding, for an error of the loop moves all of it."""
     spread = {id(p) for layer in layers.values() for p in layer.parameters()}
     whole = {n: p for n, p in model.named_parameters() if id(p) not in spread and not isinstance(p, DTensor)}
     prints: dict[str, set[str]] = {}
-    for part in gather({name: print_of(p) for name, p in whole.items()}):
+    for part in together.gather({name: print_of(p) for name, p in whole.items()}):
         for name, value in part.items():
             prints.setdefault(name, set()).add(value)
     differing = [name for name, values in prints.items() if len(values) > 1]
@@ -167,13 +165,13 @@ def _drifted(model: nn.Module, layers: dict[str, ParallelExperts]) -> list[Findi
     return [Finding("ranks differ", differing[0], message)]
 
 
-def _copies(name: str, layer: ParallelExperts) -> list[Finding]:
+def _copies(name: str, layer: ParallelExperts, together: Together) -> list[Finding]:
     """Experts of one layer that are equal, whole or in part, and copies of one expert on other ranks that are not."""
     prints: dict[tuple[int, int], list[tuple[str, ...]]] = {}
     first = layer.runner.lanes.position * layer.num_experts
     member = layer.runner.lanes.member
     own = {(first + e, member): tuple(print_of(p[e]) for p in layer.parameters()) for e in range(layer.num_experts)}
-    for part in gather(own):
+    for part in together.gather(own):
         for key, value in part.items():
             prints.setdefault(key, []).append(value)
     found = []
@@ -200,9 +198,9 @@ def _twins(name: str, stacks: list[str], prints: dict[tuple[int, int], list[tupl
     return found
 
 
-def _dead(name: str, layer: ParallelExperts) -> list[Finding]:
+def _dead(name: str, layer: ParallelExperts, together: Together) -> list[Finding]:
     own = layer.rows_per_expert_E
-    every = [rows for rows in gather(None if own is None else own.tolist()) if rows is not None]
+    every = [rows for rows in together.gather(None if own is None else own.tolist()) if rows is not None]
     if not every:
         return []
     total = torch.tensor(every).sum(0)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -140,10 +141,12 @@ class GradientReducer:
         """Scale all gradients so that their norm over the whole model is at most `max_norm`; returns the norm.
 
         `ep_group` holds the ranks whose experts differ (None: one rank has them all). Call after `flush`.
+        Raises ExchangeError when a rank is lost or late.
         """
         dense, experts = squares(self._dense.values()), squares(self._experts.values())
         if ep_group is not None:
-            dist.all_reduce(experts, group=ep_group)
+            run = partial(dist.all_reduce, experts, group=ep_group)
+            self._queue.submit(run, op="squares of experts", call="clip_grad_norm_").result()
         norm = (dense + experts).sqrt()
         scale_down((*self._dense.values(), *self._experts.values()), norm, max_norm)
         return norm

@@ -8,6 +8,7 @@ nothing from chunks, one thread a link class follows the plan.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ class Result(Protocol):
 _GRACE_S = 1.5
 """A collective that waits in vain ends by its group's deadline, as long, and says why. Who waits for it lets it: a
 process that ended while its thread was still inside was aborted."""
+_END_S = 5.0
+"""How long the interpreter, at its end, waits for the thread of a queue that was not closed. What is still in a
+collective then waits for a peer that is gone."""
 
 
 class Ticket(Future):
@@ -98,18 +102,25 @@ class IssueQueue:
         # A daemon: a collective whose peer is gone may outlive every deadline, and must not keep the process.
         self._thread = Thread(target=self._run, name=f"moe-{name}", daemon=True)
         self._thread.start()
+        # The interpreter ends a daemon thread at its next Python instruction; where that is below a frame of C++, as in
+        # a collective or in freeing its tensors, the process is aborted. So threads end before the interpreter does.
+        weakref.finalize(self, _end, self._waiting, self._thread)
 
-    def submit(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Ticket:
+    def submit(
+        self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "", call: str = ""
+    ) -> Ticket:
         """Run `fn`, which does its collectives synchronously, after all that was submitted before; does not wait.
 
-        With `needs`, the link waits for that value when it is this operation's turn, and `fn` gets it.
+        With `needs`, the link waits for that value when it is this operation's turn, and `fn` gets it. Errors name the
+        layer, or the `call` that is of no layer.
         """
-        where = f"rank {self._rank}, layer {layer or '?'}, {op or 'operation'} on the {self.name} link"
+        place = call or f"layer {layer or '?'}"
+        where = f"rank {self._rank}, {place}, {op or 'operation'} on the {self.name} link"
         ticket = Ticket(where, self.timeout_s)
         with self._lock:
             if self._closed:
                 raise ExchangeError(f"{where}: the queue is closed; build the layer anew")
-            self._waiting.put(_Item(ticket, layer, op, fn, needs))
+            self._waiting.put(_Item(ticket, layer or call, op, fn, needs))
         return ticket
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -170,6 +181,11 @@ def naming(what: str) -> Iterator[None]:
     except RuntimeError as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         raise ExchangeError(f"rank {rank}, {what}: a rank is lost or late: {error}") from error
+
+
+def _end(waiting: SimpleQueue[_Item | None], thread: Thread) -> None:
+    waiting.put(None)
+    thread.join(_END_S)
 
 
 def own_group(group: dist.ProcessGroup | None, *, timeout_s: float = 300.0) -> dist.ProcessGroup:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
@@ -44,6 +44,13 @@ class NoLink:
         return _Later(fn if needs is None else lambda: fn(needs.result()))
 
 
+class Axis(NamedTuple):
+    """The ranks of one axis of a mesh, and the thread that runs their collectives."""
+
+    lane: IssueQueue
+    group: dist.ProcessGroup
+
+
 @dataclass(frozen=True)
 class Lanes:
     """Everything a layer needs to reach the other ranks of its experts; `ep` and `esp` are None for one rank."""
@@ -57,6 +64,8 @@ class Lanes:
     rank: int
     on_span: Callable[[Span], None] | None = None
     """Told when each operation ran: those of the links by their threads, the experts' by the thread that computes."""
+    beside: Mapping[str, Axis] = field(default_factory=dict[str, Axis])
+    """The other axes of the mesh that have ranks, by name: no rows cross them, but gradients and answers do."""
 
     @property
     def num_ranks(self) -> int:
@@ -84,7 +93,7 @@ class Lanes:
 
     def close(self) -> None:
         """End the threads; the layers cannot be used afterwards."""
-        for lane in (self.inter, self.intra):
+        for lane in (self.inter, self.intra, *(axis.lane for axis in self.beside.values())):
             if isinstance(lane, IssueQueue):
                 lane.close()
 
@@ -99,8 +108,11 @@ def make_lanes(
     config: MoeConfig,
     *,
     on_span: Callable[[Span], None] | None = None,
+    beside: Mapping[str, dist.ProcessGroup] | None = None,
 ) -> Lanes:
-    """Return the lanes over two axes, each with groups and a thread of its own. Every rank of both groups calls.
+    """Return the lanes over two axes, each with groups and a thread of its own. Every rank of all groups calls.
+
+    `beside` are the groups of the other axes, by name, on every rank in the same order.
 
     `on_span` is called with every operation that ended, from the thread that ran it.
     Raises MoeConfigError when the nodes do not divide the `ep` axis.
@@ -108,6 +120,8 @@ def make_lanes(
     timeout_s = config.timeout_s
     ep = None if ep is None or ep.size() == 1 else own_group(ep, timeout_s=timeout_s)
     esp = None if esp is None or esp.size() == 1 else own_group(esp, timeout_s=timeout_s)
+    others = {name: group for name, group in (beside or {}).items() if group.size() > 1}
+    others = {name: own_group(group, timeout_s=timeout_s) for name, group in others.items()}
     return Lanes(
         inter=NoLink() if ep is None else IssueQueue(ep, "inter", timeout_s=timeout_s, on_span=on_span),
         intra=NoLink() if esp is None else IssueQueue(esp, "intra", timeout_s=timeout_s, on_span=on_span),
@@ -117,6 +131,7 @@ def make_lanes(
         timeout_s=timeout_s,
         rank=dist.get_rank() if dist.is_initialized() else 0,
         on_span=on_span,
+        beside={name: Axis(IssueQueue(group, name, timeout_s=timeout_s), group) for name, group in others.items()},
     )
 
 

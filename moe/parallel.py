@@ -133,7 +133,10 @@ def parallelize(
     axes = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
     facts = {} if problem else _facts(blocks, plans, config) | _weights(model)
     require_alike(problem, axes | facts, groups)
-    lanes = make_lanes(mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span)
+    beside = {axis: mesh.get_group(axis) for axis in mesh.mesh_dim_names or () if axis not in (ep, esp)}
+    lanes = make_lanes(
+        mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span, beside=beside
+    )
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
         runner = ExpertRunner(lanes, plan=plans[name], name=name)

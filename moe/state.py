@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moe.errors import MoeConfigError
 from moe.experts import INNER, join_inner, slice_inner
 from moe.parallel import ParallelExperts, expert_layers
+from moe.together import Together
 
 _STACKS = ("gate_up_proj", "down_proj")
 
@@ -24,12 +24,14 @@ _STACKS = ("gate_up_proj", "down_proj")
 def to_global(model: nn.Module, flat: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     """Return `flat` with each expert tensor of this rank as a DTensor `[E, ...]`, `Shard(0)` over `ep`; no copy.
 
-    Where experts are shared over `esp`, their slices are gathered first: every rank calls. The rest stays as it is.
+    Where experts are shared over `esp`, their slices are gathered first: every rank calls; ExchangeError when one is
+    lost or late. The rest stays as it is.
     `prefix` stands before the names of parameters, not before `optim.`.
     """
     owners = _owners(model, prefix)
+    together = Together(model, "to_global") if owners else None
     found = {name: _owner(owners, name, value) for name, value in flat.items()}
-    return {name: _globally(*owner, flat[name]) if owner else flat[name] for name, owner in found.items()}
+    return {n: _globally(*owner, flat[n], together) if owner and together else flat[n] for n, owner in found.items()}
 
 
 def to_local(model: nn.Module, flat: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
@@ -92,12 +94,10 @@ def _owner(owners: Mapping[str, _Owner], name: str, value: Any) -> _Owner | None
     return found if fits else None
 
 
-def _globally(layer: ParallelExperts, stack: str, value: Tensor) -> DTensor:
+def _globally(layer: ParallelExperts, stack: str, value: Tensor, together: Together) -> DTensor:
     mesh, ep, esp = layer.placement.mesh, layer.placement.ep, layer.placement.esp
     if esp is not None and mesh[esp].size() > 1:
-        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(mesh[esp].size())]
-        dist.all_gather(parts, value.contiguous(), group=mesh.get_group(esp))
-        value = join_inner(stack, parts)
+        value = join_inner(stack, together.join(value, esp))
     return DTensor.from_local(value, mesh[ep], [Shard(0)], run_check=False)
 
 

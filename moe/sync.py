@@ -12,58 +12,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.errors import MoeConfigError
 from moe.gradients import scale_down, squares
-from moe.parallel import Placement, expert_layers
+from moe.parallel import Placement
+from moe.together import Together
 
 
 def placement_of(model: nn.Module) -> Placement:
     """Return where the experts of a parallelized model are; raises MoeConfigError for another."""
-    for layer in expert_layers(model).values():
-        return layer.placement
-    raise MoeConfigError("this model is not expert-parallel; call moe.parallelize(model, mesh, ...) first")
+    return Together(model, "placement_of").placement
 
 
-def _present(params: list[nn.Parameter], placement: Placement) -> list[bool]:
+def _present(params: list[nn.Parameter], ranks: Together) -> list[bool]:
     """Return which parameters have a gradient on some rank: one alone would be added to another parameter's."""
-    found = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=placement.mesh.device_type)
-    for axis in placement.data_axes:
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=placement.mesh.get_group(axis))
+    found = torch.tensor(
+        [p.grad is not None for p in params], dtype=torch.int32, device=ranks.placement.mesh.device_type
+    )
+    for axis in ranks.placement.data_axes:
+        ranks.reduce(found, axis, dist.ReduceOp.MAX)
     return found.bool().tolist()
 
 
 def average_gradients(model: nn.Module) -> None:
     """Make every gradient that of the mean over the ranks' losses. Every rank calls, after the last backward of a step.
 
-    A parameter without a gradient on some ranks counts as zero there; one without on all keeps None.
+    A parameter without a gradient on some ranks counts as zero there; one without on all keeps None. Raises
+    ExchangeError when a rank is lost or late.
     """
-    placement = placement_of(model)
+    together = Together(model, "average_gradients")
+    placement = together.placement
     ranks = 1
     for axis in placement.data_axes:
         ranks *= placement.mesh[axis].size()
     params = list(model.parameters())
-    for param, is_present in zip(params, _present(params, placement), strict=True):
+    for param, is_present in zip(params, _present(params, together), strict=True):
         if not is_present:
             continue
         if param.grad is None:
             param.grad = torch.zeros_like(param)
         axes = (placement.dp,) if getattr(param, "is_expert", False) else placement.data_axes
         for axis in axes:
-            if placement.mesh[axis].size() > 1:
-                dist.all_reduce(param.grad, group=placement.mesh.get_group(axis))
+            together.reduce(param.grad, axis)
         param.grad /= ranks
 
 
 def grad_norm(model: nn.Module) -> Tensor:
     """Return the 2-norm of the gradient of the whole model, every expert once; fp64, 0-d. Every rank calls.
 
-    Call it when gradients are averaged: after `average_gradients`, or the `flush` of a reducer.
+    Call it when gradients are averaged: after `average_gradients`, or the `flush` of a reducer. Raises ExchangeError
+    when a rank is lost or late.
     """
-    placement, params = placement_of(model), list(model.parameters())
-    device = torch.device(placement.mesh.device_type)
+    together, params = Together(model, "grad_norm"), list(model.parameters())
+    device = torch.device(together.placement.mesh.device_type)
     experts = squares(p for p in params if getattr(p, "is_expert", False)).to(device)
-    for axis in placement.expert_axes:
-        dist.all_reduce(experts, group=placement.mesh.get_group(axis))
+    for axis in together.placement.expert_axes:
+        together.reduce(experts, axis)
     return (squares(p for p in params if not getattr(p, "is_expert", False)).to(device) + experts).sqrt()
 
 

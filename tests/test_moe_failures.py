@@ -3,19 +3,25 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+import moe
 from moe.config import MoeConfig
 from moe.errors import ContractError, ExchangeError, MoeConfigError, MoeError, PlanError
 from moe.experts import ModuleExperts, StackedExperts
 from moe.plan import LayerPlan
 from moe.records import top_k_assignments
+from moe.sync import average_gradients, clip_grad_norm_
 from tests.moe_case import EXPERTS, WIDTH, lanes_of, make_layer, make_mesh, stacks, tokens_of
+from tests.moe_models import tiny_moe
 from tests.spawn import SpawnError, run_ranks
 
 
@@ -182,6 +188,69 @@ def test_a_rank_lost_in_the_middle_of_an_all_to_all_is_an_error_on_the_other():
     # Whichever came first: the other rank was not stuck, it raised.
     assert re.search(r"SIGKILL|rank 0, layer case, (dispatch|combine) \d on the inter link", str(caught.value))
     assert "failed after it: ranks" in str(caught.value)
+
+
+CALLS = {
+    "average_gradients": lambda model, _: average_gradients(model),
+    "grad_norm": lambda model, _: clip_grad_norm_(model, 1.0),
+    "doctor": lambda model, _: moe.doctor(model),
+    "save_pretrained": lambda model, folder: moe.save_pretrained(model, folder),
+}
+
+
+def fail_to_come(info, folder):
+    """Rank 1 makes none of the calls; returns what rank 0 hears of each, and after how long."""
+    heard = {}
+    for name, call in CALLS.items():
+        sizes = (2, 1) if name in ("average_gradients", "doctor") else (1, 2)  # ranks of dp, of ep
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "ep"))
+        model = moe.parallelize(tiny_moe("mixtral"), mesh, ep="ep", dp="dp", config=MoeConfig(timeout_s=1.0))
+        if info.rank == 1:
+            continue
+        start_s = time.monotonic()
+        with pytest.raises(MoeError) as caught:
+            call(model, folder / name)
+        heard[name] = (type(caught.value), str(caught.value), time.monotonic() - start_s)
+    return heard
+
+
+def test_who_waits_outside_the_layers_hears_of_it_in_time(tmp_path):
+    heard, _ = run_ranks(fail_to_come, 2, tmp_path, fresh=True)
+    places = [
+        "reduction over dp on the dp",
+        "reduction over ep on the inter",
+        "answers over dp on the dp",
+        "answers over",
+    ]
+    for (name, (kind, text, waited_s)), place in zip(heard.items(), places, strict=True):
+        assert kind is ExchangeError
+        assert text.startswith(f"rank 0, {name}, {place}")
+        assert waited_s < 5
+    assert list(tmp_path.iterdir()) == []
+
+
+END_AT_ONCE = """
+import sys
+import torch
+import torch.distributed as dist
+from moe.issue import IssueQueue
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+started = []
+def work():
+    started.append(True)
+    for _ in range(300):
+        torch.ones(20000).sort()
+    print("done", flush=True)
+IssueQueue(dist.group.WORLD, "inter").submit(work)
+while not started:
+    pass
+"""
+
+
+def test_a_script_that_closes_nothing_ends_after_its_lanes(tmp_path):
+    run = [sys.executable, "-c", END_AT_ONCE, str(tmp_path / "store")]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 def uneven(info):

@@ -11,11 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe.errors import MoeConfigError
 from moe.plan import LayerPlan
 from tests.spawn import run_ranks
 
 pytest.importorskip("megatron.core")
 WIDTH, EXPERTS = 16, 4
+SHARED = {"moe_router_topk": 2, "moe_shared_expert_intermediate_size": 24}
+SETTINGS = (
+    SHARED,
+    {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_apply_probs_on_input": True},
+)
 
 
 class Fake:
@@ -52,7 +58,7 @@ def patched():
         yield
 
 
-def make(kind, **options):
+def make(kind, settings, **options):
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -61,7 +67,7 @@ def make(kind, **options):
         hidden_size=WIDTH,
         num_attention_heads=2,
         num_moe_experts=EXPERTS,
-        moe_router_topk=2,
+        **settings,
         moe_ffn_hidden_size=24,
         ffn_hidden_size=24,
         expert_model_parallel_size=dist.get_world_size(),
@@ -77,28 +83,38 @@ def make(kind, **options):
     )
     spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
     torch.manual_seed(dist.get_rank())
-    return kind(config, spec.submodules, layer_number=1, **options)
+    return kind(config, spec.submodules, layer_number=1, **options).double()
 
 
 def compare(info):
     from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from moe.convert.megatron import CoScheduledMoELayer
 
     with patched():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
-        results = []
-        for kind, options in ((MoELayer, {}), (CoScheduledMoELayer, {"plan": LayerPlan(3, 2)})):
-            layer = make(kind, **options)
-            if results:
-                layer.load_state_dict(results[0].layer.state_dict())
-            x = torch.randn(5, 2, WIDTH, generator=torch.Generator().manual_seed(info.rank)).requires_grad_()
-            y = layer(x)[0]
-            (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum().backward()
-            grads = {name: p.grad for name, p in layer.named_parameters()}
-            results.append(SimpleNamespace(layer=layer, y=y.detach(), x=x.grad, grads=grads))
+        errors = [compare_with(info, settings) for settings in SETTINGS]
+        with pytest.raises(MoeConfigError, match="moe_shared_expert_overlap computes shared experts inside Megatron's"):
+            make(CoScheduledMoELayer, SHARED | {"moe_shared_expert_overlap": True})
         parallel_state.destroy_model_parallel()
+    return errors
+
+
+def compare_with(info, settings):
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from moe.convert.megatron import CoScheduledMoELayer
+
+    results = []
+    for kind, options in ((MoELayer, {}), (CoScheduledMoELayer, {"plan": LayerPlan(3, 2)})):
+        layer = make(kind, settings, **options)
+        if results:
+            layer.load_state_dict(results[0].layer.state_dict())
+        x = torch.randn(5, 2, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(info.rank))
+        y = layer(x.requires_grad_())[0]
+        (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum().backward()
+        grads = {name: p.grad for name, p in layer.named_parameters()}
+        results.append(SimpleNamespace(layer=layer, y=y.detach(), x=x.grad, grads=grads))
     theirs, ours = results
     errors = {"y": float((ours.y - theirs.y).abs().max()), "x": float((ours.x - theirs.x).abs().max())}
     assert set(ours.grads) == set(theirs.grads)
@@ -111,6 +127,7 @@ def compare(info):
 
 
 def test_our_dispatcher_in_megatrons_layer_gives_its_outputs_and_gradients():
-    for errors in run_ranks(compare, 2, timeout_s=120, fresh=True):
-        assert len(errors) > 5
-        assert max(errors.values()) < 1e-5, errors
+    for every in run_ranks(compare, 2, timeout_s=120, fresh=True):
+        for errors in every:
+            assert len(errors) > 5
+            assert max(errors.values()) < 1e-12, errors

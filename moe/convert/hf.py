@@ -7,24 +7,28 @@ that was dropped, doubled or swapped on the way is an error here, and not a mode
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from moe.errors import MoeError
 from moe.parallel import expert_layers
 from moe.prints import print_of
 from moe.state import state_dict
-from moe.sync import placement_of
+from moe.together import Together
 
 _EXPERT = re.compile(r"^(.*\.)(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+_BEAT_S = 0.5
+"""How often the ranks ask the one that writes."""
 _PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 Prints = dict[str, tuple[tuple[int, ...], str]]
@@ -46,30 +50,55 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> Proof:
     """Write the whole model as transformers does, from the first rank of the mesh, and prove it. Every rank calls.
 
     Returns on every rank once the folder is complete and proven. Raises MoeError, on every rank, when writing failed or
-    when a tensor on disk is missing, unknown, or differs from what a rank held.
+    when a tensor on disk is missing, unknown, or differs from what a rank held; ExchangeError when a rank is lost or
+    late. Writing itself may take any time: meanwhile the ranks tell each other that they are there.
     """
-    place = placement_of(model)
+    together = Together(model, "save_pretrained")
+    place = together.placement
     is_writer = all(c == 0 for c in place.mesh.get_coordinate() or [0])
-    held = _held_everywhere(_of_model(model))
-    whole = {name: _whole(value, keep=is_writer) for name, value in state_dict(model).items()}
-    outcome: list[Proof | str] = ["nothing was written"]
-    if is_writer:
+    held = _held_everywhere(together.gather(_of_model(model)))
+    whole = {name: _whole(value, together, keep=is_writer) for name, value in state_dict(model).items()}
+
+    def write() -> Proof | str:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)  # transformers only logs that a file is in the way
             model.save_pretrained(folder, state_dict=whole)
-            outcome = [_prove(folder, held)]
+            return _prove(folder, held)
         except Exception as error:  # noqa: BLE001 (the other ranks wait for this rank's answer)
-            outcome = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(outcome, src=int(place.mesh.mesh.reshape(-1)[0]))
-    if isinstance(outcome[0], str):
-        raise MoeError(f"{folder} is not a true copy of the model: {outcome[0]}")
-    return outcome[0]
+            return f"{type(error).__name__}: {error}"
+
+    outcome = _answer_of(write if is_writer else None, together)
+    if isinstance(outcome, str):
+        raise MoeError(f"{folder} is not a true copy of the model: {outcome}")
+    return outcome
 
 
-def _whole(value: Any, *, keep: bool) -> Any:
+def _answer_of(work: Callable[[], Proof | str] | None, together: Together) -> Proof | str:
+    """Return, on every rank, what `work` of the one that has any returned."""
+    if work is None:
+        while (answer := _first(together.gather(None))) is None:
+            pass
+        return answer
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while True:
+            wait((future,), timeout=_BEAT_S)
+            if (answer := _first(together.gather(future.result() if future.done() else None))) is not None:
+                return answer
+
+
+def _first(answers: list[Any]) -> Any:
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def _whole(value: Any, together: Together, *, keep: bool) -> Any:
     if not isinstance(value, DTensor):
         return value
-    whole = value.full_tensor()
+    place = together.placement
+    if value.device_mesh == place.mesh[place.ep] and value.placements == (Shard(0),):
+        whole = torch.cat(together.join(value.to_local().detach(), place.ep))
+    else:
+        whole = value.full_tensor()
     return whole.cpu() if keep else None
 
 
@@ -91,9 +120,7 @@ def _of_model(model: nn.Module) -> Prints:
     return prints
 
 
-def _held_everywhere(own: Prints) -> Prints:
-    every: list[Prints] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, own)
+def _held_everywhere(every: list[Prints]) -> Prints:
     held: Prints = {}
     for rank, prints in enumerate(every):
         for name, value in prints.items():

@@ -47,8 +47,12 @@ class CoScheduledTokenDispatcher(MoETokenDispatcher):
         self._shape = tokens.shape
         token_A, expert_A = routing_map.nonzero(as_tuple=True)
         weights_A = probs[token_A, expert_A]
+        tokens_TD = tokens.reshape(-1, tokens.shape[-1])
+        if self.config.moe_apply_probs_on_input:  # a token has one expert then, as Megatron's experts assert
+            tokens_TD = (tokens_TD * probs.sum(1, keepdim=True)).to(tokens.dtype)
+            weights_A = torch.ones_like(weights_A)
         routing = Assignments(token_A, expert_A, weights_A, len(routing_map), routing_map.shape[1])
-        self._ordered = SparseOrder()(tokens.reshape(-1, tokens.shape[-1]), routing)
+        self._ordered = SparseOrder()(tokens_TD, routing)
         rows_RD, counts_E = self._ordered.rows_RD, self._ordered.counts_E
         problem = problem_of(routing)
         width = rows_RD.shape[-1]
@@ -84,7 +88,15 @@ class CoScheduledMoELayer(MoELayer):
         moe_config: MoeConfig | None = None,
         lanes: Lanes | None = None,
     ) -> None:
-        """`lanes` shares the threads of another layer of the same ranks; without it the layer makes its own."""
+        """`lanes` shares the threads of another layer of the same ranks; without it the layer makes its own.
+
+        Raises MoeConfigError for settings that need Megatron's own dispatcher.
+        """
+        if config.moe_shared_expert_overlap:
+            raise MoeConfigError(
+                "moe_shared_expert_overlap computes shared experts inside Megatron's dispatcher, which ours replaces, "
+                "so they would be left out; set it to False"
+            )
         super().__init__(config, submodules, layer_number, pg_collection)
         # The dispatcher that Megatron built knows the groups, also where pg_collection was left to its defaults.
         groups = _Groups(self.token_dispatcher)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe.experts import slice_inner
 from moe.findings import Finding
@@ -16,7 +17,7 @@ _SCALE_TOLERANCE = 0.05
 
 
 def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Parameter]]) -> list[Finding]:
-    """Return the experts whose gradients are off from those of one process on the global batch.
+    """Return the parameters whose gradients are off from those of one process on the global batch, by name and expert.
 
     `model` has finished its backward and its averaging; `reference` are the named parameters of the whole model, with
     gradients of the same batch by one process. A factor is what an error of groups looks like: the size of an axis, or
@@ -25,15 +26,20 @@ def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Paramete
     """
     together = Together(model, "audit_gradients")
     expected = {name: p.grad for name, p in reference}
-    own: list[Finding] = []
+    own, seen = [], set[int]()
     for name, layer in expert_layers(model).items():
         for stack, param in layer.named_parameters():
+            seen.add(id(param))
             want = _own_part(layer, stack, expected.get(f"{name}.{stack}"))
             if param.grad is None or want is None:
                 own.append(Finding("gradient scale", f"{name}.{stack}", "there is no gradient to compare"))
                 continue
             first = layer.runner.lanes.position * layer.num_experts
-            own += _compare(f"{name}.{stack}", param.grad, want, first)
+            own += _compare(f"{name}.{stack}", param.grad, want, first, "dp by the ranks of dp, ep and esp")
+    for name, param in model.named_parameters():
+        want = expected.get(name)
+        if id(param) not in seen and param.grad is not None and want is not None and not isinstance(param, DTensor):
+            own += _compare(name, param.grad[None], want[None], 0, "all axes by their ranks")
     return list(dict.fromkeys(finding for part in together.gather(own) for finding in part))
 
 
@@ -82,7 +88,7 @@ def _own_part(layer: ParallelExperts, stack: str, whole: Tensor | None) -> Tenso
     return slice_inner(stack, own, lanes.member, lanes.num_members)
 
 
-def _compare(where: str, got: Tensor, want: Tensor, first: int) -> list[Finding]:
+def _compare(where: str, got: Tensor, want: Tensor, first: int, mean_over: str) -> list[Finding]:
     """One finding where all experts are off by one factor, else one for each that is off."""
     size_E, along_E = (value.double().flatten(1).sum(1) for value in (want * want, got * want))
     used = size_E > 0
@@ -93,7 +99,7 @@ def _compare(where: str, got: Tensor, want: Tensor, first: int) -> list[Finding]
         worst = float(error_E.max()) ** 0.5
         message = f"the scale is that of one process, and it is {worst:.0%} off; compare the batch and the weights"
         return [Finding("gradient differs", where, message)] if worst > _SCALE_TOLERANCE else []
-    message = "times that of one process; divide the sum over dp by the ranks of dp, ep and esp"
+    message = f"times that of one process; divide the sum over {mean_over}"
     mean = float(along_E.sum() / size_E.sum())
     if len(off) == len(factors) and all(abs(f - mean) <= _SCALE_TOLERANCE * abs(mean) for f in off.values()):
         return [Finding("gradient scale", where, f"it is {mean:.3g} {message}")]

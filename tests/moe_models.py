@@ -1,4 +1,4 @@
-"""Tiny MoE models of the four families of transformers, the same weights every time."""
+"""Tiny MoE models of families of transformers, the same weights every time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -45,6 +47,7 @@ FAMILIES = {
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 8}),
     "olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4}),
+    "granitemoe": (GraniteMoeForCausalLM, GraniteMoeConfig, {"num_local_experts": 4}),  # other names on disk
     "deepseek_v3": (DeepseekV3ForCausalLM, DeepseekV3Config, _DEEPSEEK),
 }
 

@@ -100,7 +100,9 @@ def scales(info):
     other = torch.randn_like(grad)
     other -= grad * (other * grad).sum() / (grad * grad).sum()
     grad += other * (grad.norm() / other.norm() / 2)
-    (noisy, *_) = texts(audit_gradients(model, whole.named_parameters()))
+    model.lm_head.weight.grad *= 4
+    (noisy, *_, dense) = texts(audit_gradients(model, whole.named_parameters()))
+    assert "lm_head.weight: it is 4 times that of one process; divide the sum over all axes by their ranks" in dense
     assert "down_proj: the scale is that of one process, and it is 50% off" in noisy, noisy
     model.zero_grad()
     return right, wrong, texts(audit_gradients(model, whole.named_parameters()))

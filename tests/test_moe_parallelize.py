@@ -62,7 +62,7 @@ def compare(info, ep, esp):
 
 @pytest.mark.parametrize(("ep", "esp"), [(4, 1), (2, 2), (2, 1)])
 def test_logits_and_all_gradients_equal_one_process_on_the_global_batch(ep, esp):
-    """All four families; with ep = 2 of 4 ranks, dp = 2 has copies of the experts."""
+    """All families; with ep = 2 of 4 ranks, dp = 2 has copies of the experts."""
     for errors in run_ranks(compare, 4, ep, esp, timeout_s=120):
         worst = max(errors, key=errors.get)
         assert errors[worst] < EXACT, (worst, errors[worst])
@@ -139,10 +139,10 @@ def test_the_proof_finds_experts_that_are_dropped_swapped_or_made_up(tmp_path, c
     model = tiny_moe("qwen3_moe", dtype=torch.float32)
     model.save_pretrained(tmp_path)
     held = run_ranks(held_by, 1)[0]
-    hf._prove(tmp_path, held)
+    hf._prove(tmp_path, held, model)
     damage(tmp_path, change)
     with pytest.raises(MoeError, match=text):
-        hf._prove(tmp_path, held)
+        hf._prove(tmp_path, held, model)
 
 
 def held_by(info):

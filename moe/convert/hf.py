@@ -7,7 +7,7 @@ that was dropped, doubled or swapped on the way is an error here, and not a mode
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,8 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> Proof:
 
     Returns on every rank once the folder is complete and proven. Raises MoeError, on every rank, when writing failed or
     when a tensor on disk is missing, unknown, or differs from what a rank held; ExchangeError when a rank is lost or
-    late. Writing itself may take any time: meanwhile the ranks tell each other that they are there.
+    late. Writing itself may take any time: meanwhile the ranks tell each other that they are there. Families with names
+    of their own on disk are read back by transformers, which takes the memory of another copy on the rank that writes.
     """
     together = Together(model, "save_pretrained")
     place = together.placement
@@ -63,7 +64,7 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> Proof:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)  # transformers only logs that a file is in the way
             model.save_pretrained(folder, state_dict=whole)
-            return _prove(folder, held)
+            return _prove(folder, held, model)
         except Exception as error:  # noqa: BLE001 (the other ranks wait for this rank's answer)
             return f"{type(error).__name__}: {error}"
 
@@ -104,16 +105,20 @@ def _whole(value: Any, together: Together, *, keep: bool) -> Any:
 
 def _of_model(model: nn.Module) -> Prints:
     """Return the prints of what this rank holds, with the experts numbered as in the whole model."""
+    firsts = {block: layer.runner.lanes.position * layer.num_experts for block, layer in expert_layers(model).items()}
+    return _of_state(state_dict(model), firsts)
+
+
+def _of_state(state: Mapping[str, Tensor], firsts: Mapping[str, int]) -> Prints:
+    """Return the prints of a state. `firsts` are its blocks of experts, and the first expert of each that it has."""
     prints: Prints = {}
-    layers = expert_layers(model)
-    for name, value in state_dict(model).items():
+    for name, value in state.items():
         block, _, stack = name.rpartition(".")
-        if block not in layers:
+        if block not in firsts:
             prints[name] = _print(value)
             continue
-        lanes, local = layers[block].runner.lanes, value.to_local()
-        first = lanes.position * len(local)
-        for e, expert in enumerate(local, start=first):
+        local = value.to_local() if isinstance(value, DTensor) else value
+        for e, expert in enumerate(local, start=firsts[block]):
             parts = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True)
             parts = dict(parts) if stack == "gate_up_proj" else {"down_proj": expert}
             prints |= {f"{block}.{e}.{part}": _print(weight) for part, weight in parts.items()}
@@ -129,8 +134,10 @@ def _held_everywhere(every: list[Prints]) -> Prints:
     return held
 
 
-def _prove(folder: str | Path, held: Prints) -> Proof:
+def _prove(folder: str | Path, held: Prints, model: PreTrainedModel) -> Proof:
     written = _of_folder(Path(folder))
+    if set(written) - set(held):
+        written = _as_read(folder, model) or written
     tied = {name for name in held if name not in written and _has_twin(name, held, written)}
     missing, unknown = sorted(set(held) - set(written) - tied), sorted(set(written) - set(held))
     differing = sorted(name for name in set(held) & set(written) if held[name] != written[name])
@@ -139,6 +146,18 @@ def _prove(folder: str | Path, held: Prints) -> Proof:
             raise MoeError(f"{len(names)} tensors are {what}, the first {names[0]}")
     digest = xxhash.xxh3_128_hexdigest(repr(sorted(written.items())).encode())
     return Proof(str(folder), len(written), sum(".experts." in name for name in written), digest)
+
+
+def _as_read(folder: str | Path, model: PreTrainedModel) -> Prints | None:
+    """Return the prints of what transformers reads, of a family with names of its own; None where it does not fit."""
+    try:
+        found: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    except RuntimeError:
+        return None
+    loaded, told = found
+    if told["missing_keys"] or told["unexpected_keys"]:
+        return None
+    return _of_state(loaded.state_dict(), dict.fromkeys(expert_layers(model), 0))
 
 
 def _has_twin(name: str, held: Prints, written: Prints) -> bool:

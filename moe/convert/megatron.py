@@ -47,6 +47,7 @@ class CoScheduledTokenDispatcher(MoETokenDispatcher):
         self._shape = tokens.shape
         token_A, expert_A = routing_map.nonzero(as_tuple=True)
         weights_A = probs[token_A, expert_A]
+        problem = problem_of(Assignments(token_A, expert_A, weights_A, len(routing_map), routing_map.shape[1]))
         tokens_TD = tokens.reshape(-1, tokens.shape[-1])
         if self.config.moe_apply_probs_on_input:  # a token has one expert then, as Megatron's experts assert
             tokens_TD = (tokens_TD * probs.sum(1, keepdim=True)).to(tokens.dtype)
@@ -54,7 +55,6 @@ class CoScheduledTokenDispatcher(MoETokenDispatcher):
         routing = Assignments(token_A, expert_A, weights_A, len(routing_map), routing_map.shape[1])
         self._ordered = SparseOrder()(tokens_TD, routing)
         rows_RD, counts_E = self._ordered.rows_RD, self._ordered.counts_E
-        problem = problem_of(routing)
         width = rows_RD.shape[-1]
         self.traffic = agree(counts_E, width, rows_RD.dtype, problem, self.plan, self.lanes, self.name)
         return rows_RD, probs

@@ -120,7 +120,8 @@ def rank_seam(info, root):
     engine.create(CheckpointCommitInfo("global_step5", root, True))  # and now it is durable
     loaded = engine.load(path, map_location=torch.device("cpu"))
     with open(f"{root}/latest") as file:
-        assert file.read() == "global_step5"
+        latest = file.read()
+    assert latest == "global_step5", f"latest holds {latest!r}"
     engine.save({"module": {"w": weight}}, path)
     engine.is_decoupled()  # the same tag again
     told = ""

@@ -67,7 +67,7 @@ def rank_trains(info, folder, resume):
     return told(trainer), trainer.train_dataset.order[-16:]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_trainer_resumes_bit_by_bit(tmp_path, ranks):
     whole = run_ranks(rank_trains, ranks, str(tmp_path), False, fresh=True, timeout_s=120)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-12", "step-14", "step-8"]

@@ -30,7 +30,7 @@ def test_a_small_job(record_property, rounds):
     record_property("kill", counts)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=SOAK)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=SOAK)])
 @pytest.mark.timeout(3000)
 def test_the_real_recipe(record_property, rounds):
     counts = rounds_of("--recipe", rounds=rounds)

@@ -29,7 +29,9 @@ def run(place, name, **changes):
     return read_metrics(place / name / "metrics.jsonl"), output
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "zero3"))]
+)
 def test_an_engine_trains_resumes_what_ddp_saved_and_exports(place, engine):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed")

@@ -360,21 +360,14 @@ def test_an_upcycled_job_trains_resumes_at_another_ep_and_exports(place):
 
 
 def test_a_bad_spread_is_one_line_a_rank_and_exit_2(place):
-    for name, changes, text in (
-        ("divide", {"moe__num_experts": 3, "moe__ep": 2}, "3 experts do not split over 2 ranks"),
-        (
-            "pipes",
-            {"moe__num_experts": 2, "pipeline__ranks": 2},
-            "set pipeline.ranks to 1 without a schedule, or leave moe out",
-        ),
-    ):
-        code, output = run_job(settings(place / "corpus", place / name, **changes), place / f"{name}.log")
-        assert code != 0
-        assert "exitcode  : 2" in output
-        for rank in (0, 1):
-            assert output.count(f"rank {rank}: error: ") == 1, output
-        assert text in output
-        assert not (place / name).exists()
+    flags = settings(place / "corpus", place / "divide", moe__num_experts=3, moe__ep=2)
+    code, output = run_job(flags, place / "divide.log")
+    assert code != 0
+    assert "exitcode  : 2" in output
+    for rank in (0, 1):
+        assert output.count(f"rank {rank}: error: ") == 1, output
+    assert "3 experts do not split over 2 ranks" in output
+    assert not (place / "divide").exists()
 
 
 @pytest.mark.parametrize("name", ["moe_upcycled", "moe_quickstart"])

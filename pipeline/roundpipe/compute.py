@@ -25,6 +25,10 @@ from pipeline.roundpipe.visit import Visit
 
 AWAKE_S = 0.0003
 """The end of a wait is waited for awake: a machine takes up to so long to wake up."""
+LAUNCH_S = 0.005
+"""A thread that drives a device launches all the time, and finds torch in its caches when it hands something on. One
+that slept for 30 ms does not, and takes hundreds of microseconds for its first operations: so this often, it does one.
+"""
 
 Outputs = dict[int, Tensor]
 """By boundary: what lies before that layer; behind the last layer, the loss."""
@@ -180,7 +184,7 @@ class WaitCompute:
     def __init__(self, seconds: Callable[[Op, int, int], float], num_layers: int) -> None:
         exact_sleeps()
         self._seconds, self._num_layers = seconds, num_layers
-        self._handed_on, self._loss = torch.zeros(1), torch.zeros(())
+        self._handed_on, self._loss, self._scratch = torch.zeros(1), torch.zeros(()), torch.zeros(2)
         self._live: tuple[Visit, int] | None = None
 
     def forward(self, visit: Visit, x: Tensor | None, mb: int, keep: Collection[int]) -> Outputs:
@@ -211,7 +215,8 @@ class WaitCompute:
         until = time.monotonic() + self._seconds(op, visit.slot, mb)
         while (left := until - time.monotonic()) > 0:
             if left > AWAKE_S:
-                time.sleep(left - AWAKE_S)
+                time.sleep(min(left - AWAKE_S, LAUNCH_S))
+                self._scratch[:1].view(self._handed_on.shape).copy_(self._handed_on.to("cpu", copy=True))
 
 
 def _parameters(layer: SlotLayer) -> Collection[nn.Parameter]:

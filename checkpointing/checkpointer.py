@@ -116,12 +116,15 @@ class Checkpointer:
         self._owed.append(handle)
         return handle
 
+    def leave_latest(self) -> None:
+        """Leave the file `latest` to another tool, which names something of its own there. Every rank calls."""
+        self._committer.points_latest = False
+
     def requested(self) -> bool:
         """Return whether someone asked for a save, by a file `request` in the folder: `checkpoint request`.
 
-        A look by this rank alone: let rank 0 look, and all ranks save together. Not while a save is under way, which
-        may be the answer. The next durable save takes the file away, and so does `close`. Makes the folder, so that
-        the first save can be asked for.
+        A look by this rank alone: let rank 0 look, and all save together. Not while a save is under way, which may be
+        the answer. The next durable save, and `close`, take the file away. Makes the folder, for the first request.
         """
         with told_as(CheckpointError):
             if not self._listens:

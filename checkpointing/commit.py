@@ -55,6 +55,8 @@ class Committer:
         """The second tier."""
         self.found_damage = False
         """Whether a restore found a checkpoint damaged, or could not read it, since the last save."""
+        self.points_latest = True
+        """Whether `latest` is ours to move."""
         self._went_back: int | None = None
         self._settled = False
         """Whether it is known whose run this is: one that was restored, or has a checkpoint by now."""
@@ -220,6 +222,8 @@ class Committer:
             self._storage.close(lock)
 
     def _point_latest(self) -> None:
+        if not self.points_latest:
+            return
         newest = max((*self._folder.committed(self._known), self._step))
         new = self._folder.root / f"latest.{self._nonce()}"
         write_small(self._storage, new, f"{self._folder.at(newest).name}\n".encode())

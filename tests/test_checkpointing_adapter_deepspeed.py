@@ -138,6 +138,17 @@ def rank_seam(info, root):
     return loaded, told, refused_and_alone(LongrailCheckpointEngine(), CheckpointCommitInfo, root, info.rank)
 
 
+def test_only_one_writes_latest(tmp_path):
+    """Rank 0 clears up behind a durable save, at the same time as the engine writes the tag."""
+    for name in ("ours", "theirs"):
+        with Checkpointer(tmp_path / name, group=SINGLE) as run:
+            if name == "theirs":
+                run.leave_latest()
+            run.save(5, Flat({"w": torch.ones(3)})).wait()
+    assert (tmp_path / "ours" / "latest").read_text() == "step-5\n"
+    assert not (tmp_path / "theirs" / "latest").exists()
+
+
 def refused_and_alone(engine, info_of, root, rank):
     """A checkpoint of which one file is refused, on rank 0; then a lone model for other tools, which rank 0 writes."""
     from checkpointing.errors import CheckpointError

@@ -93,6 +93,7 @@ class LongrailCheckpointEngine(CheckpointEngine):
         root = Path(info.save_dir).absolute()
         if root not in self._runs:
             self._runs[root] = Checkpointer(root, keep=self._keep, timeout_s=self._timeout_s, **self._settings)
+            self._runs[root].leave_latest()  # DeepSpeed's says a tag, and is written below
         if root in self._loaded:  # what was loaded is the run that goes on
             self._runs[root].adopt(self._loaded.pop(root))
         # DeepSpeed would write `latest` as soon as the save is copied; it is written here, when it is durable.

@@ -252,7 +252,9 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
         runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
         seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
     )  # fmt: skip
-    held_out = () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_untold))
+    held_out = (
+        () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_say_nothing))
+    )
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,
@@ -261,16 +263,16 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     )  # fmt: skip
 
 
-def _told(accounts: str) -> None:
+def _say_overflow(accounts: str) -> None:
     print(f"Samples longer than a chunk are split, which cuts nothing (>); other policies would keep:\n{accounts}")
 
 
-def _untold(accounts: str) -> None:
+def _say_nothing(accounts: str) -> None:
     """Held-out samples are few, and split like the others."""
 
 
 def _loader(
-    source: Source, config: FinetuneConfig, place: Place, *, epochs: int, report: Callable[[str], None] = _told
+    source: Source, config: FinetuneConfig, place: Place, *, epochs: int, report: Callable[[str], None] = _say_overflow
 ) -> ChunkLoader:
     chunks = config.chunks
     return ChunkLoader(

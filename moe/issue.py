@@ -194,7 +194,11 @@ def own_group(group: dist.ProcessGroup | None, *, timeout_s: float = 300.0) -> d
     Its collectives fail after `timeout_s`, which is what bounds a wait for a rank that is lost. Raises ExchangeError
     when one is lost already.
     """
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    return group_of(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD), timeout_s)
+
+
+def group_of(ranks: list[int], timeout_s: float) -> dist.ProcessGroup:
+    """Return a new group of some ranks, all of which call, in the same order; as `own_group`."""
     with naming(f"making a group of the ranks {ranks}"):
         made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)

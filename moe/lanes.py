@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from moe.config import MoeConfig
 from moe.dispatch import DirectExchange, Exchange, TwoLevelExchange, stay
 from moe.errors import MoeConfigError
-from moe.issue import IssueQueue, Result, Span, Ticket, naming, own_group
+from moe.issue import IssueQueue, Result, Span, Ticket, group_of, own_group
 
 
 class Lane(Protocol):
@@ -145,13 +144,6 @@ def _exchange(ep: dist.ProcessGroup, config: MoeConfig) -> Exchange:
         )
     ranks, place = dist.get_process_group_ranks(ep), ep.rank()
     node, number = divmod(place, local)
-    intra = _subgroup(ranks[node * local : (node + 1) * local], config.timeout_s)
-    inter = _subgroup(ranks[number::local], config.timeout_s)
+    intra = group_of(ranks[node * local : (node + 1) * local], config.timeout_s)
+    inter = group_of(ranks[number::local], config.timeout_s)
     return TwoLevelExchange(intra, inter, levels=config.exchange)
-
-
-def _subgroup(ranks: list[int], timeout_s: float) -> dist.ProcessGroup:
-    with naming(f"making a group of the ranks {ranks}"):
-        made = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return made

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -79,6 +81,27 @@ def test_refused_at_the_first_write_and_at_the_first_read(tmp_path, monkeypatch,
     assert saved_and_restored(tmp_path / "run")
     assert writes
     assert not any(writes)
+
+
+def test_threads_whose_first_writes_are_refused_together(tmp_path, monkeypatch, writes):
+    """Each finds the file without O_DIRECT when it looks behind the other's refusal."""
+    together, real = threading.Barrier(2), os.pwrite
+
+    def refuses(fd: int, data: Any, at: int) -> int:
+        if is_direct(fd):
+            together.wait(10)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", refuses)
+    storage, size = LocalStorage(), 4096
+    fd = storage.create_direct(tmp_path / "file", 2 * size)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda at: storage.write_at(fd, memoryview(bytes([1 + at]) * size), at * size), range(2)))
+    finally:
+        storage.close(fd)
+    assert (tmp_path / "file").read_bytes() == b"\1" * size + b"\2" * size
 
 
 def refusing(real: Callable[..., int]) -> Callable[..., int]:

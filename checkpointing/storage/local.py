@@ -62,12 +62,14 @@ class LocalStorage:
         """Write all of `data` at `offset`. From several threads at once; for O_DIRECT all three are to be aligned."""
         done = 0
         while done < len(data):
+            direct = _is_direct(fd)  # before the write: behind it another thread may have turned it off
             try:
                 written = os.pwrite(fd, data[done:], offset + done)
             except OSError as error:
                 # Refused at the first write (a larger block size), or behind a write that ended off the grid.
-                if error.errno != errno.EINVAL or not _without_direct(fd):
+                if error.errno != errno.EINVAL or not direct:
                     raise
+                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
                 continue
             if not written:
                 raise OSError(errno.EIO, "a write of 0 bytes")
@@ -287,10 +289,5 @@ def _with_room(fd: int, length: int) -> int:
     return fd
 
 
-def _without_direct(fd: int) -> bool:
-    """Turn O_DIRECT off; return whether another write may fare better."""
-    flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
-    if flags & direct:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
-        return True
-    return False
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))

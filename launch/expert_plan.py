@@ -20,6 +20,7 @@ from moe.calibrate import measure_layer, with_overheads
 from moe.config import ExpertsConfig
 from moe.cost import LayerLoad, Profile
 from moe.drift import LayerWatch, replan_reason
+from moe.errors import PlanError
 from moe.gradients import GradientReducer
 from moe.issue import IssueQueue, own_group
 from moe.measuring import ExpertShape, expert_jobs, made_experts
@@ -38,7 +39,7 @@ _MOST_BYTES = 256 << 20
 
 
 def first_plan(config: ExpertsConfig) -> LayerPlan | dict[str, LayerPlan] | None:
-    """Return what the settings say before anything is measured. Raises ConfigError or PlanError for a bad file."""
+    """Return what the settings say before anything is measured. Raises ConfigError for a bad file."""
     if config.chunks is not None:
         return LayerPlan(config.chunks, config.chunks, reasons=("set by moe.chunks",))
     return None if config.plan in (None, MEASURE) else read_plans(Path(config.plan))
@@ -52,9 +53,12 @@ def read_plans(path: Path) -> LayerPlan | dict[str, LayerPlan]:
         raise ConfigError(
             f"moe.plan {path} cannot be read: {error}; give {MEASURE!r}, or a file as `python -m moe plan --out` writes"
         ) from error
-    if not isinstance(values, dict) or "forward_chunks" in values:
-        return LayerPlan.from_json(json.dumps(values))
-    return {name: LayerPlan.from_json(json.dumps(plan)) for name, plan in values.items()}
+    try:
+        if not isinstance(values, dict) or "forward_chunks" in values:
+            return LayerPlan.from_json(json.dumps(values))
+        return {name: LayerPlan.from_json(json.dumps(plan)) for name, plan in values.items()}
+    except PlanError as error:
+        raise ConfigError(f"moe.plan {path}: {error}") from error
 
 
 class ExpertPlanner:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -31,6 +32,7 @@ app = typer.Typer(help=__doc__.splitlines()[0] if __doc__ else None, no_args_is_
 net_app = typer.Typer(help="Two emulated hosts with a slow link between them (Linux, root).", no_args_is_help=True)
 app.add_typer(net_app, name="netns")
 
+Made = TypeVar("Made")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ProfileFile = Annotated[Path, typer.Option("--profile", help="What `profile --out` wrote.")]
 ExchangeBytes = Annotated[float, typer.Option(help="Bytes of one rank's dispatch buffer, the busiest rank's.")]
@@ -124,7 +126,7 @@ def simulate(
 
     known, load = _read_profile(profile), _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
     _require_links(known, load, profile)
-    made = LayerPlan.from_json(_read(plan)) if plan else plan_layer(known, load)
+    made = _read(LayerPlan.from_json, plan) if plan else plan_layer(known, load)
     backward = way == "backward"
     r, lag = made.chunks(backward=backward), made.backward_lag if backward else made.forward_lag
     times = stage_times(known, load, r, backward=backward, pieces=made.pieces)
@@ -205,11 +207,15 @@ def _fail(text: str, code: int) -> NoReturn:
 def _read_profile(path: Path) -> Profile:
     from moe.cost import Profile
 
-    return Profile.from_json(_read(path))
+    return _read(Profile.from_json, path)
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON either, and said to be none
+def _read(from_json: Callable[[str], Made], path: Path) -> Made:
+    text = path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON either, and said to be none
+    try:
+        return from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ def rounds_of(*flags: str, rounds: int) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(200, marks=SOAK)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(200, marks=SOAK)])
 @pytest.mark.timeout(6000)  # the rounds end by themselves, with a better message
 def test_a_small_job(record_property, rounds):
     counts = rounds_of(rounds=rounds)
@@ -30,7 +30,7 @@ def test_a_small_job(record_property, rounds):
     record_property("kill", counts)
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=SOAK)])
+@pytest.mark.parametrize("rounds", [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=SOAK)])
 @pytest.mark.timeout(3000)
 def test_the_real_recipe(record_property, rounds):
     counts = rounds_of("--recipe", rounds=rounds)

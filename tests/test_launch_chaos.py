@@ -138,7 +138,7 @@ def counts_of(capsys, place, undisturbed, *flags):
     return json.loads(said.out)
 
 
-@pytest.mark.parametrize("kinds", ["kill,corrupt", pytest.param("kill,stop,full-disk,corrupt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", ["kill", pytest.param("kill,stop,full-disk,corrupt", marks=pytest.mark.slow)])
 @pytest.mark.timeout(240)
 def test_one_round_of_each_kind(place, undisturbed, capsys, kinds):
     # Without an end, torchrun would wait half a minute for the rank that is stopped.
@@ -147,7 +147,7 @@ def test_one_round_of_each_kind(place, undisturbed, capsys, kinds):
         kinds.split(","), (1, 1)
     )
     assert counts["identical"] == counts["runs"] >= 1
-    assert counts["skipped"] >= 1
+    assert counts["skipped"] >= ("corrupt" in kinds)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from launch.optimizer import build_optimizer
 from launch.recipe import read_config
 from moe.config import ExpertsConfig
 from moe.cost import OPERATIONS, Line, Profile, Table
-from moe.errors import MoeConfigError, PlanError
+from moe.errors import MoeConfigError
 from moe.plan import LayerPlan
 from tests.launch_jobs import run_job, settings, write_corpus
 from tests.moe_jobs import loader_of, place_of
@@ -312,7 +312,7 @@ def test_plans_are_read_from_files(tmp_path):
     assert first_plan(ExpertsConfig(ep=2, chunks=4)).backward_chunks == 4
     assert first_plan(ExpertsConfig(ep=2)) is first_plan(ExpertsConfig(ep=2, plan="measure")) is None
     path.write_text('{"forward_chunks": 0, "backward_chunks": 1}')
-    with pytest.raises(PlanError, match="forward_chunks is 0"):
+    with pytest.raises(ConfigError, match=r"moe\.plan .*plan\.json: forward_chunks is 0"):
         read_plans(path)
 
 

@@ -92,7 +92,7 @@ def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, caps
     (tmp_path / "bad.json").write_text("[]")
     code, said = failing(monkeypatch, capsys, "plan", "--profile", str(tmp_path / "bad.json"), *LOAD)
     assert code == 2
-    assert "not a profile" in said
+    assert f"{tmp_path}/bad.json: not a profile" in said
     code, said = failing(monkeypatch, capsys, "plan", "--profile", profile, *LOAD, "--memory-bytes", "100")
     assert code == 2
     assert "raise the limit or give each rank fewer tokens" in said

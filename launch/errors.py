@@ -83,6 +83,8 @@ def told_at_once(rank: int) -> Iterator[None]:
 def report_error(rank: int, error: Exception) -> int:
     """Print an error as a rank's one line, once, and return the exit code that belongs to it."""
     if _TOLD not in getattr(error, "__notes__", ()):
-        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        # One write with its newline: torchrun's ranks are unbuffered, and share a terminal.
+        sys.stderr.write(f"rank {rank}: error: {error}\n")
+        sys.stderr.flush()
         error.add_note(_TOLD)
     return EXIT_CHECK_FAILED if isinstance(error, _WENT_WRONG) else EXIT_BAD_INPUT

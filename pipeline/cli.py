@@ -6,8 +6,8 @@
     python -m pipeline plan --ranks 8 --microbatches 16 --costs costs.json
     python -m pipeline trace 1f1b --ranks 4 --microbatches 8 --out trace.json --measured events.jsonl
 
-SCHEDULE is a name or a file (.json, .txt, or .csv of torch.distributed.pipelining). Exit 0: well; 1: a check failed (a
-schedule that is not valid, a cap that is passed, no plan within one); 2: bad input.
+SCHEDULE is a name or a file: .json (also what `plan --json` prints), .txt, or .csv of torch.distributed.pipelining.
+Exit 0: well; 1: a check failed (a schedule that is not valid, a cap that is passed, no plan within one); 2: bad input.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.cli_input import (
     named_schedule,
     num_bytes,
     read_costs,
+    read_events,
     schedule_of,
     whole,
 )
@@ -52,7 +53,12 @@ app = typer.Typer(
 )
 
 _NAMES = ", ".join(SCHEDULES)
-Name = Annotated[str, typer.Argument(metavar="SCHEDULE", help=f"One of {_NAMES}; or a .json, .txt or .csv file.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="SCHEDULE", help=f"One of {_NAMES}; or a file: .json (also of `plan --json`), .txt or .csv."
+    ),
+]
 Ranks = Annotated[int | None, typer.Option(min=1, max=MOST_LAYERS, help=f"Devices; {RANKS} unless given.")]
 Microbatches = Annotated[
     int | None,
@@ -209,7 +215,9 @@ def trace(
     recompute: Recompute = None,
     rounds: Rounds = None,
     open_slots: OpenSlots = None,
-    measured: Annotated[Path | None, typer.Option(help="Trace events of a run (JSON lines), shown below.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Trace events of a run, shown below: JSON lines, or a run's folder trace/.")
+    ] = None,
 ) -> None:
     """Write a trace for ui.perfetto.dev: the simulation, and a measured run under it."""
     read = read_costs(costs)
@@ -217,11 +225,7 @@ def trace(
     with exits(1):
         runs = {"predicted": trace_events(found, run(found, read or Costs.uniform(found.num_layers)))}
     if measured is not None:
-        try:
-            runs["measured"] = [json.loads(line) for line in measured.read_text().splitlines() if line.strip()]
-        except (OSError, ValueError, RecursionError) as e:
-            typer.echo(f"error: cannot read events from {measured}: {e}", err=True)
-            raise typer.Exit(2) from e
+        runs["measured"] = read_events(measured)
     with exits(2):
         write(out, json.dumps(perfetto(runs)))
     typer.echo(f"{sum(map(len, runs.values()))} events in {out}; open it at ui.perfetto.dev")

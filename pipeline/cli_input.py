@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -64,6 +66,18 @@ def read_costs(path: Path | None, cap: float | None = None) -> Costs | None:
     if cap is not None and (costs is None or not costs.count_bytes):
         raise typer.BadParameter("needs --costs with weight_bytes or activation_bytes", param_hint="--memory-cap")
     return costs
+
+
+def read_events(path: Path) -> list[Any]:
+    """The trace events of a run: a file of JSON lines, or a folder with a `rank-*.jsonl` for each rank."""
+    try:
+        files = sorted(path.glob("rank-*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError("the folder has no rank-*.jsonl; give the folder trace/ of a run")
+        return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError, RecursionError) as e:
+        typer.echo(f"error: cannot read events from {path}: {e}", err=True)
+        raise typer.Exit(2) from e
 
 
 def is_file(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.costs import Costs
 from pipeline.errors import PlanError, ScheduleError
@@ -72,7 +73,7 @@ def named_schedule(
 
 
 def read_schedule(path: Path) -> Schedule:
-    """A schedule from a file: JSON, the CSV of torch.distributed.pipelining, or text.
+    """A schedule from a file: JSON (a plan of RoundPipe too), the CSV of torch.distributed.pipelining, or text.
 
     Raises PlanError if the file cannot be read, ScheduleError for what is in it.
     """
@@ -82,4 +83,18 @@ def read_schedule(path: Path) -> Schedule:
         raise PlanError(f"cannot read the schedule {path}: {e}") from e
     if path.suffix == ".csv":
         return load_csv(text, name=path.stem)
-    return Schedule.from_json(text) if path.suffix == ".json" else Schedule.from_text(text)
+    return _of_json(text) if path.suffix == ".json" else Schedule.from_text(text)
+
+
+def _of_json(text: str) -> Schedule:
+    """A schedule, or the schedule of a plan that `python -m pipeline plan --json` printed."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None  # what is wrong with it says the schedule's own reader
+    if not isinstance(value, dict) or "partition" not in value:
+        return Schedule.from_json(text)
+    # Compiling takes seconds, which a schedule need not pay.
+    from pipeline.roundpipe.planner import RoundPipePlan
+
+    return RoundPipePlan.from_json(cast("dict[str, Any]", value)).schedule()

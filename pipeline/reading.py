@@ -40,6 +40,11 @@ def _plain(value: Mapping[str, Any] | str) -> dict[str, Any]:
     """Return the fields; raises whatever comes of values that are none."""
     fields: dict[str, Any] = dict(json.loads(value) if isinstance(value, str) else value)
     version = fields.pop("format_version", None)
+    if version is None:
+        raise ScheduleError(
+            f"this JSON is no schedule: it has {', '.join(sorted(map(str, fields)))[:200] or 'nothing'}, and no "
+            "format_version; `python -m pipeline show NAME --form json` prints one"
+        )
     if version != FORMAT_VERSION:
         raise ScheduleError(f"a schedule of format {str(version)[:60]}; this version reads format {FORMAT_VERSION}")
     for name in fields.keys() & {*_INTEGERS}:

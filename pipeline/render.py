@@ -21,6 +21,14 @@ _LANES = {
     Op.OPT: "host",
 }
 _COLOURS = {Op.F: "#7aa6d8", Op.B: "#e2a35c", Op.I: "#e2a35c", Op.W: "#8fbf7f", Op.R: "#c5ccd6", Op.FB: "#b58ac9"}
+_LEGEND = {
+    Op.F: "F forward",
+    Op.B: "B backward",
+    Op.I: "I backward, input",
+    Op.W: "W backward, weights",
+    Op.R: "R forward again",
+    Op.FB: "FB forward, backward",
+}
 _EVENT_KEYS = {"rank", "lane", "name", "step", "mb", "t0_ns", "t1_ns", "predicted_ns"}
 
 
@@ -99,10 +107,16 @@ def gantt_svg(results: Iterable[Result], *, width: int = 1200, unit: str = "s") 
     `unit` is that of the costs.
     """
     results = list(results)
+    ops = {s.action.op for r in results for s in r.spans}
+    legend = {op: name for op, name in _LEGEND.items() if op in ops}
     longest = max((r.makespan_s for r in results), default=0.0) or 1.0
     scale = (width - 60) / longest
     parts: list[str] = []
-    y = 0
+    for n, (op, name) in enumerate(legend.items()):
+        x = 50 + 170 * n
+        parts.append(f'<rect x="{x}" y="6" width="12" height="12" fill="{_COLOURS[op]}"/>')
+        parts.append(f'<text x="{x + 18}" y="16">{name}</text>')
+    y = 26
     for result in results:
         bubble = f"makespan {result.makespan_s:.6g} {unit}, bubble {100 * result.bubble.total:.2f}%"
         parts.append(f'<text x="4" y="{y + 15}" font-weight="bold">{escape(result.name)}: {bubble}</text>')
@@ -114,8 +128,11 @@ def gantt_svg(results: Iterable[Result], *, width: int = 1200, unit: str = "s") 
             y += 24
         y += 10
     style = "<style>text{font:12px sans-serif}rect{stroke:#444;stroke-width:.4}</style>"
+    # The background is drawn: where a viewer's is dark, black text would not be seen.
+    paper = f'<path d="M0 0H{width}V{y}H0z" fill="#fff"/>'
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}">{style}\n{body}\n</svg>\n'
+    size = f'width="{width}" height="{y}" viewBox="0 0 {width} {y}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{style}{paper}\n{body}\n</svg>\n'
 
 
 def _bar(span: Span, y: int, scale: float, unit: str) -> str:

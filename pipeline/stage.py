@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from pipeline.deferred import WeightJob, deferring, run_weight_jobs
 from pipeline.errors import PipelineError, ScheduleError
@@ -103,7 +104,10 @@ class GraphStage:
                 "one number, there"
             )
         if out.requires_grad:
-            torch.autograd.backward(out, grad)
+            try:
+                torch.autograd.backward(out, grad)
+            except CheckpointError as e:
+                raise self._not_in_halves(mb, e) from e
         x, live.x = live.x, None
         if x is None or not self._input_grad:
             return None
@@ -140,6 +144,15 @@ class GraphStage:
             live.out = self._output(live.x, mb)
         self._live[mb] = live
         return live.out
+
+    def _not_in_halves(self, mb: int, error: CheckpointError) -> CheckpointError | PipelineError:
+        if not self._halves:
+            return error
+        return PipelineError(
+            f"torch.utils.checkpoint could not run a part of the stage again (micro-batch {mb}): it does so in the "
+            "backward, where nothing is prepared for halves. Leave `halves` out, or leave the checkpointing to the "
+            f"schedule (`with_recompute`). It says: {str(error).splitlines()[0]}"
+        )
 
     def _live_one(self, mb: int, op: str) -> _Live:
         if mb not in self._live:

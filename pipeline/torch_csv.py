@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -49,7 +50,9 @@ def _cell(action: Action) -> str:
 def load_csv(text: str, *, name: str = "csv", layers: Sequence[tuple[int, int]] | None = None) -> Schedule:
     """Read CSV text; stages hold `layers`, or one each. Peers of messages follow from where stages compute.
 
-    UNSHARD, RESHARD and REDUCE_GRAD are left out; the two halves of an OVERLAP_F_B run in the order they stand in.
+    UNSHARD, RESHARD and REDUCE_GRAD are left out; the two halves of an OVERLAP_F_B run in the order they stand in. A
+    RECV of torch begins to receive, and what needs the message waits for it; here the list waits at a RECV, so each
+    one is put just before what needs it, in its peer's order.
 
     Raises ScheduleError for cells that are no action, and for stages on two ranks.
     """
@@ -83,7 +86,28 @@ def load_csv(text: str, *, name: str = "csv", layers: Sequence[tuple[int, int]] 
             raise ScheduleError(f"{a.label} has no stage {other} at its other end; there are {sorted(owner)}")
         return replace(a, peer=owner[other])
 
-    return schedule.with_devices([[with_peer(a) for a in row] for row in schedule.devices])
+    return schedule.with_devices([_awaited([with_peer(a) for a in row]) for row in schedule.devices])
+
+
+def _awaited(row: Sequence[Action]) -> list[Action]:
+    """Move every RECV of a device to where it is waited for."""
+    begun: dict[int | None, list[Action]] = defaultdict(list)  # by peer
+    found: list[Action] = []
+    for action in row:
+        if action.op is Op.RECV:
+            begun[action.peer].append(action)
+            continue
+        for queue in begun.values():
+            count = max((n for n, recv in enumerate(queue, start=1) if _needs(action, recv)), default=0)
+            found += queue[:count]
+            del queue[:count]
+        found.append(action)
+    return [*found, *(recv for queue in begun.values() for recv in queue)]
+
+
+def _needs(action: Action, recv: Action) -> bool:
+    ops = (Op.F,) if recv.phase is Phase.F else (Op.B, Op.I)
+    return action.op in ops and (action.stage, action.microbatch) == (recv.stage, recv.microbatch)
 
 
 def _actions(cell: str) -> list[Action]:

@@ -1,5 +1,10 @@
 """What runs the blocks of docs/pipeline.md."""
 
+import contextlib
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
@@ -28,6 +33,24 @@ def shown(folder, texts):
         ((command, output),) = commands(text)
         printed = CliRunner().invoke(app, command.removeprefix("python -m pipeline ").split()).output
         assert [line.rstrip() for line in printed.splitlines()] == output.splitlines()
+
+
+def files(folder, texts):
+    """The python block writes two files; each command reads what is there by then."""
+    with contextlib.chdir(folder):
+        execute(PAGE, texts[0], {})
+        outputs = []
+        for command, _ in commands(texts[1]):
+            words, _, into = command.removeprefix("python -m pipeline ").partition(" > ")
+            result = CliRunner().invoke(app, words.split())
+            assert result.exit_code == 0, result.output
+            if into:
+                Path(into).write_text(result.output)
+            outputs.append(result.output)
+    assert ET.parse(folder / "plan.svg").getroot().get("viewBox")
+    assert json.loads(outputs[0])["num_devices"] == 4
+    assert outputs[1].splitlines()[1].split()[0] == "roundpipe"
+    assert outputs[2].splitlines()[1].split()[0] == "state_aware_1f1b"
 
 
 def stage_rank(info, code):
@@ -70,6 +93,7 @@ def worker(folder, texts):
 RUNS = [
     Run(PAGE, ('SCHEDULES["1f1b"](devices=4',), schedules),
     Run(PAGE, ("$ python -m pipeline show", "$ python -m pipeline compare"), shown),
+    Run(PAGE, ("plan_state_aware(units", "$ python -m pipeline plan"), files),
     Run(PAGE, ("transport = GroupTransport(group)",), stages),
     Run(PAGE, ("worker = SlotWorker(",), worker),
 ]

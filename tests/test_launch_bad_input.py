@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -187,3 +188,11 @@ def test_errors_are_printed_as_one_line(capsys):
     assert report_error(1, LaunchError("no data")) == 2
     assert report_error(0, TrainingError("nan")) == 1
     assert capsys.readouterr().err == "rank 1: error: no data\nrank 0: error: nan\n"
+
+
+def test_lines_of_ranks_that_share_a_terminal_stay_whole(monkeypatch):
+    """Each is one write, its newline included: torchrun runs its ranks unbuffered."""
+    writes = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=writes.append, flush=lambda: None))
+    report_error(1, LaunchError("no data"))
+    assert writes == ["rank 1: error: no data\n"]

@@ -121,6 +121,19 @@ def test_a_file_is_what_it_is(tmp_path, costs_file):
     assert "cut already" in " ".join(said.replace("│", " ").split())
 
 
+def test_a_plan_is_a_schedule(tmp_path, costs_file):
+    path = tmp_path / "plan.json"
+    words = ("--ranks", 2, "--costs", costs_file)
+    path.write_text(call("plan", *words, "--microbatches", 4, "--effort", 0.01, "--json"))
+    plan = json.loads(path.read_text())
+    assert json.loads(call("simulate", path, *words, "--json"))["makespan"] == pytest.approx(plan["makespan_s"])
+    first = plan["order"][0][0]
+    assert call("show", path).splitlines()[1].split()[1] == f"{first['slot']}F{first['microbatch']}"
+    path.write_text(json.dumps({**plan, "order": 3}))
+    assert "no plan of RoundPipe" in call("show", path, exit_code=2)
+    assert "this JSON is no schedule: it has activation_bytes, backward_s" in call("show", costs_file, exit_code=2)
+
+
 def test_an_option_is_not_completed_and_the_nearest_is_named():
     assert "--ranks" in call("show", "1f1b", "--rank", 3, exit_code=2)
 
@@ -249,6 +262,16 @@ def test_trace_puts_the_measured_run_beside_the_prediction(tmp_path):
     assert min(e["ts"] for e in run) == 0
     assert max(e["ts"] + e["dur"] for e in run) == 2 * 12e6  # microseconds
     assert {e["args"]["predicted_us"] for e in run} == {1e6, 2e6}
+    folder = tmp_path / "trace"
+    folder.mkdir()
+    words = ("trace", "1f1b", "--ranks", 2, "--microbatches", 3, "--out", out, "--measured", folder)
+    assert "the folder has no rank-*.jsonl" in call(*words, exit_code=2)
+    for rank in range(2):
+        mine = [json.dumps(e) for e in measured if e["rank"] == rank]
+        (folder / f"rank-{rank:05}.jsonl").write_text("\n".join(mine))
+    call(*words)
+    ranks = [e for e in json.loads(out.read_text())["traceEvents"] if e["ph"] == "X" and e["pid"] == 1]
+    assert sorted(e["name"] for e in ranks) == sorted(e["name"] for e in run)
     for text, error in (
         ('{"rank": 0}', "lacks"),
         ("[1, 2]", "lacks"),
@@ -265,7 +288,12 @@ def test_trace_puts_the_measured_run_beside_the_prediction(tmp_path):
 def test_a_gantt_chart_has_a_bar_for_every_compute_action():
     result = simulate(SCHEDULES["zb_h1"](devices=3, microbatches=4), Costs.uniform(3))
     root = ET.fromstring(gantt_svg([result]))
-    assert len([e for e in root.iter() if e.tag.endswith("rect")]) == 3 * 4 * 3
+    bars = [e.get("fill") for e in root.iter() if e.tag.endswith("rect") and len(e)]
+    legend = [e.get("fill") for e in root.iter() if e.tag.endswith("rect") and not len(e)]
+    assert len(bars) == 3 * 4 * 3
+    assert set(bars) <= set(legend)
+    assert len(legend) == 3
+    assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
     with pytest.raises(PlanError, match="lacks"):
         perfetto({"x": [{"rank": 0}]})
 

@@ -102,6 +102,22 @@ def test_csv_goes_there_and_back_and_torch_accepts_it(name, tmp_path):
     assert [" ".join(map(str, row)) for row in order.values()] == [labels(plain, d) for d in range(2)]
 
 
+def test_a_recv_of_torch_waits_where_its_message_is_needed():
+    """Torch begins to receive as soon as it may, which is no reason to wait there."""
+    eager = {0: [], 1: []}
+    whole = with_messages(SCHEDULES["interleaved"](devices=2, microbatches=4))
+    for device, row in enumerate(whole.devices):
+        receives = [a.label for a in row if a.op is Op.RECV]
+        for place, action in enumerate(a for a in row if a.op is not Op.RECV):
+            eager[device] += receives[: max(0, 2 + place - device)]
+            del receives[: max(0, 2 + place - device)]
+            eager[device].append(action.label)
+        eager[device] += receives
+    text = "\n".join(",".join(cells) for cells in eager.values())
+    assert text != dump_csv(whole).rstrip()
+    assert load_csv(text).devices == whole.devices
+
+
 def test_csv_says_what_it_cannot_hold():
     with pytest.raises(ScheduleError, match="0R0 has no form"):
         dump_csv(with_recompute(SCHEDULES["1f1b"](devices=2, microbatches=2)))

@@ -240,10 +240,11 @@ def fitting(settings: Sequence[Problem], memory_cap_bytes: int) -> list[Problem]
         return [problem for problem, need in zip(settings, needs, strict=True) if need <= memory_cap_bytes]
     problem = settings[needs.index(least)]
     heaviest, nbytes = heaviest_layer(problem.costs)
+    fewer = " or fewer open slots" if problem.open_slots > 1 else ""
     raise PlanError(
         f"{problem.open_slots} open slot(s) need {least:,} bytes on a device even where every layer is a slot: "
         f"weights, gradients, one micro-batch and the next slot's weights (layer {heaviest} has {nbytes:,} of them); "
-        f"the cap is {memory_cap_bytes:,}; raise it to {least:,}, or use smaller micro-batches or fewer open slots"
+        f"the cap is {memory_cap_bytes:,}; raise it to {least:,}, or use smaller micro-batches{fewer}"
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from pipeline.deferred import WeightJob, deferring, run_weight_jobs
 from pipeline.errors import PipelineError, ScheduleError
@@ -104,10 +103,7 @@ class GraphStage:
                 "one number, there"
             )
         if out.requires_grad:
-            try:
-                torch.autograd.backward(out, grad)
-            except CheckpointError as e:
-                raise self._not_in_halves(mb, e) from e
+            torch.autograd.backward(out, grad)
         x, live.x = live.x, None
         if x is None or not self._input_grad:
             return None
@@ -144,15 +140,6 @@ class GraphStage:
             live.out = self._output(live.x, mb)
         self._live[mb] = live
         return live.out
-
-    def _not_in_halves(self, mb: int, error: CheckpointError) -> CheckpointError | PipelineError:
-        if not self._halves:
-            return error
-        return PipelineError(
-            f"torch.utils.checkpoint could not run a part of the stage again (micro-batch {mb}): it does so in the "
-            "backward, where nothing is prepared for halves. Leave `halves` out, or leave the checkpointing to the "
-            f"schedule (`with_recompute`). It says: {str(error).splitlines()[0]}"
-        )
 
     def _live_one(self, mb: int, op: str) -> _Live:
         if mb not in self._live:

@@ -222,28 +222,6 @@ def test_an_input_that_is_changed_cannot_be_run_again():
         stage.forward(torch.ones(2), mb=4, group=None, index=0, keep=False)
 
 
-def test_checkpointing_inside_of_a_stage_is_exact_or_refused():
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(3, 3), torch.randn(2, 5, 3)
-
-    def run(_, mb):
-        return checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False).sum()
-
-    layer(x).tanh().sum().backward()
-    expected, layer.weight.grad = layer.weight.grad, None
-    for halves in (False, True):
-        stage = GraphStage(run, input_grad=False, halves=halves)
-        stage.forward(None, mb=1, group=None, index=0, keep=True)
-        if halves:
-            with pytest.raises(
-                PipelineError, match=r"could not run a part of the stage again \(micro-batch 1\).*halves"
-            ):
-                stage.backward(1, None)
-        else:
-            stage.backward(1, None)
-            assert torch.equal(layer.weight.grad, expected)
-
-
 def test_a_recompute_changes_buffers_again_as_torchs_own_does():
     ours, theirs = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     x = torch.randn(5, 3)

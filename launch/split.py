@@ -179,12 +179,23 @@ def _probe(parts: CausalParts, layers: Sequence[Layer]) -> None:
         with replay(state, device):
             whole = parts.model(input_ids=ids, position_ids=positions, use_cache=False).logits
         with replay(state, device):
-            pieces = _run(layers, DecoderArguments(parts.model), ids, positions)
+            pieces = _tried(parts, layers, ids, positions)
     if not torch.equal(whole, pieces):
         raise ModelError(
             f"{type(parts.model).__name__}: its layers one after another do not give its logits (largest difference "
             f"{(whole - pieces).abs().max():.1e}); something between them, or behind the head, is not a layer"
         )
+
+
+def _tried(parts: CausalParts, layers: Sequence[Layer], ids: Tensor, positions: Tensor) -> Tensor:
+    """Return the logits of the layers. Raises ModelError where they are called in a way that recorders do not know."""
+    try:
+        return _run(layers, DecoderArguments(parts.model), ids, positions)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(parts.model).__name__}: its layers cannot be called one after another, each with the hidden states "
+            f"and keyword arguments: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _run(layers: Sequence[Layer], arguments: DecoderArguments, ids: Tensor, positions: Tensor) -> Tensor:

@@ -6,7 +6,8 @@
     run_weight_jobs(jobs)              # the W half
 
 The products of the W half are those that autograd would have computed, so the gradients are the same to the bit. What
-is no `linear` (norms, biases, the embedding, fused losses, grouped experts) has its weight gradient in the I half.
+is no `linear` (norms, biases, the embedding, fused losses, grouped experts), or runs under torch.utils.checkpoint, or
+has a hook on the weight's gradient, has its weight gradient in the I half.
 Source: Zero Bubble Pipeline Parallelism, arXiv 2401.10241.
 """
 
@@ -36,7 +37,8 @@ def run_weight_jobs(jobs: list[WeightJob]) -> None:
     while jobs:
         job = jobs.pop(0)
         with torch.no_grad():
-            product = job.grad.flatten(0, -2).t() @ job.x.flatten(0, -2)
+            product = job.grad.flatten(0, -2).t() @ job.x.flatten(0, -2).to(job.grad.dtype)
+            product = product.to(job.weight.dtype)
             job.weight.grad = product if job.weight.grad is None else job.weight.grad.add_(product)
 
 
@@ -58,9 +60,23 @@ class _Deferring(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and torch.is_grad_enabled() and len(args) >= 2 and not kwargs:
             x, weight, bias = args if len(args) == 3 else (*args, None)
-            if weight.requires_grad and weight.is_leaf and x.ndim >= 2:
+            if x.ndim >= 2 and _is_deferrable(weight):
                 return _DeferredLinear.apply(x, weight, bias, self._jobs)
         return func(*args, **kwargs)
+
+
+def _is_deferrable(weight: Tensor) -> bool:
+    """Whether nobody else has a say in the weight's gradient, or in what a backward finds saved."""
+    hooks: Any = weight
+    own: Any = torch._C
+    return (
+        weight.requires_grad
+        and weight.is_leaf
+        and not hooks._backward_hooks
+        and not hooks._post_accumulate_grad_hooks
+        # Under torch.utils.checkpoint, what is saved is computed again in the backward, where nothing is deferred.
+        and own._autograd._top_saved_tensors_default_hooks(True) is None
+    )
 
 
 class _DeferredLinear(torch.autograd.Function):
@@ -76,7 +92,7 @@ class _DeferredLinear(torch.autograd.Function):
         wants_x, _, wants_bias, _ = ctx.needs_input_grad
         ctx.jobs.append(WeightJob(weight, x.detach(), grads[0]))
         return (
-            grads[0] @ weight if wants_x else None,
+            grads[0] @ weight.to(grads[0].dtype) if wants_x else None,
             None,
             grads[0].flatten(0, -2).sum(0) if wants_bias else None,
             None,

@@ -9,6 +9,8 @@ from transformers import (
     CohereForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -121,6 +123,9 @@ def test_models_that_are_more_than_their_layers_are_refused():
         split(cohere)
     with pytest.raises(ModelError, match=r"has \['wpe', 'ln_f'\] beside its embedding"):
         split(tiny_model("gpt2"))
+    gptj = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4))
+    with pytest.raises(ModelError, match="GPTJForCausalLM: its layers cannot be called one after another"):
+        split(gptj)  # its layers give tuples
     with pytest.raises(ModelError, match="Linear is not a transformers model"):
         split(torch.nn.Linear(2, 2))
 

@@ -57,6 +57,21 @@ def test_a_table_that_no_micro_batch_reads_has_no_gradient_of_an_earlier_step():
     assert torch.equal(one, two)
 
 
+def test_every_step_under_the_callers_autocast_has_the_weights_of_that_step():
+    losses = []
+    for inside in (True, False):
+        model, batch = Words(4).float(), ragged(2)
+        layers = slot_layers(model, batch)
+        if inside:
+            layers = [replace(one, run=torch.autocast("cpu", torch.bfloat16)(one.run)) for one in layers]
+        worker = open_worker(layers, THREE, group=None, rank=0, ranks=1, microbatches=2, make_optimizer=sgd)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+            losses.append(worker.run(slot_schedule(THREE, devices=1, microbatches=2, steps=2)))
+        worker.close()
+    assert torch.equal(*losses)
+    assert not torch.equal(losses[0][:2], losses[0][2:])
+
+
 def rank_changes_in_place(info):
     embedding, block, other, head = slot_layers(Words(4), ragged(2))
     worker = open_worker(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.actions import Action, Op, Phase
@@ -68,6 +69,41 @@ def test_one_microbatch_in_halves_is_whole_to_the_bit():
     one_process(reference, batch)
     for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def under_autocast(layers, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return layers(x)
+
+
+def clamp(p):
+    p.grad.clamp_(max=0.01)
+
+
+def with_hooks(layers, x):
+    if not layers[1].weight._backward_hooks:
+        layers[1].weight.register_hook(lambda grad: grad * 0.5)
+        layers[3].weight.register_post_accumulate_grad_hook(clamp)
+    return layers(x)
+
+
+def checkpointed(layers, x):
+    return checkpoint(layers, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("call", [under_autocast, with_hooks, checkpointed])
+def test_halves_are_whole_where_gradients_take_another_way(call):
+    found = []
+    for halves in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        stage = GraphStage(
+            lambda x, mb, layers=layers: call(layers, x).float().square().sum(), input_grad=True, halves=halves
+        )
+        x = torch.randn(4, 6)
+        stage.forward(x, mb=0, group=None, index=0, keep=True)
+        found.append([stage.backward(0, None), *(p.grad for p in layers.parameters())])
+    assert all(torch.equal(half, whole) for half, whole in zip(*found, strict=True))
 
 
 def test_frozen_stages():
@@ -208,7 +244,7 @@ def test_a_recompute_sees_the_dropout_of_its_first_forward():
 
 
 def test_a_stage_that_does_not_use_its_input_still_has_a_gradient_for_it():
-    weight = torch.nn.Parameter(torch.ones(3))
+    weight = nn.Parameter(torch.ones(3))
     stage = GraphStage(lambda x, mb: weight.sum(), input_grad=True)
     stage.forward(torch.ones(2, 3), mb=0, group=None, index=0, keep=True)
     assert torch.equal(stage.backward(0, None), torch.zeros(2, 3))
@@ -223,7 +259,7 @@ def test_an_input_that_is_changed_cannot_be_run_again():
 
 
 def test_a_recompute_changes_buffers_again_as_torchs_own_does():
-    ours, theirs = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    ours, theirs = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     x = torch.randn(5, 3)
     stage = GraphStage(lambda _, mb: ours(x).square().sum(), input_grad=False)
     stage.forward(None, mb=0, group=None, index=0, keep=False)

@@ -170,6 +170,7 @@ class LayerCompute:
                     p.data, p.grad = visit.weights[number, name], visit.gradients.get((number, name))
             yield tables
         finally:
+            torch.clear_autocast_cache()  # it goes by the parameter, which holds other weights next time
             for number in range(*visit.layers):
                 for p in _parameters(self._layers[number]):
                     p.data, p.grad = self._empty[p], None

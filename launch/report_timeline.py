@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,22 +79,12 @@ def _simulated(schedule: Schedule, events: Iterable[TraceEvent], pipelines: int)
         if event.rank % max(pipelines, 1) == 0:
             action = Action.parse(event.name)
             took[action.op, action.stage, action.microbatch or 0] = (event.t1_ns - event.t0_ns) / 1e9
-    costs = Costs(forward_s=_rows(schedule, took, Op.F), backward_s=_rows(schedule, took, Op.B, Op.I, Op.W))
-    spans = [span for span in simulate(schedule, costs).spans if span.action.op in COMPUTE]
+    free = Costs.uniform(max(hi for _, hi in schedule.stages), forward_s=0.0, backward_s=0.0)
+    spans = [span for span in simulate(schedule, free, took=took).spans if span.action.op in COMPUTE]
     return tuple(
         Bar(span.device * max(pipelines, 1), span.action.op not in (Op.F, Op.R), span.start_s, span.end_s)
         for span in spans
     )
-
-
-def _rows(schedule: Schedule, took: Mapping[tuple[Op, int, int], float], *ops: Op) -> tuple[tuple[float, ...], ...]:
-    """Return a row a micro-batch, the cost of a stage at its first layer."""
-    layers = max(hi for _, hi in schedule.stages)
-    rows = [[0.0] * layers for _ in range(schedule.num_microbatches)]
-    for microbatch, row in enumerate(rows):
-        for stage, (first, _) in enumerate(schedule.stages):
-            row[first] = sum(took.get((op, stage, microbatch), 0.0) for op in ops)
-    return tuple(map(tuple, rows))
 
 
 def _is_backward(event: TraceEvent) -> bool:

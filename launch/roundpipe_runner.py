@@ -25,6 +25,7 @@ from launch.partial import PartialModel, WholeModel
 from launch.roundpipe_plan import plan_slots, step_schedule, steps_schedule
 from launch.slot_bytes import kept_bytes
 from launch.slot_layers import SlotLayers, dropout_seed
+from launch.step_times import StepTimes
 from pipeline.config import PipelineConfig
 from pipeline.roundpipe.host_plan import plan_host
 from pipeline.roundpipe.host_store import SHARED_MEMORY, exchange_pids, from_first, open_store
@@ -33,7 +34,6 @@ from pipeline.roundpipe.lowering import scoring
 from pipeline.roundpipe.optimizer import BeforeStep, HostOptimizer, global_norm, sum_gradient
 from pipeline.roundpipe.peers import Peers
 from pipeline.roundpipe.worker import SlotWorker
-from pipeline.tracing import Trace
 
 
 class RoundPipeRunner:
@@ -55,7 +55,7 @@ class RoundPipeRunner:
         rank: int,
         device: torch.device,
         seed: int = 0,
-        trace: Trace | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         self.num_positions = require_exact(model, WholeParameters(None)).num_positions
         self.whole, self._config, self._seed = WholeModel.of(model), config, seed
@@ -83,8 +83,10 @@ class RoundPipeRunner:
             self.store.fill(lambda name: values[name].detach())
         peers = Peers(self.store, exchange_pids(group), rank=rank, timeout_s=config.timeout_s)
         self.worker = SlotWorker(
-            layers, self.store, peers, device=device, cap_bytes=config.device_memory_bytes, trace=trace
-        )
+            layers, self.store, peers, device=device, cap_bytes=config.device_memory_bytes,
+            trace=times and times.pipeline,
+        )  # fmt: skip
+        self._times = times
         self._owned = {
             p.name: nn.Parameter(self.store.weights(p.name), requires_grad=p.trained) for p in plan.owned(rank)
         }
@@ -187,7 +189,10 @@ class RoundPipeRunner:
         if batch.chunks:
             self._slot_layers.begin([batch], seed=self._seed)
             schedule = step_schedule(self.plan, devices=self._config.ranks, microbatches=self._size(batch))
-            schedule = scoring(schedule) if is_scoring else schedule
+            if is_scoring:
+                schedule = scoring(schedule)
+            elif self._times is not None:
+                self._times.schedule = schedule
             seed = dropout_seed(self._seed, batch.step)
             total = self.worker.run(schedule, seed=seed, scoring=is_scoring, first_step=batch.step + 1).sum()
         if self._data_group is not None:
@@ -212,7 +217,7 @@ def _sizes(slots: tuple[int, ...]) -> str:
 
 def roundpipe_runner(
     model: PreTrainedModel, config: FinetuneConfig, *, rank: int, device: torch.device,
-    group: dist.ProcessGroup, data_group: dist.ProcessGroup | None, trace: Trace | None = None,
+    group: dist.ProcessGroup, data_group: dist.ProcessGroup | None, times: StepTimes | None = None,
 ) -> RoundPipeRunner:  # fmt: skip
     """Return the runner of a job, whose samples are each within one chunk. Every rank calls, as for the class."""
     chunks = config.chunks
@@ -232,5 +237,5 @@ def roundpipe_runner(
         rank=rank,
         device=device,
         seed=config.run.seed,
-        trace=trace,
+        times=times,
     )

@@ -120,7 +120,7 @@ def make_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) ->
             device=place.device,
             group=place.pipeline_group,
             data_group=place.data_group if place.data_size > 1 else None,
-            trace=place.times.pipeline,
+            times=place.times,
         )
     if config.moe.wanted:
         return ExpertRunner(model, config, place)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline import graph as graphs
@@ -26,8 +27,10 @@ _TO_DEVICE, _TO_HOST = frozenset({Op.UPLOAD, Op.GET}), frozenset({Op.DOWNLOAD, O
 _WEIGHTS = frozenset({Op.UPLOAD, Op.DOWNLOAD})
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Result:
+def simulate(schedule: Schedule, costs: Costs, *, took: Mapping[tuple[Op, int, int], float] | None = None) -> Result:
     """Run a schedule by its costs.
+
+    `took` has seconds, of a run say, that go before the costs: of an op on a stage and a micro-batch.
 
     Raises ScheduleError if it is incomplete or has a cycle, PlanError if the costs lack layers or micro-batches.
     """
@@ -39,7 +42,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Result:
     for i, before in enumerate(graph.before):
         for j, why in before:
             after[j].append((i, why))
-    run = _Run(graph, costs, Times([0.0] * n, [0.0] * n, [None] * n), after, [len(b) for b in graph.before])
+    times = Times([0.0] * n, [0.0] * n, [None] * n)
+    run = _Run(graph, costs, times, after, [len(b) for b in graph.before], took or {})
     run.go()
     stuck = next((i for i, left in enumerate(run.waiting) if left), None)
     if stuck is not None:
@@ -87,6 +91,7 @@ class _Run:
     times: Times
     after: list[list[tuple[int, Why]]]
     waiting: list[int]
+    took: Mapping[tuple[Op, int, int], float]
     now: float = 0.0
     events: list[tuple[float, int, str, int, int]] = field(default_factory=list)
     links: dict[tuple, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -121,7 +126,9 @@ class _Run:
     def begin(self, i: int) -> None:
         action = self.graph.listing.actions[i]
         self.times.start[i] = self.now
-        seconds = duration(self.graph.listing.schedule, action, self.costs)
+        seconds = self.took.get((action.op, action.stage, action.microbatch or 0))
+        if seconds is None:
+            seconds = duration(self.graph.listing.schedule, action, self.costs)
         link = self.link(i)
         if link is None or seconds == 0:
             self.at(self.now + seconds, "finish", i)

@@ -18,6 +18,7 @@ from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
 from launch.pipeline_job import check_whole_samples
 from launch.recipe import read_config
+from launch.report_timeline import read_timeline
 from launch.roundpipe_runner import RoundPipeRunner
 from pipeline.config import PipelineConfig
 from pipeline.errors import PlanError
@@ -235,6 +236,11 @@ def test_a_job_by_one_setting(tmp_path, flags):
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert not [name for name in model.state_dict() if "lora" in name]
+    timeline = read_timeline(tmp_path / "run" / "trace")
+    assert timeline is not None
+    shown = [sorted((bar.rank, bar.backward) for bar in bars) for bars in (timeline.measured, timeline.predicted)]
+    assert shown[0] == shown[1] != []
+    assert {rank for rank, _ in shown[0]} == {0, 1}
 
 
 @pytest.mark.parametrize(

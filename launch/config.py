@@ -274,7 +274,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         mirror, folder = self.checkpoint.mirror, Path(self.run.folder).absolute()
-        if mirror is not None and folder in (place := Path(mirror).absolute(), *place.parents):
+        place = None if mirror is None or "://" in mirror else Path(mirror).absolute()
+        if place is not None and folder in (place, *place.parents):
             raise ConfigError(f"checkpoint.mirror is {mirror!r}, in which the run itself is; give another place")
         _at_least(1, tensor_parallel=self.tensor_parallel, context_parallel=self.context_parallel)
         for section, settings in asdict(self).items():

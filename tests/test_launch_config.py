@@ -1,4 +1,5 @@
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_flags_override_a_recipe(tmp_path):
     recipe.write_text("run:\n  seed: 3\n  steps: 7\ndata:\n  long_files: [a.py, b.py]\n")
     config = read("--config", str(recipe), "--run.steps", "9", "--fresh", "true", "--optimizer.clip_norm", "null")
     assert read("--checkpoint.mirror", "second", "--checkpoint.mirror", "null").checkpoint.mirror is None
+    assert read("--run.folder", str(Path.cwd()), "--checkpoint.mirror", "s3://a/b").checkpoint.mirror == "s3://a/b"
     assert (config.run.seed, config.run.steps, config.fresh) == (3, 9, True)
     assert config.data.long_files == ("a.py", "b.py")
     assert config.optimizer.clip_norm is None

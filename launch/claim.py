@@ -28,6 +28,8 @@ def claimed(folder: RunFolder, world: World, *, fresh: bool) -> Iterator[Path | 
         def claim() -> Path | None:
             if world.rank != 0:
                 return None
+            if folder.path.exists() and not folder.path.is_dir():
+                raise FolderError(f"run.folder {folder.path} is a file; give a folder")
             with _writing(folder):
                 held.enter_context(_locked(folder))
                 if not fresh:

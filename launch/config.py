@@ -5,7 +5,8 @@ The classes have no slots: jsonargparse reads the defaults of nested ones throug
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,9 @@ from launch.errors import ConfigError
 from launch.lora import LoraConfig
 from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
+
+_MOST_SECONDS = 1e8
+"""Longer waits are beyond what stores and process groups can be told."""
 
 
 def _at_least(low: float, **values: float | None) -> None:
@@ -52,7 +56,7 @@ class RunConfig:
             1, run__epochs=self.epochs, run__steps=self.steps, run__eval_every=self.eval_every,
             run__log_every=self.log_every, run__timeout_s=self.timeout_s,
         )  # fmt: skip
-        if Path(self.folder).name in ("", ".."):
+        if Path(self.folder).name in ("", "..") or "\0" in self.folder:
             raise ConfigError(
                 f"run.folder is {self.folder!r}; give a folder with a name, of its own, for the run to write to"
             )
@@ -270,7 +274,18 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         mirror, folder = self.checkpoint.mirror, Path(self.run.folder).absolute()
-        if mirror is not None and Path(mirror).absolute() in (folder, folder / "checkpoints"):
+        place = None if mirror is None or "://" in mirror else Path(mirror).absolute()
+        if place is not None and folder in (place, *place.parents):
             raise ConfigError(f"checkpoint.mirror is {mirror!r}, in which the run itself is; give another place")
         _at_least(1, tensor_parallel=self.tensor_parallel, context_parallel=self.context_parallel)
+        for section, settings in asdict(self).items():
+            for name, value in settings.items() if isinstance(settings, dict) else ():
+                _require_number(f"{section}.{name}", value)
         require_composable(self)
+
+
+def _require_number(key: str, value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}; it must be finite")
+    if key.endswith(".timeout_s") and isinstance(value, float) and value > _MOST_SECONDS:
+        raise ConfigError(f"{key} is {value}; it must be at most {_MOST_SECONDS:g}")

@@ -86,7 +86,7 @@ def _texts_of(path: Path, field: str) -> Iterator[str]:
         for line in lines:
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             text = value.get(field) if isinstance(value, dict) else None
             if isinstance(text, str):

@@ -19,17 +19,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from checkpointing import Checkpointer, KeepLast
+from checkpointing import Checkpointer, CheckpointError, KeepLast
 from launch.claim import STARTED_OVER, claimed
 from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
-from launch.errors import EXIT_WELL, KNOWN_ERRORS, report_error, told_at_once
+from launch.errors import EXIT_WELL, KNOWN_ERRORS, ResumeError, report_error, told_at_once
 from launch.facts import job_facts
 from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
 from launch.metrics import StepMetrics, read_metrics
-from launch.recipe import agreed_config, record_config
+from launch.recipe import agreed_config, changed_settings, record_config
 from launch.saving import Saver, check_mirror
 from launch.stale_steps import steps_together, train_together
 from launch.stop import StopSignals
@@ -80,7 +80,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
         job.times.fence = checkpoints.fence
         if world.rank == 0:
             saver.requested()  # from here on `checkpoint request` finds the folder, and its end takes requests back
-        resumed_from = resume(saver, console)
+        resumed_from = resume(saver, console, changed_settings(folder.config, config))
         if resumed_from is not None and resumed_from >= job.total_steps and summed_up(folder.summary, resumed_from):
             console.print(
                 f"This run is finished: see {folder.summary}. To start over: FRESH=1 make finetune, or --fresh true"
@@ -102,9 +102,18 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
         finish(job, folder, saver, console, resumed_from=resumed_from)
 
 
-def resume(saver: Saver, console: Console) -> int | None:
-    """Restore the last checkpoint that is whole, and say so; return its step, None when there is none."""
-    info = saver.restore()
+def resume(saver: Saver, console: Console, changed: Sequence[str]) -> int | None:
+    """Restore the last checkpoint that is whole, and say so; return its step, None when there is none.
+
+    `changed` are the settings that are not what they were; an error about the state names them.
+    """
+    try:
+        info = saver.restore()
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, ResumeError):
+            raise
+        of_the_state = [change for change in changed if not change.startswith(("run.", "schedule.", "checkpoint."))]
+        raise ResumeError("; ".join([*of_the_state, str(error)])) from error
     if info is None:
         return None
     for path, reason in info.skipped:

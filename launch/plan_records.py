@@ -32,10 +32,11 @@ class Layout:
 
     def settings(self, recipe: FinetuneConfig) -> dict[str, Any]:
         """Return its chunks, and the settings that have to be others than a recipe's to make it."""
-        spread, alone = self.ep > 1, {"moe.plan": None, "moe.exchange": "direct", "moe.node_ranks": 1}
+        spread, one_level = self.ep > 1, {"moe.exchange": "direct", "moe.node_ranks": 1}
+        unfit = one_level if spread and self.ep % recipe.moe.node_ranks else {}
         wanted = {
             "pipeline.ranks": self.pp, "pipeline.schedule": self.schedule, "moe.ep": self.ep if spread else None,
-            "engine": self.engine, **_NOT_PLANNED, **({} if spread else alone),
+            "engine": self.engine, **_NOT_PLANNED, **(unfit if spread else {"moe.plan": None, **one_level}),
         }  # fmt: skip
         given = flatten_config(recipe)
         chunks = {"chunks.chunk_tokens": self.chunk_tokens, "chunks.retain": self.retain}

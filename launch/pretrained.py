@@ -100,7 +100,13 @@ def _tokenizer(found: Pretrained) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(found.folder, **found.options())
     except Exception as error:
-        raise ModelError(f"model.path {found.name!r} has no tokenizer that transformers can load: {error}") from error
+        raise ModelError(
+            f"model.path {found.name!r} has no tokenizer that transformers can load: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _identity(file: Path) -> str:
@@ -137,13 +143,19 @@ def pretrained_model(path: str) -> PreTrainedModel:
                 found.folder, dtype=torch.float32, output_loading_info=True, **options
             )
     except Exception as error:
-        raise ModelError(f"model.path {path!r} is no model that transformers can load: {error}") from error
+        raise ModelError(f"model.path {path!r} is no model that transformers can load: {_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"model.path {path!r} lacks {len(missing)} weights of {type(model).__name__}, as {', '.join(missing[:3])}; "
             "they would be random: give the folder of the whole causal language model"
+        )
+    broken = [name for name, param in model.named_parameters() if not torch.isfinite(param).all()]
+    if broken:
+        raise ModelError(
+            f"model.path {path!r} has numbers that are not finite in {len(broken)} weights, as "
+            f"{', '.join(broken[:3])}; it was broken when it was saved: give another"
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if found.gguf_file is not None and quantizer is not None:
@@ -162,4 +174,4 @@ def pretrained_skeleton(path: str) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(found.folder, **found.options())
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
-        raise ModelError(f"model.path {path!r} is no model that transformers can load: {error}") from error
+        raise ModelError(f"model.path {path!r} is no model that transformers can load: {_line(error)}") from error

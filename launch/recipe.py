@@ -123,13 +123,19 @@ def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_config(path: Path, config: FinetuneConfig) -> list[str]:
-    """Write the settings to `path`, as a recipe, and return in words how they differ from what was there. One rank."""
+    """Write the settings to `path`, as a recipe, and return `changed_settings` from what was there. One rank."""
+    changed = changed_settings(path, config)
+    write_json(path, asdict(replace(config, fresh=False)))
+    return changed
+
+
+def changed_settings(path: Path, config: FinetuneConfig) -> list[str]:
+    """Return in words how settings differ from those that `record_config` wrote to `path`; of none there, nothing."""
     before: dict[str, Any] = {}
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             before = {}  # cut off: nothing to compare with
-    write_json(path, asdict(replace(config, fresh=False)))
     old, new = _dotted(before), flatten_config(replace(config, fresh=False))
     return [f"{key} was {old[key]!r} and is {new[key]!r}" for key in new if key in old and old[key] != new[key]]

@@ -114,7 +114,9 @@ class LayerPlan:
             raise PlanError(f"not a layer plan: {error}; it is a JSON object with {known}") from None
 
     def __str__(self) -> str:
-        head = f"forward r={self.forward_chunks}, backward r={self.backward_chunks}, {self.order}"
+        head = (
+            f"chunks of a layer: forward r={self.forward_chunks}, backward r={self.backward_chunks}; order {self.order}"
+        )
         if not self.predicted_s:
             return head
         head += f"; predicted {self.predicted_s * 1e3:.2f} ms, serial {self.predicted_serial_s * 1e3:.2f} ms"

@@ -117,7 +117,14 @@ def test_a_checkpoint_of_something_else_is_refused_and_stays(tmp_path, corpus):
 
     assert errors_of(tmp_path, flags()) == [None, None]
     assert (tmp_path / "run" / "summary.json").exists()
-    refused(tmp_path, flags(model__hidden_size=64), "another model", "model.", "was [", "--fresh true")
+    words = (
+        "model.hidden_size was 32 and is 64; restore failed",
+        "another model",
+        "model.",
+        "was [",
+        "--fresh true",
+    )
+    refused(tmp_path, flags(model__hidden_size=64, run__log_every=7), *words)
     refused(tmp_path, flags(model__num_layers=3), "another model", "layers.2", "is not in it")
     refused(tmp_path, flags(chunks__global_batch=5), "global_batch was 4 and is 5")
     (corpus / "file00.py").write_text("changed = True\n" * 3)
@@ -161,6 +168,8 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, corpus):
     (tmp_path / "file").write_text("")
     words = (f"run.folder {tmp_path / 'file' / 'run'} cannot be written", "File exists")
     refused(tmp_path, settings(corpus, tmp_path / "file" / "run"), *words)
+    refused(tmp_path, settings(corpus, tmp_path / "file"), f"run.folder {tmp_path / 'file'} is a file; give a folder")
+    assert not (tmp_path / "file.lock").exists()
 
 
 def test_what_the_system_refuses_while_writing_names_the_folder(tmp_path):

@@ -1,4 +1,5 @@
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_flags_override_a_recipe(tmp_path):
     recipe.write_text("run:\n  seed: 3\n  steps: 7\ndata:\n  long_files: [a.py, b.py]\n")
     config = read("--config", str(recipe), "--run.steps", "9", "--fresh", "true", "--optimizer.clip_norm", "null")
     assert read("--checkpoint.mirror", "second", "--checkpoint.mirror", "null").checkpoint.mirror is None
+    assert read("--run.folder", str(Path.cwd()), "--checkpoint.mirror", "s3://a/b").checkpoint.mirror == "s3://a/b"
     assert (config.run.seed, config.run.steps, config.fresh) == (3, 9, True)
     assert config.data.long_files == ("a.py", "b.py")
     assert config.optimizer.clip_norm is None
@@ -73,12 +75,17 @@ def test_help_says_what_every_setting_means(capsys):
         (["--optimizer.beta2", "1.0"], "beta2 are 0.9 and 1.0"),
         (["--optimizer.clip_norm", "0"], "optimizer.clip_norm is 0.0; it must be more than 0, or null"),
         (["--optimizer.lr", ".nan"], "optimizer.lr is nan"),
+        (["--optimizer.lr", ".inf"], "optimizer.lr is inf; it must be finite"),
+        (["--chunks.pair_cost", ".inf"], "chunks.pair_cost is inf; it must be finite"),
+        (["--moe.timeout_s", ".inf"], "moe.timeout_s is inf; it must be finite"),
+        (["--run.timeout_s", "1e300"], "run.timeout_s is 1e+300; it must be at most 1e+08"),
         (["--schedule.final_ratio", "2"], "schedule.final_ratio is 2.0"),
         (["--checkpoint.every", "0"], "checkpoint.every is 0"),
         (["--checkpoint.mirror", ""], "checkpoint.mirror is ''; give a folder, s3://bucket/prefix, or null"),
         (["--checkpoint.mirror", "s3://"], "checkpoint.mirror is 's3://'; give a folder"),
         (["--checkpoint.mirror", "ftp://a/b"], "checkpoint.mirror is 'ftp://a/b'; give a folder"),
         (["--run.folder", "a/b", "--checkpoint.mirror", "a/b/checkpoints"], "in which the run itself is"),
+        (["--run.folder", "a/b", "--checkpoint.mirror", "a/b/c/d"], "in which the run itself is"),
         (["--checkpoint.incremental", "sometimes"], "checkpoint.incremental"),
         (["--data.kind", "csv"], "data.kind"),
         (["--optimizer.lr", "fast"], "optimizer.lr"),
@@ -135,6 +142,7 @@ def test_the_other_commands_complete_no_option_either(command, capsys):
         (b"optimizer: 5\n", "optimizer is 5; it must be a section"),
         (b"run: null\n", "run is None; it must be a section"),
         (b"\xff\xfe\x00", "utf-8"),
+        (b'run:\n  folder: "a\\0b"\n', "give a folder with a name"),
     ],
 )
 def test_a_recipe_without_values_is_refused(tmp_path, text, words):

@@ -113,6 +113,9 @@ def test_the_vocabulary_is_read_past_bad_lines_which_the_source_names(tmp_path):
     assert list(jsonl_texts(path, "text")) == ["fine"]
     with pytest.raises(DataError, match=r"data.jsonl.*2"):
         load_data(config(tmp_path, path, kind="jsonl"))
+    path.write_text('{"text": "fine"}\n' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"data.jsonl:2: not JSON"):
+        load_data(config(tmp_path, path, kind="jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])

@@ -340,7 +340,7 @@ def test_an_upcycled_job_trains_resumes_at_another_ep_and_exports(place):
     spread, output = run(place, "spread", moe__num_experts=4, moe__ep=2, moe__chunks=2)
     assert "MixtralForCausalLM of" in output
     assert "2 layers of 4 experts over dp 1 x ep 2 x esp 1" in output
-    assert "forward r=2, backward r=2, fifo" in output
+    assert "chunks of a layer: forward r=2, backward r=2; order fifo" in output
     shutil.copytree(place / "spread" / "checkpoints", place / "whole" / "checkpoints")
     shutil.rmtree(place / "whole" / "checkpoints" / "step-6")
     whole, output = run(place, "whole", moe__num_experts=4, moe__ep=1)

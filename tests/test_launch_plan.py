@@ -124,6 +124,7 @@ STREAMS = ["--pipeline.schedule=roundpipe", "--pipeline.rounds=2", "--pipeline.s
     [
         (EXPERTS, 1, 1, "ddp", "state_aware_1f1b"),
         ([*EXPERTS, "--moe.node_ranks=2"], 1, 2, "ddp", "state_aware_1f1b"),
+        ([*EXPERTS, "--moe.node_ranks=4", "--moe.exchange=2d"], 1, 2, "ddp", "state_aware_1f1b"),
         (LOOPED, 1, 1, "fsdp2", "state_aware_1f1b"),
         (LOOPED, 4, 1, "ddp", "zbv"),
         (STREAMS, 2, 1, "ddp", "state_aware_1f1b"),
@@ -136,6 +137,7 @@ def test_a_plans_settings_override_its_recipe(recipe, pp, ep, engine, schedule):
     printed = [f"--{key}={flag_value(value)}" for key, value in layout.settings(read(*recipe)).items()]
     config = read(*recipe, *printed)
     assert layout_of(config, 8) == layout
+    assert (config.moe.ep or 1) % config.moe.node_ranks == 0
     assert layout.settings(config).keys() == {"chunks.chunk_tokens", "chunks.retain"}
 
 

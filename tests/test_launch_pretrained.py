@@ -100,6 +100,17 @@ def test_what_is_missing_is_said_with_what_to_do(file, monkeypatch, path, packag
             load(path.format(file=file))
 
 
+def test_a_broken_folder_is_one_line_that_names_it(tmp_path):
+    model = tiny_model()
+    model.get_output_embeddings().weight.data[1, 2] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"not finite in 1 weights, as (lm_head|model\.embed_tokens)\.weight"):
+        pretrained_model(str(tmp_path))
+    with pytest.raises(ModelError, match="has no tokenizer that transformers can load") as told:
+        pretrained_tokenizer(str(tmp_path), cache=tmp_path)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("keep", [0, 100, 3000, 60_000])
 def test_a_damaged_gguf_file_is_one_clear_error(file, keep):
     file.write_bytes(file.read_bytes()[:keep])

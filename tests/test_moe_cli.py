@@ -55,7 +55,9 @@ def test_plan_as_json_and_as_text(profile, tmp_path):
     assert made["predicted_s"] < made["predicted_serial_s"]
     assert LayerPlan.from_json((tmp_path / "plan.json").read_text()) == LayerPlan.from_json(done.stdout)
     text = run("plan", "--profile", profile, *LOAD).stdout
-    assert text.startswith(f"forward r={made['forward_chunks']}, backward r={made['backward_chunks']}")
+    assert text.startswith(
+        f"chunks of a layer: forward r={made['forward_chunks']}, backward r={made['backward_chunks']};"
+    )
     assert all(reason in text for reason in made["reasons"])
     assert text in (Path(__file__).parent.parent / "docs" / "moe_planner.md").read_text()
 

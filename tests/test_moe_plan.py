@@ -11,8 +11,8 @@ def test_a_plan_reads_itself_back():
     assert LayerPlan.from_json(plan.to_json()) == plan
     assert LayerPlan.from_json(PLAIN.to_json()) == PLAIN == LayerPlan(1, 1)
     assert '"predicted_s": 0.75' in plan.to_json()
-    text = "forward r=3, backward r=5, ready; predicted 750.00 ms, serial 1000.00 ms\n  - because\n  - so"
-    assert str(plan) == text
+    head = "chunks of a layer: forward r=3, backward r=5; order ready; predicted 750.00 ms, serial 1000.00 ms"
+    assert str(plan) == f"{head}\n  - because\n  - so"
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def _receives_first(
 ) -> None:
     """Do an all-to-all that uses both directions of a link at once, which gloo's own does not.
 
-    That one posts its sends first, and then tells a peer behind its own rows that the peer may send: two ranks take
-    turns, and need twice the time.
+    That one posts its sends first, and then tells a peer behind its own rows that the peer may send: ranks that do not
+    begin at the same moment take turns.
     """
     own, size = group.rank(), group.size()
     into, out = arrived.split(receive), rows.split(send)

@@ -80,7 +80,22 @@ def exchange_all(info):
     assert gathered[:, 0].tolist() == [0, 0, 2, 2, 2, 3]
     assert torch.equal(scatter_sum(gathered * (info.rank + 1), sizes, group), mine * 10)
     assert all_to_all(mine[:0], [0] * 4, [0] * 4, group).shape == (0, 2)
+    assert posted(group) == ["irecv"] * 3 + ["isend"] * 3
     return True
+
+
+def posted(group):
+    """What an exchange posts, in order: a receive behind a large send is told to its peer when that send is through."""
+    found = []
+
+    def noted(name, real):
+        return lambda *args, **named: found.append(name) or real(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("irecv", "isend"):
+            patch.setattr(dist, name, noted(name, getattr(dist, name)))
+        all_to_all(torch.zeros(4, 1), [1] * 4, [1] * 4, group)
+    return found
 
 
 def test_direct_and_two_level_exchanges_deliver_the_same_rows_and_bring_them_back():

@@ -16,6 +16,7 @@ from moe.errors import ContractError
 from moe.gates.capacity import position_in_expert
 from moe.precision import in_full
 from moe.records import Assignments, Routing, Slots
+from moe.sums import gather_tokens, places_of, spread_tokens
 
 
 class Ordered(NamedTuple):
@@ -54,13 +55,27 @@ class SparseOrder:
             chosen_R = chosen_R[routing.keep_A[chosen_R]]
         counts_E = torch.bincount(routing.experts_A[chosen_R], minlength=routing.num_experts)
 
+        if routing.per_token and routing.keep_A is None:
+            return self._even(x_TD, routing, places_of(chosen_R, routing.per_token), counts_E)
+
         def inverse(rows_RD: Tensor) -> Tensor:
             weighted_RD = rows_RD * routing.weights_A[chosen_R].unsqueeze(-1)
             wide = torch.promote_types(weighted_RD.dtype, x_TD.dtype)
             return _sum_tokens(weighted_RD.to(wide), chosen_R, routing).to(x_TD.dtype)
 
-        rows_RD = x_TD[routing.tokens_A[chosen_R]]
-        return Ordered(rows_RD if self._dtype is None else rows_RD.to(self._dtype), counts_E, inverse)
+        return Ordered(self._narrowed(x_TD[routing.tokens_A[chosen_R]]), counts_E, inverse)
+
+    def _even(self, x_TD: Tensor, routing: Assignments, place_TK: Tensor, counts_E: Tensor) -> Ordered:
+        """Return the rows where every token has K of them."""
+        weights_TK = routing.weights_A.view(place_TK.shape)
+
+        def inverse(rows_RD: Tensor) -> Tensor:
+            return gather_tokens(rows_RD, weights_TK, place_TK, x_TD.dtype)
+
+        return Ordered(self._narrowed(spread_tokens(x_TD, place_TK)), counts_E, inverse)
+
+    def _narrowed(self, rows_RD: Tensor) -> Tensor:
+        return rows_RD if self._dtype is None else rows_RD.to(self._dtype)
 
 
 def _sum_tokens(weighted_RD: Tensor, chosen_R: Tensor, routing: Assignments) -> Tensor:
@@ -69,12 +84,7 @@ def _sum_tokens(weighted_RD: Tensor, chosen_R: Tensor, routing: Assignments) -> 
     if routing.per_token is None:
         total = weighted_RD.new_zeros(routing.num_tokens, width)
         return total.index_add(0, routing.tokens_A[chosen_R], weighted_RD)
-    if routing.keep_A is None:
-        place_A = torch.empty_like(chosen_R)
-        place_A[chosen_R] = torch.arange(len(chosen_R), device=chosen_R.device)
-        every_AD = weighted_RD[place_A]
-    else:
-        every_AD = weighted_RD.new_zeros(len(routing.experts_A), width).index_copy(0, chosen_R, weighted_RD)
+    every_AD = weighted_RD.new_zeros(len(routing.experts_A), width).index_copy(0, chosen_R, weighted_RD)
     return every_AD.view(routing.num_tokens, routing.per_token, width).sum(1)
 
 

@@ -103,11 +103,14 @@ def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:
 def print_real(rows: Sequence[dict[str, Any]]) -> None:
     """Print the layers with real experts."""
     table = Table(title="real: two ranks, real experts, ms of forward and backward, medians of interleaved runs")
-    for column in ("work", "way", "ms", "ours is", "note"):
+    for column in ("work", "way", "ms", "ours is", "80% of rounds", "note"):
         table.add_column(column)
     for row in (r for r in rows if r["part"] == "real"):
         ms = f"{row['seconds'] * 1e3:.1f}" if row["seconds"] is not None else "-"
-        table.add_row(row["work"], row["way"], ms, f"{row['speedup']:.2f}x" if row["speedup"] else "-", row["note"])
+        ours, rounds = "-", "-"
+        if row["speedup"] is not None:
+            ours, rounds = f"{row['speedup']:.3f}x", "{:.2f} to {:.2f}".format(*row["rounds"])
+        table.add_row(row["work"], row["way"], ms, ours, rounds, row["note"])
     Console(width=170).print(table)
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe.alike import require_alike
 from moe.config import MoeConfig
 from moe.errors import MoeConfigError
-from moe.experts import INNER, StackedExperts, slice_inner
+from moe.experts import INNER, MarkedExperts, StackedExperts, slice_inner
 from moe.issue import Span
 from moe.kinds import ADAPTED, check_kind
 from moe.lanes import Lanes, make_lanes
@@ -58,7 +58,7 @@ class Placement:
         return (self.ep, *(() if self.esp is None else (self.esp,)))
 
 
-class ParallelExperts(StackedExperts):
+class ParallelExperts(MarkedExperts, StackedExperts):
     """Stands in for `block.experts` of a transformers model: the same call, the same parameter names, fewer experts."""
 
     def __init__(
@@ -75,15 +75,7 @@ class ParallelExperts(StackedExperts):
         self.runner, self.placement = runner, placement
         self.rows_per_expert_E: Tensor | None = None
         """int64: rows this rank sent to each expert in the last forward."""
-        self._mark()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mark()  # parameters lose what was set on them when they are copied
-
-    def _mark(self) -> None:
-        for param in self.parameters():
-            param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.mark()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""

@@ -20,9 +20,9 @@ from moe.alike import require_alike
 from moe.config import MoeConfig
 from moe.errors import MoeConfigError
 from moe.experts import INNER, MarkedExperts, StackedExperts, slice_inner
-from moe.issue import Span
+from moe.issue import Span, own_group
 from moe.kinds import ADAPTED, check_kind
-from moe.lanes import Lanes, make_lanes
+from moe.lanes import Lanes, lanes_over
 from moe.layer import ExpertRunner
 from moe.order import SparseOrder
 from moe.plan import PLAIN, LayerPlan
@@ -109,7 +109,7 @@ def parallelize(
 
     Raises MoeConfigError, on every rank, and leaves the model as it was, when it has no such experts, when experts do
     not divide, or when ranks were given other axes, models, plans or settings; ExchangeError when a rank is lost, or
-    later than the groups of the mesh allow.
+    later than `config.timeout_s`.
     """
     config = config or MoeConfig()
     blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
@@ -121,14 +121,13 @@ def parallelize(
     except MoeConfigError as error:
         problem = str(error)
     # Over all axes of the mesh: a rank that was given other axes would wait in another group than the others.
-    groups = [group for group in mesh.get_all_groups() if group.size() > 1]
-    axes = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
+    axes = zip(mesh.mesh_dim_names or map(str, range(mesh.ndim)), mesh.get_all_groups(), strict=True)
+    own = {axis: own_group(group, timeout_s=config.timeout_s) for axis, group in axes if group.size() > 1}
+    said = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
     facts = {} if problem else _facts(blocks, plans, config) | _weights(model)
-    require_alike(problem, axes | facts, groups)
-    beside = {axis: mesh.get_group(axis) for axis in mesh.mesh_dim_names or () if axis not in (ep, esp)}
-    lanes = make_lanes(
-        mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span, beside=beside
-    )
+    require_alike(problem, said | facts, list(own.values()))
+    beside = {axis: group for axis, group in own.items() if axis not in (ep, esp)}
+    lanes = lanes_over(own.get(ep), own.get(esp or ""), config, on_span=on_span, beside=beside)
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
         runner = ExpertRunner(lanes, plan=plans[name], name=name)

@@ -21,7 +21,7 @@ from moe.config import MoeConfig
 from moe.errors import MoeConfigError
 from moe.experts import INNER, MarkedExperts, StackedExperts, slice_inner
 from moe.issue import Span, own_group
-from moe.kinds import ADAPTED, check_kind
+from moe.kinds import ADAPTED, REPLACED, check_kind
 from moe.lanes import Lanes, lanes_over
 from moe.layer import ExpertRunner
 from moe.order import SparseOrder
@@ -81,6 +81,8 @@ class ParallelExperts(MarkedExperts, StackedExperts):
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
         if not all(isinstance(getattr(self, stack), nn.Parameter) for stack in INNER):
             raise MoeConfigError(f"layer {self.runner.name}: {ADAPTED}")
+        if not all(getattr(param, "is_expert", False) for param in self.parameters()):
+            raise MoeConfigError(f"layer {self.runner.name}: {REPLACED}")
         routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
         stacks = self.stacks()
         order = SparseOrder(stacks.gate_up_EID.dtype)

@@ -164,7 +164,9 @@ def _header(width: int, dtype: torch.dtype, problem: Problem, plan: LayerPlan, l
 def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     assert group is not None
     whole = part.new_empty(group.size() * part.numel())
-    dist.all_gather_single(whole, part.reshape(-1), group=group)
+    # Not an all-gather, of which gloo lets two of other sizes meet where ranks make different calls, a layer here and a
+    # save there: one gets nonsense, the other's process ends. Nothing else on these groups is an all-to-all of gloo's.
+    dist.all_to_all_single(whole, part.reshape(-1).repeat(group.size()), group=group)
     return whole
 
 

@@ -65,7 +65,7 @@ def _piece(expert: Cost, load: LayerLoad, times: LayerTimes) -> Line:
     chunks = np.array(list(times.computing_s), dtype=float)
     extra = np.array([seconds - r * expert(load.expert_rows / r) for r, seconds in times.computing_s.items()])
     alpha, all_bytes = nonnegative(chunks, np.ones_like(chunks), extra)
-    return Line(alpha, all_bytes / load.held_bytes)
+    return Line(alpha, all_bytes / load.held_bytes if load.held_bytes else 0.0)  # no row may have left its rank
 
 
 def measure_layer(

@@ -131,12 +131,16 @@ def _receives_first(
     own, size = group.rank(), group.size()
     into, out = arrived.split(receive), rows.split(send)
     before, behind = ([(own + way * i) % size for i in range(1, size)] for way in (-1, 1))
-    works = [dist.irecv(into[i], group=group, group_src=i) for i in before if into[i].numel()]
-    works += [dist.isend(out[i], group=group, group_dst=i) for i in behind if out[i].numel()]
+    works = [(i, dist.irecv(into[i], group=group, group_src=i)) for i in before if into[i].numel()]
+    works += [(i, dist.isend(out[i], group=group, group_dst=i)) for i in behind if out[i].numel()]
     into[own].copy_(out[own])  # while the others are on their way
-    for work in works:
+    for peer, work in works:
         assert work is not None
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:  # of which the text knows no rank
+            lost = dist.get_global_rank(group, peer)
+            raise RuntimeError(f"between this rank and rank {lost}: {error}") from error
 
 
 def permute_blocks(rows: Tensor, sizes: Ints, order: tuple[int, ...]) -> Tensor:

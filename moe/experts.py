@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,37 @@ class ModuleExperts(nn.Module):
         """Return `[N, D]`; an expert without rows is not called."""
         out = [self.each[e](rows) for e, rows in enumerate(rows_ND.split(counts)) if len(rows)]
         return torch.cat(out) if out else rows_ND
+
+
+class MarkedExperts(nn.Module):
+    """A module whose experts, those in `experts` or else all of it, carry `is_expert = True` on their parameters.
+
+    What averages gradients goes by it; torch drops it wherever it makes new parameters: in a copy, in conversions as
+    `to_empty` after `to("meta")`, in `load_state_dict(..., assign=True)`. So it is set again after each of these.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_mark_again)
+
+    def mark(self) -> None:
+        """Mark the parameters there are now."""
+        for param in getattr(self, "experts", self).parameters():
+            param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mark()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MarkedExperts:
+        super()._apply(fn, recurse)
+        self.mark()
+        return self
+
+
+def _mark_again(module: nn.Module, _: object) -> None:
+    assert isinstance(module, MarkedExperts)
+    module.mark()
 
 
 INNER = {"gate_up_proj": (1, 2), "down_proj": (2, 1)}

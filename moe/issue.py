@@ -178,6 +178,8 @@ def naming(what: str) -> Iterator[None]:
     """Make what torch raises inside, where a rank is lost or late, an ExchangeError that names this rank and `what`."""
     try:
         yield
+    except ExchangeError:  # names them already
+        raise
     except RuntimeError as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         raise ExchangeError(f"rank {rank}, {what}: a rank is lost or late: {error}") from error

@@ -12,6 +12,10 @@ ADAPTED = (
     "its weights are computed from others, as with an adapter over experts (peft's target_parameters), whose gradients "
     "would be averaged over ranks with other experts; adapt other modules, or train the experts themselves"
 )
+REPLACED = (
+    "its weights are not those of moe.parallelize; where FSDP put its own there, which are parts of other experts on "
+    "every rank, give it the experts' weights (is_expert) as ignored_params, else set their values, not parameters"
+)
 _INTERFACE = "transformers.integrations.moe"
 """Where the call of all experts of transformers is, and their common gating."""
 

@@ -116,11 +116,25 @@ def make_lanes(
     `on_span` is called with every operation that ended, from the thread that ran it.
     Raises MoeConfigError when the nodes do not divide the `ep` axis.
     """
+
+    def own(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        return None if group is None or group.size() == 1 else own_group(group, timeout_s=config.timeout_s)
+
+    ep, esp = own(ep), own(esp)
+    others = {name: made for name, group in (beside or {}).items() if (made := own(group)) is not None}
+    return lanes_over(ep, esp, config, on_span=on_span, beside=others)
+
+
+def lanes_over(
+    ep: dist.ProcessGroup | None,
+    esp: dist.ProcessGroup | None,
+    config: MoeConfig,
+    *,
+    on_span: Callable[[Span], None] | None = None,
+    beside: Mapping[str, dist.ProcessGroup],
+) -> Lanes:
+    """Return the lanes over groups of two ranks at least that nothing else uses: as `make_lanes`, which makes them."""
     timeout_s = config.timeout_s
-    ep = None if ep is None or ep.size() == 1 else own_group(ep, timeout_s=timeout_s)
-    esp = None if esp is None or esp.size() == 1 else own_group(esp, timeout_s=timeout_s)
-    others = {name: group for name, group in (beside or {}).items() if group.size() > 1}
-    others = {name: own_group(group, timeout_s=timeout_s) for name, group in others.items()}
     return Lanes(
         inter=NoLink() if ep is None else IssueQueue(ep, "inter", timeout_s=timeout_s, on_span=on_span),
         intra=NoLink() if esp is None else IssueQueue(esp, "intra", timeout_s=timeout_s, on_span=on_span),
@@ -130,7 +144,7 @@ def make_lanes(
         timeout_s=timeout_s,
         rank=dist.get_rank() if dist.is_initialized() else 0,
         on_span=on_span,
-        beside={name: Axis(IssueQueue(group, name, timeout_s=timeout_s), group) for name, group in others.items()},
+        beside={name: Axis(IssueQueue(group, name, timeout_s=timeout_s), group) for name, group in beside.items()},
     )
 
 

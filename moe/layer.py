@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe.agree import Problem, agree, agree_on_experts, misfit_of, problem_of
 from moe.errors import ContractError, MoeError
+from moe.experts import MarkedExperts
 from moe.flow import Experts, LayerRun, Pass
 from moe.hooks import Hooks
 from moe.lanes import ALONE, Lanes
@@ -103,7 +104,7 @@ def _fits(rows_RD: Tensor, counts_E: Tensor, num_experts: int) -> bool:
     return int(counts_E.sum()) == len(rows_RD) and bool((counts_E >= 0).all())
 
 
-class MoELayer(nn.Module):
+class MoELayer(MarkedExperts):
     """A mixture of experts, each sub-module of which can be replaced.
 
         layer = MoELayer(SoftmaxGate(D, E, 2), StackedExperts(...), lanes=lanes, plan=plan)
@@ -132,8 +133,7 @@ class MoELayer(nn.Module):
         self.gate, self.experts = gate, experts
         self.order = order or SparseOrder()
         self.runner = ExpertRunner(lanes, plan=plan, hooks=hooks, name=name)
-        for param in experts.parameters():
-            param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.mark()
 
     def forward(self, x: Tensor) -> MoeOutput:
         """Run `[..., D]` through the experts. Every rank of the lanes calls, also one whose x has no tokens."""

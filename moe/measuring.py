@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from moe.cost import LayerLoad, Profile
 from moe.dispatch import DirectExchange
 from moe.errors import MoeConfigError
 from moe.experts import StackedExperts
-from moe.issue import IssueQueue, own_group
+from moe.issue import IssueQueue, naming, own_group
 from moe.lanes import Lanes, NoLink
 from moe.profiler import Links, ProfileConfig, make_profile
+
+_DEADLINE_S = 300.0
+"""No rank is so much later than the others in anything that is measured, unless it is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +42,18 @@ class ExpertShape:
 def profile_here(config: ProfileConfig, *, esp: int, experts: ExpertShape) -> tuple[int, Profile]:
     """Join the world that torchrun describes, profile it, leave; return this process's rank and the profile.
 
-    Ranks `esp * i .. esp * i + esp - 1` are taken to be on one host. Raises MoeConfigError outside torchrun.
+    Ranks `esp * i .. esp * i + esp - 1` are taken to be on one host. Raises MoeConfigError outside torchrun,
+    ExchangeError where a rank is lost or late.
     """
     if not dist.is_torchelastic_launched():
         raise MoeConfigError(
             "a profile is measured by the ranks that will train; run "
             "`torchrun --nproc-per-node 4 -m moe profile --esp 2 --out profile.json`"
         )
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=_DEADLINE_S))
     try:
-        return dist.get_rank(), profile_world(config, esp=esp, experts=experts)
+        with naming("profile"):
+            return dist.get_rank(), profile_world(config, esp=esp, experts=experts)
     finally:
         dist.destroy_process_group()
 

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from moe.alike import require_alike
 from moe.config import MoeConfig
 from moe.errors import MoeConfigError
-from moe.experts import INNER, StackedExperts, slice_inner
-from moe.issue import Span
-from moe.kinds import ADAPTED, check_kind
-from moe.lanes import Lanes, make_lanes
+from moe.experts import INNER, MarkedExperts, StackedExperts, slice_inner
+from moe.issue import Span, own_group
+from moe.kinds import ADAPTED, REPLACED, check_kind
+from moe.lanes import Lanes, lanes_over
 from moe.layer import ExpertRunner
 from moe.order import SparseOrder
 from moe.plan import PLAIN, LayerPlan
@@ -58,7 +58,7 @@ class Placement:
         return (self.ep, *(() if self.esp is None else (self.esp,)))
 
 
-class ParallelExperts(StackedExperts):
+class ParallelExperts(MarkedExperts, StackedExperts):
     """Stands in for `block.experts` of a transformers model: the same call, the same parameter names, fewer experts."""
 
     def __init__(
@@ -75,20 +75,14 @@ class ParallelExperts(StackedExperts):
         self.runner, self.placement = runner, placement
         self.rows_per_expert_E: Tensor | None = None
         """int64: rows this rank sent to each expert in the last forward."""
-        self._mark()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mark()  # parameters lose what was set on them when they are copied
-
-    def _mark(self) -> None:
-        for param in self.parameters():
-            param.is_expert = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.mark()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return `[T, D]` for tokens `[T, D]`, experts `[T, K]` and weights `[T, K]`. Every rank calls."""
         if not all(isinstance(getattr(self, stack), nn.Parameter) for stack in INNER):
             raise MoeConfigError(f"layer {self.runner.name}: {ADAPTED}")
+        if not all(getattr(param, "is_expert", False) for param in self.parameters()):
+            raise MoeConfigError(f"layer {self.runner.name}: {REPLACED}")
         routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
         stacks = self.stacks()
         order = SparseOrder(stacks.gate_up_EID.dtype)
@@ -117,7 +111,7 @@ def parallelize(
 
     Raises MoeConfigError, on every rank, and leaves the model as it was, when it has no such experts, when experts do
     not divide, or when ranks were given other axes, models, plans or settings; ExchangeError when a rank is lost, or
-    later than the groups of the mesh allow.
+    later than `config.timeout_s`.
     """
     config = config or MoeConfig()
     blocks = {name: module for name, module in model.named_modules() if _is_stacked(module)}
@@ -129,14 +123,13 @@ def parallelize(
     except MoeConfigError as error:
         problem = str(error)
     # Over all axes of the mesh: a rank that was given other axes would wait in another group than the others.
-    groups = [group for group in mesh.get_all_groups() if group.size() > 1]
-    axes = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
+    axes = zip(mesh.mesh_dim_names or map(str, range(mesh.ndim)), mesh.get_all_groups(), strict=True)
+    own = {axis: own_group(group, timeout_s=config.timeout_s) for axis, group in axes if group.size() > 1}
+    said = {"axes": f"ep={ep}, esp={esp}, dp={dp}"}
     facts = {} if problem else _facts(blocks, plans, config) | _weights(model)
-    require_alike(problem, axes | facts, groups)
-    beside = {axis: mesh.get_group(axis) for axis in mesh.mesh_dim_names or () if axis not in (ep, esp)}
-    lanes = make_lanes(
-        mesh.get_group(ep), None if esp is None else mesh.get_group(esp), config, on_span=on_span, beside=beside
-    )
+    require_alike(problem, said | facts, list(own.values()))
+    beside = {axis: group for axis, group in own.items() if axis not in (ep, esp)}
+    lanes = lanes_over(own.get(ep), own.get(esp or ""), config, on_span=on_span, beside=beside)
     for name, module in blocks.items():
         placement = Placement(mesh, ep, esp, dp, sizes[name])
         runner = ExpertRunner(lanes, plan=plans[name], name=name)

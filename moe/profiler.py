@@ -86,7 +86,7 @@ def gather(group: dist.ProcessGroup, nbytes: int) -> Job:
 def scatter(group: dist.ProcessGroup, nbytes: int) -> Job:
     """Return the reduce-scatter of the layer, which takes in `nbytes`."""
     each = max(1, nbytes // (4 * group.size()))
-    rows, sizes = torch.zeros(each * group.size()), [each] * group.size()
+    rows, sizes = torch.zeros(each * group.size(), dtype=torch.float32), [each] * group.size()
     return lambda: scatter_sum(rows, sizes, group)
 
 

@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moe
 from moe.config import MoeConfig
+from moe.dispatch import all_to_all
 from moe.errors import ContractError, ExchangeError, MoeConfigError, MoeError, PlanError
 from moe.experts import ModuleExperts, StackedExperts
+from moe.issue import own_group
 from moe.plan import LayerPlan
 from moe.records import top_k_assignments
 from moe.sync import average_gradients, clip_grad_norm_
@@ -211,6 +213,14 @@ def fail_to_come(info, folder):
         with pytest.raises(MoeError) as caught:
             call(model, folder / name)
         heard[name] = (type(caught.value), str(caught.value), time.monotonic() - start_s)
+    group = own_group(None, timeout_s=1.0)
+    if info.rank == 0:
+        with pytest.raises(RuntimeError, match=r"^between this rank and rank 1: "):
+            all_to_all(torch.ones(0), [0, 0], [0, 1], group)
+        start_s = time.monotonic()
+        with pytest.raises(ExchangeError, match=r"making a group of the ranks \[0, 1\]: a rank is lost or late"):
+            moe.parallelize(tiny_moe("mixtral"), mesh, ep="ep", dp="dp", config=MoeConfig(timeout_s=1.0))
+        assert time.monotonic() - start_s < 5
     return heard
 
 

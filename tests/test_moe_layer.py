@@ -1,5 +1,6 @@
 """The layer against the loop over tokens, in fp64: gradcheck on one rank, outputs and every gradient on several."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,8 @@ from moe.errors import MoeError
 from moe.experts import ModuleExperts
 from moe.gates import SoftmaxGate
 from moe.lanes import make_lanes
-from moe.layer import MoELayer
+from moe.layer import ExpertRunner, MoELayer
+from moe.parallel import ParallelExperts
 from moe.plan import PLAIN, LayerPlan
 from tests.moe_case import (
     EXPERTS,
@@ -25,6 +27,7 @@ from tests.moe_case import (
     make_layer,
     make_mesh,
     reference,
+    stacks,
     tokens_of,
 )
 from tests.spawn import run_ranks
@@ -207,6 +210,22 @@ def test_double_backward_and_a_freed_graph_are_refused_by_name():
     y.sum().backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.sum().backward()
+
+
+def parallel_experts():
+    return ParallelExperts(*stacks(), nn.functional.silu, ExpertRunner(), None, grouped=False)
+
+
+@pytest.mark.parametrize("make", [make_layer, parallel_experts])
+def test_experts_stay_marked_where_torch_makes_new_parameters(make):
+    copied, loaded, emptied = nn.Sequential(make()), nn.Sequential(make()), nn.Sequential(make())
+    before = [p for model in (copied, loaded, emptied) for p in model.parameters()]
+    loaded.load_state_dict({name: value.clone() for name, value in loaded.state_dict().items()}, assign=True)
+    for model in (copy.deepcopy(copied), loaded, emptied.to("meta").to_empty(device="cpu")):
+        params = dict(model.named_parameters())
+        assert not {id(p) for p in before} & {id(p) for p in params.values()}
+        marked = {name for name, p in params.items() if getattr(p, "is_expert", False)}
+        assert marked == {name for name in params if "gate.weight" not in name}
 
 
 def test_expert_relabelling_and_token_order_do_not_matter():

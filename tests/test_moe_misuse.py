@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.alike import require_alike
@@ -60,6 +62,9 @@ def compiled(info):
         loss = wrap(model)(ids_of(info.rank), labels=ids_of(info.rank)).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))  # with the experts, of which each rank has others
+    with pytest.raises(MoeConfigError, match="give it the experts' weights"):
+        model(ids_of(info.rank))
     return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
 
 

@@ -200,9 +200,10 @@ def test_what_the_executor_costs_is_found_from_what_layers_took(alpha_s, beta_s,
 
 def test_a_layer_that_was_faster_than_its_experts_has_no_overhead():
     quick = LayerTimes(layer_s=dict.fromkeys(CHUNKS, 1e-3), computing_s=dict.fromkeys(CHUNKS, 1e-3))
-    found = with_overheads(EVEN, EVEN_LOAD, quick, quick)
-    assert found.piece_forward == found.piece_backward == Line(0.0, 0.0)
-    assert found.layer_s == 0.0
+    for load in (EVEN_LOAD, LayerLoad(exchange_bytes=0, expert_rows=2000)):  # also where no row left its rank
+        found = with_overheads(EVEN, load, quick, quick)
+        assert found.piece_forward == found.piece_backward == Line(0.0, 0.0)
+        assert found.layer_s == 0.0
 
 
 def test_pieces_that_cost_something_make_chunks_fewer_and_alike():

@@ -33,7 +33,7 @@ from launch.metrics import StepMetrics
 from launch.model import build_model, build_skeleton, vocabulary_size
 from launch.optimizer import Stepper, apply_settings, build_optimizer
 from launch.partial import WholeModel
-from launch.pipeline_job import Place, check_whole_samples, find_place
+from launch.pipeline_job import Place, check_microbatches, check_whole_samples, find_place
 from launch.pipeline_parts import held_names
 from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
@@ -75,7 +75,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return min(self.loader.num_steps, self.config.run.steps or self.loader.num_steps)
+        return num_steps(self.config, self.loader)
 
     @property
     def patience_s(self) -> float:
@@ -165,6 +165,11 @@ class Job:
             self.data.tokenizer.save_pretrained(folder)
 
 
+def num_steps(config: FinetuneConfig, loader: ChunkLoader) -> int:
+    """Return the optimizer steps of a whole run."""
+    return min(loader.num_steps, config.run.steps or loader.num_steps)
+
+
 def require_finite(step: int, loss: float, norm: float) -> None:
     """Raise TrainingError unless both are numbers."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -238,6 +243,10 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     loader = _loader(data.train, config, place, epochs=config.run.epochs)
     sources = [source for source in (data.train, data.held_out) if source is not None]
     check_whole_samples(config, max(int(source.lengths.max()) for source in sources))
+    held_out = (
+        () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_say_nothing))
+    )
+    check_microbatches(config, loader, held_out, num_steps(config, loader))
     runner = make_runner(model, config, place)
     for source in sources:
         check_lengths(source, runner.num_positions)
@@ -252,9 +261,6 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
         runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
         seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
     )  # fmt: skip
-    held_out = (
-        () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_say_nothing))
-    )
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,

@@ -1,16 +1,31 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.console import Recorder, describe
+from launch.console import Output, Recorder, describe
 from launch.errors import TrainingError
 from launch.files import RunFolder, replace_folder, write_lines
 from launch.job import require_finite
 from launch.metrics import MetricsLog, StepMetrics, read_metrics
 from launch.summary import peak_resident_bytes, summarize, summed_up
+
+
+def test_output_that_nobody_reads_any_more_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        output = Output(stream)
+        console = Console(file=output)
+        console.print("no one")
+        assert output.write("lost\n") == 5
+        output.flush()
+        assert os.readlink(f"/proc/self/fd/{writer}") == os.devnull
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w", buffering=1) as stream:
+        Output(stream).write("a line\n")
 
 
 def step(number, **values):

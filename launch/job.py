@@ -21,9 +21,9 @@ from launch.bounded import lost_rank_told
 from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World, prepare_deepspeed
-from launch.errors import TrainingError
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
+from launch.finite import require_finite, require_finite_evaluation
 from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
 from launch.megatron import export_gpt
@@ -113,14 +113,18 @@ class Job:
         return metrics if experts is None else metrics.with_experts(experts.loads, experts.notes)
 
     def evaluate(self) -> float | None:
-        """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls."""
+        """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls.
+
+        Raises TrainingError when it is no number.
+        """
         if not self.held_out:
             return None
         self.model.eval()
         with self._told("evaluating"):
             losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
         self.model.train()
-        return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
+        mean = math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
+        return require_finite_evaluation(self.state.step, mean)
 
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
@@ -168,15 +172,6 @@ class Job:
 def num_steps(config: FinetuneConfig, loader: ChunkLoader) -> int:
     """Return the optimizer steps of a whole run."""
     return min(loader.num_steps, config.run.steps or loader.num_steps)
-
-
-def require_finite(step: int, loss: float, norm: float) -> None:
-    """Raise TrainingError unless both are numbers."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the last checkpoint is intact: "
-            "resume with a lower optimizer.lr, or look at the samples of that step"
-        )
 
 
 def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> StepMetrics:

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.console import Output, Recorder, describe
 from launch.errors import TrainingError
 from launch.files import RunFolder, replace_folder, write_lines
-from launch.job import require_finite
+from launch.finite import require_finite, require_finite_evaluation
 from launch.metrics import MetricsLog, StepMetrics, read_metrics
 from launch.summary import peak_resident_bytes, summarize, summed_up
 
@@ -145,6 +145,9 @@ def test_a_loss_that_is_no_number_ends_the_training(loss, norm):
     require_finite(3, 1.0, 0.0)
     with pytest.raises(TrainingError, match=r"step 3: the loss is .*; the last checkpoint is intact: resume with"):
         require_finite(3, loss, norm)
+    assert require_finite_evaluation(3, 1.0) == 1.0
+    with pytest.raises(TrainingError, match=r"step 3: the held-out loss behind it is .*, and are not saved; resume"):
+        require_finite_evaluation(3, loss * norm)
 
 
 def test_a_report_prints_lines_where_there_is_no_terminal_and_feeds_tensorboard(tmp_path, capsys):

@@ -12,7 +12,7 @@ def matching(root: Path, pattern: str, exclude: Sequence[str]) -> dict[str, Path
     """Return what matches a glob relative to `root`, folders too, by its path from there, with `/`, sorted.
 
     What matches one of `exclude` is left out; there `*` crosses folders (`fnmatch`). Raises ValueError or
-    NotImplementedError, pathlib's, for a pattern that is no relative glob.
+    NotImplementedError, mostly pathlib's, for a pattern that is no relative glob, or leads out of the folder.
     """
     first, *rest = PurePosixPath(pattern).parts or ("",)
     if first == "**" and rest and not pattern.endswith("/") and not any("**" in part for part in rest):
@@ -20,6 +20,9 @@ def matching(root: Path, pattern: str, exclude: Sequence[str]) -> dict[str, Path
     else:
         matches = root.glob(pattern)
     found = {path.relative_to(root).as_posix(): path for path in matches}
+    outside = next((name for name in found if PurePosixPath(os.path.normpath(name)).parts[:1] == ("..",)), None)
+    if outside is not None:
+        raise ValueError(f"it leads out of the folder, to {outside}; give a folder further up")
     return {name: found[name] for name in sorted(found) if not any(fnmatchcase(name, glob) for glob in exclude)}
 
 

@@ -72,7 +72,7 @@ def _find(root: Path, pattern: str, exclude: list[str], cache: Path) -> list[str
     cache = cache.resolve()
     try:
         found = matching(root, pattern, exclude)
-    except (ValueError, NotImplementedError) as error:  # pathlib's for an absolute or empty pattern
+    except (ValueError, NotImplementedError) as error:  # an absolute or empty pattern, or one that leads out
         raise SourceError(f"the pattern {pattern!r} is not a glob relative to {root}: {error}") from error
     names = [name for name, p in found.items() if p.is_file() and cache not in p.resolve().parents]
     if not names:

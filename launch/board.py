@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from launch.errors import KNOWN_ERRORS, LaunchError, WorldError
@@ -74,6 +75,22 @@ class Board:
         if failure is not None:
             raise LaunchError(failure)
         return self.together(topic, work, timeout_s=timeout_s)
+
+    def until_rank0(self, topic: str, *, timeout_s: float) -> None:
+        """Return when rank 0 has called, too, which itself waits for nobody.
+
+        Raises WorldError when it does not in time. A store that went with rank 0, at its end, is no error: torchrun
+        tells how that one ended.
+        """
+        key = self._next(topic)
+        if self.rank == 0:
+            self._store.set(f"{key}/0", json.dumps(None))
+            return
+        try:
+            self._read(topic, f"{key}/0", 0, timeout_s)
+        except WorldError as error:
+            if not isinstance(error.__cause__, dist.DistNetworkError):
+                raise
 
     def _announced(self, key: str, work: Callable[[], T]) -> T:
         try:

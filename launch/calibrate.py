@@ -29,7 +29,7 @@ from launch.data import load_data
 from launch.errors import EXIT_WELL, KNOWN_ERRORS, ConfigError, FolderError, report_error
 from launch.files import RunFolder
 from launch.metrics import read_metrics
-from launch.plan import quantity
+from launch.plan import given_quantity
 from launch.plan_costs import CostModel, Machine
 from launch.plan_layouts import STAGES, Planner
 from launch.plan_records import Layout
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare, and print it; return the exit code."""
     args = _parser().parse_args(argv)
     try:
-        found = calibrate(RunFolder(args.folder), link=quantity(args.link), latency_s=quantity(args.latency))
+        link, latency_s = given_quantity(args, "link"), given_quantity(args, "latency")
+        found = calibrate(RunFolder(args.folder), link=link, latency_s=latency_s)
     except (*KNOWN_ERRORS, ValueError) as error:
         return report_error(0, error)
     if args.json:

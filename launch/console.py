@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,8 +21,40 @@ if TYPE_CHECKING:
 
 
 def make_console(rank: int) -> Console:
-    """Return where a rank prints: only rank 0 is heard."""
-    return Console(quiet=rank != 0, soft_wrap=True, highlight=False, markup=False)
+    """Return where a rank prints: only rank 0 is heard, as long as someone is there to hear it."""
+    output = cast(IO[str], Output(sys.stdout))
+    return Console(file=output, quiet=rank != 0, soft_wrap=True, highlight=False, markup=False)
+
+
+class Output:
+    """A stream whose reader may go away, a terminal that is closed, say: what is written then is lost, and no error."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """See `IO.write`."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._silence(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """See `IO.flush`."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._silence(error)
+
+    def _silence(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        with open(os.devnull, "wb") as nothing:  # what is buffered still, and whoever else prints, ends there too
+            os.dup2(nothing.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Recorder:

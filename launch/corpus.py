@@ -41,7 +41,7 @@ def choose_files(data: DataConfig) -> FolderChoice:
         raise DataError(f"data.path {data.path} is no folder; give one with text files, or {STDLIB!r}")
     try:
         found = matching(root, data.pattern, data.exclude)
-    except (ValueError, NotImplementedError) as error:  # pathlib's for an absolute or empty pattern
+    except (ValueError, NotImplementedError) as error:  # an absolute or empty pattern, or one that leads out
         raise DataError(f"data.pattern is {data.pattern!r}, no glob relative to {root}: {error}") from error
     sizes = {name: path.stat().st_size for name, path in found.items() if path.is_file()}
     lost = [name for name in data.long_files if name not in sizes]

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from launch.board import Board
 from launch.errors import WorldError
+from launch.stop import heeded
 
 TIMEOUT_S = 600.0
 """How long a rank waits for another: to appear, to answer, and in a collective."""
@@ -122,12 +123,12 @@ def _connect(processes: Processes, timeout_s: float) -> tuple[torch.device, Stor
 
 @contextmanager
 def _ends_on_signals() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the process at once: there is nothing to save yet, and Python's own handlers would
+    """Let what asks for a stop end the process at once: there is nothing to save yet, and Python's own handlers would
     run when the ranks have found each other, or never."""
     if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded()}
     try:
         yield
     finally:

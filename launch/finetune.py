@@ -5,7 +5,8 @@
     python -m launch.finetune --help            every setting; or --print_config, as a recipe
 
 The same command again resumes from the last checkpoint in run.folder; --fresh true moves that folder aside and starts
-over. SIGTERM and Ctrl-C save and end after the step. Exit codes: 0 well, 1 training went wrong, 2 bad input.
+over. SIGTERM, Ctrl-C and a terminal that is closed save and end after the step. Exit codes: 0 well, 1 training went
+wrong, 2 bad input.
 """
 
 from __future__ import annotations
@@ -161,17 +162,26 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
 
 
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
-    """Export the model and sum the run up. Every rank calls."""
+    """Export the model and sum the run up. Every rank calls, and returns when rank 0 is through."""
+    told = job.world.board.gather("peak memory", job.memory.resident_bytes(), timeout_s=job.patience_s)
+    if job.write_model(folder.model):
+        sum_up(job, folder, saver, console, resumed_from=resumed_from, peak_memory_bytes=max(told))
+    # A model takes as long to write as a checkpoint; nobody else would find that rank 0 stopped there.
+    longest_s = job.patience_s + job.config.checkpoint.timeout_s
+    job.world.board.until_rank0("the model is written", timeout_s=longest_s)
+
+
+def sum_up(
+    job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None, peak_memory_bytes: int
+) -> None:
+    """Write and print what the run amounts to. Rank 0 calls."""
     from launch.report import write_report  # draws; nearly a second to import, and no start waits for it
 
-    told = job.world.board.gather("peak memory", job.memory.resident_bytes(), timeout_s=job.patience_s)
-    if not job.write_model(folder.model):
-        return
     summary = summarize(
         read_metrics(folder.metrics),
         steps=job.state.step,
         resumed_from=resumed_from,
-        peak_memory_bytes=max(told),
+        peak_memory_bytes=peak_memory_bytes,
         checkpoint=saver.path,
         model=folder.model.absolute(),
     )

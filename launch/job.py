@@ -21,9 +21,9 @@ from launch.bounded import lost_rank_told
 from launch.config import FinetuneConfig
 from launch.data import Data, check_lengths, check_vocabulary, load_data
 from launch.env import World, prepare_deepspeed
-from launch.errors import TrainingError
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
+from launch.finite import require_finite, require_finite_evaluation
 from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
 from launch.megatron import export_gpt
@@ -33,7 +33,7 @@ from launch.metrics import StepMetrics
 from launch.model import build_model, build_skeleton, vocabulary_size
 from launch.optimizer import Stepper, apply_settings, build_optimizer
 from launch.partial import WholeModel
-from launch.pipeline_job import Place, check_whole_samples, find_place
+from launch.pipeline_job import Place, check_microbatches, check_whole_samples, find_place
 from launch.pipeline_parts import held_names
 from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
@@ -75,7 +75,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return min(self.loader.num_steps, self.config.run.steps or self.loader.num_steps)
+        return num_steps(self.config, self.loader)
 
     @property
     def patience_s(self) -> float:
@@ -113,14 +113,18 @@ class Job:
         return metrics if experts is None else metrics.with_experts(experts.loads, experts.notes)
 
     def evaluate(self) -> float | None:
-        """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls."""
+        """Return the mean loss over all held-out targets; None when nothing is held out. Every rank calls.
+
+        Raises TrainingError when it is no number.
+        """
         if not self.held_out:
             return None
         self.model.eval()
         with self._told("evaluating"):
             losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
         self.model.train()
-        return math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
+        mean = math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
+        return require_finite_evaluation(self.state.step, mean)
 
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
@@ -165,13 +169,9 @@ class Job:
             self.data.tokenizer.save_pretrained(folder)
 
 
-def require_finite(step: int, loss: float, norm: float) -> None:
-    """Raise TrainingError unless both are numbers."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the last checkpoint is intact: "
-            "resume with a lower optimizer.lr, or look at the samples of that step"
-        )
+def num_steps(config: FinetuneConfig, loader: ChunkLoader) -> int:
+    """Return the optimizer steps of a whole run."""
+    return min(loader.num_steps, config.run.steps or loader.num_steps)
 
 
 def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> StepMetrics:
@@ -238,6 +238,10 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     loader = _loader(data.train, config, place, epochs=config.run.epochs)
     sources = [source for source in (data.train, data.held_out) if source is not None]
     check_whole_samples(config, max(int(source.lengths.max()) for source in sources))
+    held_out = (
+        () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_say_nothing))
+    )
+    check_microbatches(config, loader, held_out, num_steps(config, loader))
     runner = make_runner(model, config, place)
     for source in sources:
         check_lengths(source, runner.num_positions)
@@ -252,9 +256,6 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
         runner.model, plain, loader, rank=world.rank, world_size=world.world_size, device=world.device,
         seed=config.run.seed, whole=runner.whole, spread=experts, held=None if zero is None else [zero.state],
     )  # fmt: skip
-    held_out = (
-        () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_say_nothing))
-    )
     seed_rngs(config.run.seed + 1 + world.rank)  # but other dropout
     return Job(
         config=config, world=world, data=data, model=runner.model, whole=runner.whole, loader=loader, runner=runner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from chunkflow import ChunkLoader, StepBatch
 from chunkflow.engine import WholeParameters
 from chunkflow.support import require_exact
 from launch.compose import active, cell
@@ -89,6 +91,31 @@ def check_whole_samples(config: FinetuneConfig, longest: int) -> None:
                 f"pipeline.schedule {config.pipeline.schedule} {needed}, and the longest has {longest} tokens where "
                 f"chunks.chunk_tokens is {config.chunks.chunk_tokens}; {advice}"
             )
+
+
+def check_microbatches(config: FinetuneConfig, loader: ChunkLoader, held_out: Sequence[StepBatch], steps: int) -> None:
+    """Raise ConfigError when a step has more chunks than pipeline.microbatches, or none as many as pipeline.rounds.
+
+    Plans the steps only where a setting could be wrong.
+    """
+    pipeline = config.pipeline
+    room, rounds, always = pipeline.microbatches, pipeline.rounds or 1, config.chunks.global_batch
+
+    def counts() -> Iterator[int]:
+        return (len(loader.plan(step).ranks[loader.rank]) for step in range(steps))
+
+    if room is not None and room < always:
+        most = max([*counts(), *(len(batch.chunks) for batch in held_out)])
+        if most > room:
+            raise ConfigError(
+                f"pipeline.microbatches is {room}, and a step has {most} chunks; make it {most}, or leave it out for "
+                f"chunks.global_batch, {always}"
+            )
+    if rounds > 1 and not any(count >= rounds for count in counts()):
+        raise ConfigError(
+            f"pipeline.rounds is {rounds}, and no step has as many chunks to pass in them; lower it, or make "
+            "chunks.global_batch larger"
+        )
 
 
 def pipeline_runner(model: PreTrainedModel, config: FinetuneConfig, place: Place) -> PipelineRunner:

@@ -77,6 +77,14 @@ def quantity(text: str) -> float:
     return float(number) * ({"us": 1e-6, "ms": 1e-3, "s": 1.0}[seconds] if seconds else _UNITS[unit or ""])
 
 
+def given_quantity(args: argparse.Namespace, name: str) -> float:
+    """Return what a flag of a command says. Raises ConfigError that names the flag."""
+    try:
+        return quantity(getattr(args, name))
+    except ValueError as error:
+        raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+
+
 def reasons(planner: Planner, best: Estimate) -> list[str]:
     """Return why each dimension is what it is: the nearest other choice, and what is wrong with it."""
     cap, lines = planner.model.machine.memory_bytes, []
@@ -164,11 +172,11 @@ def flag_value(value: Any) -> str:
 def _planner(config: FinetuneConfig, args: argparse.Namespace) -> Planner:
     machine = Machine(
         devices=args.devices,
-        memory_bytes=quantity(args.device_memory),
-        flops=quantity(args.flops),
-        link_bytes_per_s=quantity(args.link),
-        latency_s=quantity(args.latency),
-        overhead_s=quantity(args.overhead),
+        memory_bytes=given_quantity(args, "device_memory"),
+        flops=given_quantity(args, "flops"),
+        link_bytes_per_s=given_quantity(args, "link"),
+        latency_s=given_quantity(args, "latency"),
+        overhead_s=given_quantity(args, "overhead"),
     )
     if machine.devices < 1 or not min(machine.memory_bytes, machine.flops, machine.link_bytes_per_s) > 0:
         raise ConfigError("--devices, --device-memory, --flops and --link are more than 0")

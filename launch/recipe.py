@@ -12,7 +12,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from chunkflow.errors import ChunkflowError
 from launch.board import Board
@@ -28,6 +29,9 @@ _UNKNOWN = re.compile(
 """How jsonargparse names what it does not know: a flag, a key of a recipe, a key of one of its sections."""
 
 
+_read_yaml = get_loader("yaml")
+
+
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the lines of the description, which are commands."""
 
@@ -39,6 +43,7 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
     """
     # Process-wide in jsonargparse, and harmless: the strings under the fields become the help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
         prog=prog, description=description, formatter_class=_Help, exit_on_error=False, allow_abbrev=False
     )
@@ -52,6 +57,20 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
     except (ArgumentError, ChunkflowError, MoeError, PipelineError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{text}; {_nearest(text)}see --help for the settings") from error
+
+
+def _load_yaml(text: str) -> Any:
+    """Return what YAML says. Raises ConfigError for a key given twice, of which YAML's own reader takes the last."""
+    waiting: list[tuple[str, yaml.Node | None]] = [("", yaml.compose(text, Loader=yaml.SafeLoader))]
+    for prefix, node in waiting:
+        lines: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{name} is given twice, in lines {lines[name]} and {line} of a recipe; take one")
+            lines[name] = line
+            waiting.append((f"{name}.", value))
+    return _read_yaml(text)
 
 
 def _nearest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM or Ctrl-C ask for it, and all ranks agree on the step after which it comes."""
+"""A polite end, which a signal asks for; all ranks agree on the step after which it comes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch.distributed as dist
 
 from launch.bounded import all_reduce
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The second is Ctrl-C, the last a terminal that was closed."""
+
+
+def heeded() -> tuple[signal.Signals, ...]:
+    """Return those of SIGNALS that are not ignored already: nohup has SIGHUP ignored."""
+    return tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 class StopSignals:
@@ -21,7 +27,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:

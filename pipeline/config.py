@@ -37,9 +37,9 @@ class PipelineConfig:
     """Keep only the input of a stage, and run it forward again before its backward: less memory, a third more work.
     roundpipe always does."""
     rounds: int | None = 1
-    """roundpipe: the micro-batches of a step pass in so many rounds. More keep devices busy where the head weighs more
-    than its share of the layers. null is what the planner finds best of 1, 2 and 4; only with a number here are the
-    weights the same to the bit for any number of ranks."""
+    """roundpipe: the micro-batches of a step pass in so many rounds, or one each where they are fewer. More keep
+    devices busy where the head weighs more than its share of the layers. null is what the planner finds best of 1, 2
+    and 4; only with a number here are the weights the same to the bit for any number of ranks."""
     open_slots: int | None = 2
     """roundpipe: slots that a device may have begun; of them it takes what is ready. 1 is strict order, and least
     memory. null is what the planner finds best of 1, 2 and 3."""

@@ -104,7 +104,7 @@ class Scored(Trainer):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])
-def test_what_the_trainer_makes_of_an_evaluation_is_saved(tmp_path, strategy):
+def test_what_the_trainer_makes_of_an_evaluation_is_saved(tmp_path, strategy, caplog):
     """The best metric, and how long a callback has been waiting for a better one: known only behind the evaluation."""
 
     def made(stop):
@@ -112,7 +112,7 @@ def test_what_the_trainer_makes_of_an_evaluation_is_saved(tmp_path, strategy):
             output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=stop, eval_strategy="steps", eval_steps=2,
             save_strategy=strategy, save_steps=2, metric_for_best_model="score", greater_is_better=False, report_to=[],
             disable_tqdm=True, per_device_train_batch_size=1, logging_strategy="no",
-            restore_callback_states_from_checkpoint=True,
+            restore_callback_states_from_checkpoint=True, save_total_limit=2, load_best_model_at_end=stop > 6,
         )  # fmt: skip
         callback = CheckpointCallback(tmp_path / "checkpoints")
         callbacks = [callback, EarlyStoppingCallback(early_stopping_patience=3)]
@@ -122,9 +122,13 @@ def test_what_the_trainer_makes_of_an_evaluation_is_saved(tmp_path, strategy):
     trainer, start = made(6)
     assert start is None
     trainer.train()
+    assert "finds none of the checkpoints" not in caplog.text
     trainer, start = made(14)
     assert start.endswith("checkpoint-6" if strategy == "steps" else "checkpoint-4")
     trainer.train(resume_from_checkpoint=start)
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (1.0, 4)
     assert trainer.state.global_step == 10  # three evaluations behind the best one
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == (["step-10", "step-8"] if strategy == "steps" else ["step-2", "step-4"])
+    assert "load_best_model_at_end finds none of the checkpoints" in caplog.text

@@ -125,6 +125,21 @@ def test_an_unknown_key_of_a_recipe_is_refused(tmp_path):
         read("--config", str(recipe))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run:\n  seed: 3\nmodel:\n  path: x\nrun:\n  steps: 7\n", r"run is given twice, in lines 1 and 5 of a recipe"),
+        ("run:\n  seed: 3\n  steps: 7\n  seed: 4\n", r"run\.seed is given twice, in lines 2 and 4 of a recipe"),
+        ('{"run": {"seed": 3,\n "seed": 4}}', r"run\.seed is given twice, in lines 1 and 2 of a recipe"),
+    ],
+)
+def test_a_recipe_that_says_something_twice_is_refused(tmp_path, text, words):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read("--config", str(recipe))
+
+
 @pytest.mark.parametrize("command", [report.main, doctor.main])
 def test_the_other_commands_complete_no_option_either(command, capsys):
     with pytest.raises(SystemExit) as leaving:

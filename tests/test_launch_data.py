@@ -177,7 +177,7 @@ def test_samples_longer_than_the_model_has_positions(tmp_path):
         check_lengths(source, longest - 1)
 
 
-@pytest.mark.parametrize("pattern", ["", "/etc/*", "**x"])
+@pytest.mark.parametrize("pattern", ["", "/etc/*", "**x", "../*", "*/../../*"])
 def test_a_pattern_that_is_no_relative_glob(tmp_path, pattern):
     with pytest.raises(DataError, match=r"data.pattern is .*no glob relative to"):
         load_data(config(tmp_path, folder(tmp_path), pattern=pattern))

@@ -1,16 +1,31 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.console import Recorder, describe
+from launch.console import Output, Recorder, describe
 from launch.errors import TrainingError
 from launch.files import RunFolder, replace_folder, write_lines
-from launch.job import require_finite
+from launch.finite import require_finite, require_finite_evaluation
 from launch.metrics import MetricsLog, StepMetrics, read_metrics
 from launch.summary import peak_resident_bytes, summarize, summed_up
+
+
+def test_output_that_nobody_reads_any_more_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        output = Output(stream)
+        console = Console(file=output)
+        console.print("no one")
+        assert output.write("lost\n") == 5
+        output.flush()
+        assert os.readlink(f"/proc/self/fd/{writer}") == os.devnull
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w", buffering=1) as stream:
+        Output(stream).write("a line\n")
 
 
 def step(number, **values):
@@ -130,6 +145,9 @@ def test_a_loss_that_is_no_number_ends_the_training(loss, norm):
     require_finite(3, 1.0, 0.0)
     with pytest.raises(TrainingError, match=r"step 3: the loss is .*; the last checkpoint is intact: resume with"):
         require_finite(3, loss, norm)
+    assert require_finite_evaluation(3, 1.0) == 1.0
+    with pytest.raises(TrainingError, match=r"step 3: the held-out loss behind it is .*, and are not saved; resume"):
+        require_finite_evaluation(3, loss * norm)
 
 
 def test_a_report_prints_lines_where_there_is_no_terminal_and_feeds_tensorboard(tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_a_plan_is_a_job(tmp_path, capsys):
     [
         (["--devices", 4, "--device-memory", "1MB"], 1, r"stays within 0.0 GB; the smallest needs"),
         (["--devices", 0], 2, "--devices, --device-memory, --flops and --link are more than 0"),
-        (["--devices", 4, "--link", "fast"], 2, "'fast' is no quantity; write 80GB"),
+        (["--devices", 4, "--link", "fast"], 2, "--link: 'fast' is no quantity; write 80GB"),
         (["--devices", 4, "--lengths", "none.json"], 2, "No such file"),
         (["--devices", 4, "--model.hidden_size=-1"], 2, "model.hidden_size is -1"),
     ],

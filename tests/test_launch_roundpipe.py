@@ -9,14 +9,14 @@ from checkpointing import Checkpointer, KeepLast
 from chunkflow import SINGLE, ChunkLoader, ChunkRunner, MemorySource
 from chunkflow.reference import float64_throughout
 from launch import TrainState
-from launch.config import FinetuneConfig, OptimizerConfig
+from launch.config import ChunksConfig, FinetuneConfig, OptimizerConfig
 from launch.errors import ConfigError
 from launch.gradnorm import clip_
 from launch.lora import LoraConfig, merge_adapters, with_adapters
 from launch.mesh import make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
-from launch.pipeline_job import check_whole_samples
+from launch.pipeline_job import check_microbatches, check_whole_samples
 from launch.recipe import read_config
 from launch.report_timeline import read_timeline
 from launch.roundpipe_runner import RoundPipeRunner
@@ -29,6 +29,7 @@ from tests.tiny import sequence, tiny_model
 pytestmark = pytest.mark.timeout(240)
 SOURCE = MemorySource([sequence(n, 4 + 3 * (n % 9)) for n in range(24)])
 TOKENS, BATCH = 32, 6
+CHUNKS = ChunksConfig(chunk_tokens=TOKENS, global_batch=BATCH)
 
 
 def job_model(*, frozen=(), padding=None, lora=None):
@@ -265,6 +266,26 @@ def test_bad_settings_are_told_by_their_names(flags, expected):
 def test_samples_longer_than_a_chunk_are_refused_on_one_rank_too():
     with pytest.raises(ConfigError, match="roundpipe needs every sample within one chunk, and the longest has 513"):
         check_whole_samples(FinetuneConfig(pipeline=PipelineConfig(schedule="roundpipe")), 513)
+
+
+def test_too_few_microbatches_and_too_many_rounds_are_refused_before_training():
+    loader = ChunkLoader(SOURCE, chunk_tokens=TOKENS, global_batch=BATCH, rank=0, world_size=1)
+    counts = [len(loader.plan(step).ranks[0]) for step in range(loader.num_steps)]
+    most, held_out = max(counts), [next(iter(loader))]
+    assert 1 < counts[0] < most < BATCH
+
+    def check(steps, **pipeline):
+        config = PipelineConfig(schedule="roundpipe", **pipeline)
+        check_microbatches(FinetuneConfig(pipeline=config, chunks=CHUNKS), loader, held_out, steps)
+
+    check(len(counts), microbatches=most, rounds=most)
+    check(1, microbatches=counts[0])
+    with pytest.raises(ConfigError, match=f"microbatches is {most - 1}, and a step has {most} chunks; make it {most}"):
+        check(len(counts), microbatches=most - 1)
+    with pytest.raises(ConfigError, match=f"microbatches is 1, and a step has {counts[0]} chunks"):
+        check(0, microbatches=1)  # of what is held out
+    with pytest.raises(ConfigError, match=f"rounds is {most + 1}, and no step has as many chunks"):
+        check(len(counts), rounds=most + 1)
 
 
 def test_adapters_that_fit_nothing_are_refused():

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -80,11 +81,30 @@ def board(info, folder, timeout_s=20.0):
 def ask_around(info, folder):
     place = board(info, folder)
     first = place.gather("first", info.rank * 10)
-    return first, place.gather("second", f"rank {info.rank}")
+    second = place.gather("second", f"rank {info.rank}")
+    if info.rank == 0:
+        time.sleep(0.3)
+    begun = time.monotonic()
+    place.until_rank0("through", timeout_s=10)
+    assert (time.monotonic() - begun > 0.1) == (info.rank == 1)
+    if info.rank == 1:
+        with pytest.raises(WorldError, match=r"rank 0 did not answer about 'stops' within 0\.2 s"):
+            place.until_rank0("stops", timeout_s=0.2)
+    return first, second
 
 
 def test_every_rank_hears_every_answer(tmp_path):
     assert run_ranks(ask_around, 2, str(tmp_path)) == [([0, 10], ["rank 0", "rank 1"])] * 2
+
+
+def test_a_store_that_ends_with_rank_0_is_not_missed():
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+    place = Board(store, rank=1, world_size=2, timeout_s=20)
+    ends = threading.Timer(0.3, lambda held=[server]: held.clear())
+    del server
+    ends.start()
+    place.until_rank0("through", timeout_s=10)
 
 
 def fail_together(info, folder):
@@ -216,11 +236,16 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others(number):
 def test_signals_are_noted_and_handlers_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals() as stop:
+        assert signal.getsignal(signal.SIGHUP) == signal.getsignal(signal.SIGTERM) != before[0]
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    hangs_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with StopSignals():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, hangs_up)
 
 
 def mesh_and_weights(info):

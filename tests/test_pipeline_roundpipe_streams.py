@@ -1,6 +1,7 @@
 """Weights on their way to a device that has room for few of them: no error while there is something to send away."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def bench(request):
 def test_weights_that_came_too_early_give_way_to_those_that_are_waited_for(bench):
     """The next slot's weights are made first, and take the room while the rank waits for this one's."""
     now, then = bench.visit(1), bench.visit(2)
+    assert (str(now), str(replace(now, first_step=7))) == ("slot 1, step 0, round 0", "slot 1, step 7, round 0")
     bench.streams.upload(now)
     bench.streams.upload(then)
 

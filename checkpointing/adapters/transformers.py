@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import uuid
@@ -31,18 +32,20 @@ from checkpointing.checkpointer import Checkpointer
 from checkpointing.config import Settings
 from checkpointing.errors import StateError
 from checkpointing.nested import flatten, unflatten
-from checkpointing.retention import Keep
+from checkpointing.retention import Keep, KeepLast
 from checkpointing.storage.local import LocalStorage
 
 _GROUPS = "optim_groups"
+_log = logging.getLogger("checkpointing")
 
 
 class CheckpointCallback(TrainerCallback):
     """Saves when the Trainer would, while training goes on. Every rank makes one.
 
-    The arguments are those of `Checkpointer`. For one process and for DDP. When `train` returns, saves are durable, or
-    what went wrong was raised. Give it the Trainer by `resume_from`: else it saves as soon as it hears of an
-    evaluation, and what the Trainer makes of that (the best metric, `save_strategy="best"`) is not in the save.
+    The arguments are those of `Checkpointer`; without `keep` the Trainer's `save_total_limit` counts. For one process
+    and for DDP. When `train` returns, saves are durable, or what went wrong was raised. Give it the Trainer by
+    `resume_from`: else it saves as soon as it hears of an evaluation, and what the Trainer makes of that (the best
+    metric, `save_strategy="best"`) is not in the save.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class CheckpointCallback(TrainerCallback):
         # Behind an evaluation the Trainer notes the best metric, and callbacks what they count, once all have heard.
         trainer._save_checkpoint = self._instead
         found = _Collected()
-        info = self._opened().restore(found)
+        info = self._opened(trainer.args).restore(found)
         if info is None:
             return None
         self._saved = info.step
@@ -82,7 +85,12 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the folder."""
-        self._opened()
+        self._opened(args)
+        if args.load_best_model_at_end:
+            _log.warning(
+                "load_best_model_at_end finds none of the checkpoints in %s, so the model stays that of the last step; "
+                "with save_strategy='best' the newest of them is the best", self._path
+            )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take a save over from the Trainer; it is made once the step is logged and evaluated, as the Trainer would."""
@@ -135,9 +143,11 @@ class CheckpointCallback(TrainerCallback):
             return
         self._due, control.should_save = self._due or control.should_save, False
 
-    def _opened(self) -> Checkpointer:
+    def _opened(self, args: TrainingArguments) -> Checkpointer:
         if self._checkpoints is None:
-            self._checkpoints = Checkpointer(self._path, keep=self._keep, timeout_s=self._timeout_s, **self._settings)
+            limit = args.save_total_limit
+            keep = KeepLast(limit) if self._keep is None and limit is not None and limit > 0 else self._keep
+            self._checkpoints = Checkpointer(self._path, keep=keep, timeout_s=self._timeout_s, **self._settings)
         return self._checkpoints
 
     def _save_if_due(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
@@ -152,7 +162,7 @@ class CheckpointCallback(TrainerCallback):
             extra = {} if scaler is None else {"scaler": scaler.state_dict()}
         parts = extra | {"scheduler": kwargs["lr_scheduler"].state_dict()}
         whole = _TrainerParts(kwargs["model"], kwargs["optimizer"], parts, args, state)
-        self._opened().save(state.global_step, whole)
+        self._opened(args).save(state.global_step, whole)
         self._saved = state.global_step
 
 

@@ -146,14 +146,13 @@ class Boundaries:
         before = reused(self._schedule, mb, 1 + plan.staleness)
         if before is None:
             return
-        step = self._schedule.step(before)
         for (kind, number), readers in self._takers.items():
             if kind is phase and (phase is Phase.B or number == at):
                 for again in readers:
                     self._peers.wait(
                         plan.words.taken(phase, number, place, self._turn(before), again=again),
                         self._turn(before),
-                        lambda: f"{self._what()}: waiting until what step {step} left there is used",
+                        lambda: f"{self._what()}: waiting until what an earlier step left there is used",
                     )
 
     def _put_word(self, item: Item) -> int:

@@ -32,9 +32,11 @@ class Visit:
     """Of which a gradient has been added in this visit."""
     upload: Job | None = None
     download: Job | None = None
+    first_step: int = 0
+    """What errors call the first step of the run."""
 
     def __str__(self) -> str:
-        return f"slot {self.slot}, step {self.step}, round {self.round}"
+        return f"slot {self.slot}, step {self.first_step + self.step}, round {self.round}"
 
     def drop_weights(self) -> None:
         """Free the weights."""

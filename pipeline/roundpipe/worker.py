@@ -179,7 +179,8 @@ class _Run:
         parameters = self._store.plan.parameters
         names = {name for layer in range(*layers) for name in self._worker.layers[layer].parameters}
         homes = frozenset(parameters[name].home for name in names)
-        visit = Visit(action.stage, layers, schedule.step(mb), schedule.round(mb), schedule.version(action), homes)
+        step, first = schedule.step(mb), self._first_step
+        visit = Visit(action.stage, layers, step, schedule.round(mb), schedule.version(action), homes, first_step=first)
         self._visits[self._key(action, mb)] = visit
         self._streams.upload(visit)
 

@@ -41,7 +41,7 @@ def co_scheduled(spec: Any, **params: Any) -> Any:
     """
     changed: Any = copy.deepcopy(spec)
     layers = getattr(changed, "layer_specs", None) or [changed]
-    found = {id(mlp): mlp for layer in layers if getattr(mlp := _mlp(layer), "module", None) is MoELayer}
+    found = {id(mlp): mlp for layer in layers if (mlp := _mlp(layer)) is not None and mlp.module is MoELayer}
     if not found:
         raise MoeConfigError("the spec has no MoELayer; make it with num_experts, as get_gpt_layer_local_spec takes it")
     for mlp in found.values():
@@ -50,7 +50,8 @@ def co_scheduled(spec: Any, **params: Any) -> Any:
 
 
 def _mlp(layer: Any) -> ModuleSpec | None:
-    return getattr(getattr(layer, "submodules", None), "mlp", None)
+    mlp = getattr(getattr(layer, "submodules", None), "mlp", None)
+    return mlp if isinstance(mlp, ModuleSpec) else None
 
 
 class CoScheduledTokenDispatcher(MoETokenDispatcher):
@@ -130,7 +131,9 @@ class CoScheduledMoELayer(MoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Take the number that a block gives its layers after making them; errors and spans name it."""
         super().set_layer_number(layer_number)
-        self.token_dispatcher.name = f"layer {layer_number}"
+        dispatcher = self.token_dispatcher
+        assert isinstance(dispatcher, CoScheduledTokenDispatcher)
+        dispatcher.name = f"layer {layer_number}"
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Move, compute and move back the rows of all experts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from moe.findings import Finding
 from moe.parallel import ParallelExperts, expert_layers
 from moe.together import Together
 
+NamedParameters = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+"""What `named_parameters()` of a model gives, or a dict of it."""
 _SCALE_TOLERANCE = 0.05
 
 
-def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Parameter]]) -> list[Finding]:
+def audit_gradients(model: nn.Module, reference: NamedParameters) -> list[Finding]:
     """Return the parameters whose gradients are off from those of one process on the global batch, by name and expert.
 
     `model` has finished its backward and its averaging; `reference` are the named parameters of the whole model, with
@@ -25,7 +27,7 @@ def audit_gradients(model: nn.Module, reference: Iterable[tuple[str, nn.Paramete
     or late.
     """
     together = Together(model, "audit_gradients")
-    expected = {name: p.grad for name, p in reference}
+    expected = {name: p.grad for name, p in dict(reference).items()}
     own, seen = [], set[int]()
     for name, layer in expert_layers(model).items():
         for stack, param in layer.named_parameters():

@@ -118,30 +118,33 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a plan in the event simulation and print when each operation runs."""
-    from moe.cost import stage_times
     from moe.plan import LayerPlan
     from moe.planner import plan_layer
-    from moe.simulate import predict
+    from moe.simulate import run_plan
     from moe.tracing import from_timeline, write_events
 
     known, load = _read_profile(profile), _load(exchange_bytes, expert_rows, gather_bytes, gradient_bytes, slice_bytes)
     _require_links(known, load, profile)
     made = _read(LayerPlan.from_json, plan) if plan else plan_layer(known, load)
     backward = way == "backward"
-    r, lag = made.chunks(backward=backward), made.backward_lag if backward else made.forward_lag
-    times = stage_times(known, load, r, backward=backward, pieces=made.pieces)
-    timeline = predict(known, times, r, order=made.order, lag=lag)
+    timeline, afterwards_s = run_plan(known, load, made, backward=backward)
     if events is not None:
         write_events(events, from_timeline(timeline))
     if as_json:
-        print(json.dumps({"plan": json.loads(made.to_json()), "events": [asdict(e) for e in timeline]}))
+        beside = {"layer_s": known.layer_s, "gradients_afterwards_s": afterwards_s}
+        print(json.dumps({"plan": json.loads(made.to_json()), "events": [asdict(e) for e in timeline], **beside}))
         return
-    table = Table(title=f"{way}, r = {r}, {made.order}: {max((e.t1_s for e in timeline), default=0) * 1e3:.2f} ms")
+    end_s = max((e.t1_s for e in timeline), default=0.0)
+    table = Table(title=f"{way}, r = {made.chunks(backward=backward)}, {made.order}: {end_s * 1e3:.2f} ms")
     for column in ("lane", "operation", "from ms", "to ms"):
         table.add_column(column, justify="right" if "ms" in column else "left")
     for e in (e for e in timeline if e.t1_s > e.t0_s):  # without shared experts nothing is gathered
         table.add_row(e.lane, f"{e.op.name} {e.op.chunk}", f"{e.t0_s * 1e3:.2f}", f"{e.t1_s * 1e3:.2f}")
     Console().print(table)
+    for name, more_s in (("the executor itself", known.layer_s), ("gradients left for afterwards", afterwards_s)):
+        if more_s:
+            print(f"{name}: {more_s * 1e3:.2f} ms more")
+    print(f"{way} in all: {(end_s + known.layer_s + afterwards_s) * 1e3:.2f} ms")
 
 
 @app.command()

@@ -6,7 +6,6 @@ twice in the optimizer moves twice as fast, a dead one wastes its memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import inf
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe.audit import audit_gradients
+from moe.audit import NamedParameters, audit_gradients
 from moe.findings import Finding
 from moe.parallel import ParallelExperts, expert_layers
 from moe.prints import print_of
@@ -28,7 +27,7 @@ def doctor(
     model: nn.Module,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    reference: Iterable[tuple[str, nn.Parameter]] | None = None,
+    reference: NamedParameters | None = None,
 ) -> list[Finding]:
     """Return what is wrong with a parallelized model, best asked after a forward and backward; none is good.
 

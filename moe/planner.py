@@ -184,17 +184,21 @@ def plan_layer(
     if not load.exchange_bytes and not load.expert_rows:
         return LayerPlan(1, 1, reasons=("nothing is exchanged or computed: r = 1",))
     serial_s = serial_time(profile, load, backward=False) + serial_time(profile, load, backward=True)
-    chosen, reasons = _search(profile, load, max_chunks, memory_bytes)
+    after = ", gradients afterwards" if load.gradient_bytes else ""
+    chosen, notes = _search(profile, load, max_chunks, memory_bytes)
     plan, best_s = _as_plan(chosen, load, serial_s), _sum(chosen)
     fixed_r, fixed_s = best_fixed(profile, load, max_chunks=max_chunks)
+    promise = f"promises {_over(fixed_s, best_s):.3f}x over the best single r = {fixed_r}"
     if serial_s < best_s * LEAVE_FIXED_GAIN and _fixed_fits(profile, load, 1, memory_bytes):
-        reasons.append(f"overlap promises {serial_s / best_s:.3f}x over none, {LEAVE_FIXED_GAIN} needed: r = 1")
         plan = _fixed_plan(profile, load, 1, serial_s)
+        notes.append(f"overlap promises {serial_s / best_s:.3f}x over none, {LEAVE_FIXED_GAIN} needed: r = 1{after}")
     elif fixed_s < best_s * LEAVE_FIXED_GAIN and _fixed_fits(profile, load, fixed_r, memory_bytes):
-        reasons.append(f"promises {fixed_s / best_s:.3f}x over the best single r = {fixed_r}: stays with that")
         plan = _fixed_plan(profile, load, fixed_r, serial_s)
+        pair = f"r = {chosen[0].chunks} forward and {chosen[1].chunks} backward"
+        notes.append(f"{pair} {promise}, {LEAVE_FIXED_GAIN} needed: stays with that{after}")
     else:
-        reasons.append(f"promises {_over(fixed_s, best_s):.3f}x over the best single r = {fixed_r}")
+        notes.append(promise)
+    reasons = [*(_why(profile, load, plan, max_chunks, backward=b) for b in (False, True)), *notes]
     if plan.forward_chunks * plan.backward_chunks > 1:
         reasons.append(f"promises {_over(serial_s, plan.predicted_s):.3f}x over no overlap")
     if profile.slowdowns:
@@ -232,12 +236,9 @@ def _search(
         ready = both("ready")
         promise = _over(_sum(chosen), _sum(ready))
         taken = promise >= READY_GAIN
-        chosen = ready if taken else chosen
-        verb = "taken" if taken else "not taken"
+        chosen, verb = (ready, "taken") if taken else (chosen, "not taken")
         why_not.append(f"ready order promises {promise:.3f}x over fifo, {READY_GAIN} needed: {verb}")
-    count = pieces(chosen[0].chunks, chosen[1].chunks)
-    why = [_why(profile, load, choice, count, max_chunks, backward=bool(b)) for b, choice in enumerate(chosen)]
-    return chosen, why + why_not
+    return chosen, why_not
 
 
 def _fixed_fits(profile: Profile, load: LayerLoad, chunks: int, memory_bytes: float | None) -> bool:
@@ -282,9 +283,10 @@ def _sum(choices: tuple[Choice, Choice]) -> float:
     return choices[0].time_s + choices[1].time_s
 
 
-def _why(profile: Profile, load: LayerLoad, choice: Choice, count: int, max_chunks: int, *, backward: bool) -> str:
-    t = stage_times(profile, load, choice.chunks, backward=backward, pieces=count)
-    r = choice.chunks
+def _why(profile: Profile, load: LayerLoad, plan: LayerPlan, max_chunks: int, *, backward: bool) -> str:
+    r = plan.chunks(backward=backward)
+    t = stage_times(profile, load, r, backward=backward, pieces=plan.pieces)
+    took_s = plan.predicted_backward_s if backward else plan.predicted_forward_s
     terms = {
         "the inter-node link": 2 * r * t.all_to_all + t.gradient,
         "the intra-node link": r * (t.gather + t.scatter),
@@ -293,6 +295,6 @@ def _why(profile: Profile, load: LayerLoad, choice: Choice, count: int, max_chun
     busy = max(terms, key=lambda name: terms[name])
     bound = lane_bound(profile, load, backward=backward, max_chunks=max_chunks)
     return (
-        f"{'backward' if backward else 'forward'} r = {r}: {choice.time_s * 1e3:.2f} ms, limited by {busy} "
+        f"{'backward' if backward else 'forward'} r = {r}: {took_s * 1e3:.2f} ms, limited by {busy} "
         f"({terms[busy] * 1e3:.2f} ms busy; no plan is under {bound * 1e3:.2f})"
     )

@@ -7,13 +7,13 @@ knows what running beside another lane costs; without slowdowns both agree, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from moe.cost import LayerLoad, Profile, StageTimes
+from moe.cost import LayerLoad, Profile, StageTimes, gradient_time, stage_times
 from moe.errors import PlanError
 from moe.plan import (
     COMBINE,
@@ -25,6 +25,7 @@ from moe.plan import (
     INTER,
     INTRA,
     SCATTER,
+    LayerPlan,
     Op,
     Order,
     inter_order,
@@ -129,6 +130,20 @@ def predict(profile: Profile, t: StageTimes, chunks: int, *, order: Order = "fif
     """Return the timeline of one direction under a profile's slowdowns."""
     pairs = {(a, b): profile.slowdown(a, b) for a in LANES for b in LANES if a != b}
     return timeline(t, intra_order(chunks, order, lag), pairs)
+
+
+def run_plan(profile: Profile, load: LayerLoad, plan: LayerPlan, *, backward: bool) -> tuple[list[Event], float]:
+    """Return the timeline of one direction and the seconds of the gradients that the plan leaves for afterwards.
+
+    Of the load's gradients a backward hides those of `plan.gradient_bytes`. With `profile.layer_s` both are what the
+    plan of this profile and load predicts.
+    """
+    left = replace(load, gradient_bytes=max(0, round(load.gradient_bytes) - plan.gradient_bytes))
+    hidden = load.gradient_bytes - left.gradient_bytes
+    chunks, lag = plan.chunks(backward=backward), plan.backward_lag if backward else plan.forward_lag
+    bare = replace(load, gradient_bytes=hidden)
+    times = stage_times(profile, bare, chunks, backward=backward, pieces=plan.pieces)
+    return predict(profile, times, chunks, order=plan.order, lag=lag), gradient_time(profile, left) * backward
 
 
 def peak_bytes(events: Sequence[Event], load: LayerLoad, chunks: int) -> float:

@@ -87,6 +87,22 @@ def test_simulate_follows_the_plan_and_its_events_can_be_drawn(profile, tmp_path
     assert (bar["ts"], bar["dur"], bar["args"]["step"]) == (0, 4.0, 7)
 
 
+def test_simulate_shows_what_the_plan_predicts_also_where_it_hides_nothing(profile, tmp_path):
+    path = Path(profile)
+    made = replace(Profile.from_json(path.read_text()), layer_s=0.02, expert_forward=Line(1e-5, 2e-3))
+    path.write_text(made.to_json())
+    done = run("simulate", "--profile", profile, *LOAD[:4], "--gradient-bytes", "2e5", "--json")
+    shown = json.loads(done.stdout)
+    assert (shown["plan"]["backward_chunks"], shown["plan"]["gradient_bytes"]) == (1, 0)
+    assert f"backward r = 1: {shown['plan']['predicted_backward_s'] * 1e3:.2f} ms" in shown["plan"]["reasons"][1]
+    assert not any("gradient" in e["op"] for e in shown["events"])
+    total_s = max(e["t1_s"] for e in shown["events"]) + shown["layer_s"] + shown["gradients_afterwards_s"]
+    assert total_s == pytest.approx(shown["plan"]["predicted_backward_s"])
+    text = run("simulate", "--profile", profile, *LOAD[:4], "--gradient-bytes", "2e5").stdout
+    assert "gradients left for afterwards: 3.00 ms more" in text
+    assert text.endswith(f"backward in all: {total_s * 1e3:.2f} ms\n")
+
+
 def test_bad_input_is_2_and_says_what_to_do(profile, tmp_path, monkeypatch, capsys):
     code, said = failing(monkeypatch, capsys, "plan", "--profile", str(tmp_path / "none.json"), *LOAD)
     assert code == 2

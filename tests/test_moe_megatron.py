@@ -58,12 +58,11 @@ def patched():
         yield
 
 
-def make(kind, settings, **options):
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+def config_of(settings, *, num_layers=1):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=1,
+    return TransformerConfig(
+        num_layers=num_layers,
         hidden_size=WIDTH,
         num_attention_heads=2,
         num_moe_experts=EXPERTS,
@@ -81,6 +80,12 @@ def make(kind, settings, **options):
         bf16=False,
         perform_initialization=True,
     )
+
+
+def make(kind, settings, **options):
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    config = config_of(settings)
     spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
     torch.manual_seed(dist.get_rank())
     return kind(config, spec.submodules, layer_number=1, **options).double()
@@ -94,10 +99,48 @@ def compare(info):
     with patched():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
         errors = [compare_with(info, settings) for settings in SETTINGS]
+        whole = compare_models(info)
         with pytest.raises(MoeConfigError, match="moe_shared_expert_overlap computes shared experts inside Megatron's"):
             make(CoScheduledMoELayer, SHARED | {"moe_shared_expert_overlap": True})
         parallel_state.destroy_model_parallel()
-    return errors
+    return errors, whole
+
+
+def compare_models(info):
+    """Whole models of two MoE layers, trained for two steps; return the largest difference."""
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from moe.convert.megatron import CoScheduledMoELayer, co_scheduled
+
+    with pytest.raises(MoeConfigError, match="the spec has no MoELayer; make it with num_experts"):
+        co_scheduled(get_gpt_layer_local_spec())
+    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+    dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    config = config_of({"moe_router_topk": 2, "masked_softmax_fusion": False, **dropout}, num_layers=2)
+    ours_spec = co_scheduled(spec, plan=LayerPlan(3, 2))
+    theirs, ours = (GPTModel(config, s, 32, 8, position_embedding_type="learned_absolute") for s in (spec, ours_spec))
+    ours.load_state_dict(theirs.double().state_dict())
+    layers = [m for m in ours.double().modules() if isinstance(m, CoScheduledMoELayer)]
+    assert [layer.token_dispatcher.name for layer in layers] == ["layer 1", "layer 2"]
+    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(info.rank))
+    mask = torch.triu(torch.ones(1, 1, 8, 8, dtype=torch.bool), 1)
+    worst = 0.0
+    tracker = SimpleNamespace(fork=contextlib.nullcontext)
+    with mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", return_value=tracker):
+        for _ in range(2):
+            for model in (theirs, ours):
+                model.zero_grad()
+                model(ids[:, :-1], torch.arange(8).expand(2, 8), mask, labels=ids[:, 1:]).mean().backward()
+            for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (one, other)]
+                worst = max(worst, float((grads[0] - grads[1]).abs().max()))
+                for param, grad in zip((one, other), grads, strict=True):
+                    param.data -= 0.5 * grad
+    for layer in layers:
+        layer.token_dispatcher.lanes.close()
+    return {"weights of two models": worst}
 
 
 def compare_with(info, settings):
@@ -127,7 +170,8 @@ def compare_with(info, settings):
 
 
 def test_our_dispatcher_in_megatrons_layer_gives_its_outputs_and_gradients():
-    for every in run_ranks(compare, 2, timeout_s=120, fresh=True):
+    for every, whole in run_ranks(compare, 2, timeout_s=120, fresh=True):
+        assert max(whole.values()) < 1e-12, whole
         for errors in every:
             assert len(errors) > 5
             assert max(errors.values()) < 1e-12, errors

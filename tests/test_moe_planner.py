@@ -118,6 +118,8 @@ def test_a_single_r_within_3_percent_is_kept():
     plan = plan_layer(profile, replace(LOAD, gradient_bytes=0.0, gather_bytes=0.0))
     assert plan.forward_chunks == plan.backward_chunks > 1
     assert any("stays with that" in r for r in plan.reasons)
+    ways = [f"{way} r = {plan.forward_chunks}" for way in ("forward", "backward")]
+    assert [reason.split(":")[0] for reason in plan.reasons[:2]] == ways
 
 
 def test_ready_order_is_taken_only_for_8_percent():

@@ -1,6 +1,6 @@
-"""Our dispatch, experts and combine inside Megatron-core's `MoELayer`: put `CoScheduledMoELayer` into the layer spec.
+"""Our dispatch, experts and combine inside Megatron-core's `MoELayer`: `co_scheduled` puts them into a layer spec.
 
-    ModuleSpec(module=CoScheduledMoELayer, params={"plan": plan}, submodules=...)     # where MoELayer stood
+    GPTModel(config, co_scheduled(get_gpt_layer_local_spec(num_experts=8), plan=plan), ...)
 
 Megatron's router, experts and shared experts stay as they are. The experts get weights of one and the weighted sum is
 taken after combine, which is the same for experts without biases. Tensor parallelism inside experts is refused. Needs
@@ -9,12 +9,14 @@ the extra `megatron`. Megatron-core's layer asks for CUDA; on CPU this was tried
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from moe.agree import agree, problem_of
@@ -28,6 +30,28 @@ from moe.overlap import run_experts
 from moe.plan import PLAIN, LayerPlan
 from moe.records import Assignments
 from moe.traffic import Traffic
+
+
+def co_scheduled(spec: Any, **params: Any) -> Any:
+    """Return a layer spec, or the submodules of a block, with `CoScheduledMoELayer` for each of Megatron's `MoELayer`.
+
+    `params` are those of `CoScheduledMoELayer`. Megatron hands `pg_collection` to its own layer only, and says
+    "Unknown MLP type" for ours: without one in `params` the groups are those of `initialize_model_parallel`.
+    Raises MoeConfigError for a spec without such a layer.
+    """
+    changed: Any = copy.deepcopy(spec)
+    layers = getattr(changed, "layer_specs", None) or [changed]
+    found = {id(mlp): mlp for layer in layers if (mlp := _mlp(layer)) is not None and mlp.module is MoELayer}
+    if not found:
+        raise MoeConfigError("the spec has no MoELayer; make it with num_experts, as get_gpt_layer_local_spec takes it")
+    for mlp in found.values():
+        mlp.module, mlp.params = CoScheduledMoELayer, {**mlp.params, **params}
+    return changed
+
+
+def _mlp(layer: Any) -> ModuleSpec | None:
+    mlp = getattr(getattr(layer, "submodules", None), "mlp", None)
+    return mlp if isinstance(mlp, ModuleSpec) else None
 
 
 class CoScheduledTokenDispatcher(MoETokenDispatcher):
@@ -103,6 +127,13 @@ class CoScheduledMoELayer(MoELayer):
         lanes = lanes or make_lanes(self.ep_group, None, moe_config or MoeConfig())
         name = f"layer {layer_number or 0}"
         self.token_dispatcher = CoScheduledTokenDispatcher(config, groups, lanes, plan, name)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the number that a block gives its layers after making them; errors and spans name it."""
+        super().set_layer_number(layer_number)
+        dispatcher = self.token_dispatcher
+        assert isinstance(dispatcher, CoScheduledTokenDispatcher)
+        dispatcher.name = f"layer {layer_number}"
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Move, compute and move back the rows of all experts."""

@@ -62,9 +62,13 @@ def read_config(argv: Sequence[str] | None, *, prog: str, description: str) -> F
 def _load_yaml(text: str) -> Any:
     """Return what YAML says. Raises ConfigError for a key given twice, of which YAML's own reader takes the last."""
     waiting: list[tuple[str, yaml.Node | None]] = [("", yaml.compose(text, Loader=yaml.SafeLoader))]
+    seen = set[int]()  # an alias may stand inside of what it names
     for prefix, node in waiting:
         lines: dict[str, int] = {}
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for key, value in node.value:
             name, line = f"{prefix}{key.value}", key.start_mark.line + 1
             if name in lines:
                 raise ConfigError(f"{name} is given twice, in lines {lines[name]} and {line} of a recipe; take one")

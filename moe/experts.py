@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.gated import gated
 from moe.precision import narrowed
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,16 +46,14 @@ class GatedStacks:
         return torch.cat(out) if out else rows_ND
 
     def _one(self, e: int, rows_ND: Tensor) -> Tensor:
-        gate, up = F.linear(rows_ND, self.gate_up_EID[e]).chunk(2, dim=-1)
-        return F.linear(self.act(gate) * up, self.down_EDI[e])
+        return F.linear(gated(F.linear(rows_ND, self.gate_up_EID[e]), self.act), self.down_EDI[e])
 
     def _grouped_mm(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         # Rows past the last offset would be left uninitialised: the counts must add up to N.
         assert sum(counts) == len(rows_ND), (counts, rows_ND.shape)
         offsets_E = torch.tensor(counts, device=rows_ND.device).cumsum(0).to(torch.int32)
         gate_up = F.grouped_mm(rows_ND, self.gate_up_EID.transpose(-2, -1), offs=offsets_E)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.grouped_mm(self.act(gate) * up, self.down_EDI.transpose(-2, -1), offs=offsets_E)
+        return F.grouped_mm(gated(gate_up, self.act), self.down_EDI.transpose(-2, -1), offs=offsets_E)
 
 
 class StackedExperts(nn.Module):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -261,6 +262,23 @@ def test_a_script_that_closes_nothing_ends_after_its_lanes(tmp_path):
     run = [sys.executable, "-c", END_AT_ONCE, str(tmp_path / "store")]
     ended = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+def make_other_calls(info):
+    lanes = lanes_of(make_mesh(2, 2, 1), timeout_s=1.0)
+    layer, x, own = make_layer(lanes=lanes), tokens_of(0, [4]), torch.zeros(1, dtype=torch.int64)
+    # What a save or the doctor does on these groups, in sizes of its own.
+    calls = (lambda: layer(x)), (lambda: dist.all_gather_single(own.repeat(2), own, group=lanes.ep))
+    start_s = time.monotonic()
+    with pytest.raises((MoeError, RuntimeError)) as caught:
+        calls[info.rank]()
+    return caught.type.__name__, time.monotonic() - start_s
+
+
+def test_ranks_in_different_calls_hear_of_it_in_time():
+    (kind, waited_s), (_, other_s) = run_ranks(make_other_calls, 2, fresh=True)
+    assert kind == "ExchangeError"
+    assert max(waited_s, other_s) < 10
 
 
 def uneven(info):

@@ -23,6 +23,11 @@ Step = tuple[str, int | None]
 class Engine(Protocol):
     """What differs between ways of keeping parameters. Every rank of the group calls every method."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether `.grad` of a parameter is whole and no one else's, so that gradients may be added to it directly."""
+        ...
+
     def call(self, forward: Callable[..., Tensor], **inputs: Any) -> Tensor:
         """Return `forward(**inputs)`, run where the wrappers of the model see a forward of theirs."""
         ...
@@ -50,6 +55,8 @@ class Engine(Protocol):
 
 class WholeParameters:
     """`Engine` of models whose parameters are whole on every rank: programs need not agree, one reduction a step."""
+
+    in_place = True
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -100,6 +107,8 @@ class InStep(WholeParameters):
 
     Every rank runs the common program; where it has no chunk for an operation it runs one token of weight zero.
     """
+
+    in_place = False
 
     def operations(self, program: str, own: Sequence[Operation]) -> Sequence[Step]:
         """See `Engine.operations`: the common program."""

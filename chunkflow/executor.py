@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chunkflow.attention.base import ChunkView, Span
 from chunkflow.engine import Step
-from chunkflow.loss import tiled_cross_entropy
+from chunkflow.loss import Tile, tiled_cross_entropy
 from chunkflow.parts import Runnable
 from chunkflow.records import Chunk, Segment
 from chunkflow.rng import replay, rng_state
@@ -40,6 +40,7 @@ class StepExecutor:
         self._hidden: dict[int, Tensor] = {}
         self._dummies: list[Tensor] = []
         self._rng: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._tile = Tile()
 
     def train(
         self,
@@ -71,7 +72,7 @@ class StepExecutor:
         total = torch.zeros((), dtype=torch.float64)
         for _, position in operations:
             chunk = self._chunk(position)
-            total += self._loss(chunk, self._run(chunk)).double().cpu() / denominator
+            total += self._loss(chunk, self._run(chunk), denominator).double().cpu() / denominator
             self._release(chunk, last=chunk.count - 1)
         return total
 
@@ -97,7 +98,7 @@ class StepExecutor:
     def _backward(self, position: int | None, denominator: float, *, last: bool) -> Tensor:
         chunk = self._chunk(position)
         hidden = self._dummies.pop() if position is None else self._hidden.pop(position)
-        loss = self._loss(chunk, hidden) / denominator
+        loss = self._loss(chunk, hidden, denominator) / denominator
         self._parts.engine.backward(loss, last=last)
         self._release(chunk, last=0)
         return loss.detach().double().cpu()
@@ -112,12 +113,14 @@ class StepExecutor:
             chunk_view=ChunkView(_spans(chunk), state, self._dropout_seed),
         )
 
-    def _loss(self, chunk: Chunk, hidden: Tensor) -> Tensor:
+    def _loss(self, chunk: Chunk, hidden: Tensor, denominator: float) -> Tensor:
         tensors, head, rule = chunk.tensors(), self._parts.head, self._parts.rule
+        known = denominator if self._parts.engine.in_place else None
         labels, weights = tensors["shift_labels"][0].to(self._device), tensors["loss_weights"][0].to(self._device)
 
         def compute(x: Tensor) -> Tensor:
-            return tiled_cross_entropy(x[0], head.weight, head.bias, labels, weights, rule)
+            inputs = (x[0], head.weight, head.bias, labels, weights, rule)
+            return tiled_cross_entropy(*inputs, denominator=known, tile=self._tile)
 
         return self._parts.at_head(compute, hidden)
 

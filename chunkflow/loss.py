@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_ROWS = 256
-"""Rows of logits in memory at once; 256 was as fast as plain cross entropy at a quarter of its memory."""
+from chunkflow.in_place import gradient_of, grows_in_place
+
+TILE_ROWS = 512
+"""Rows of logits in memory at once; the gradient of the weight is read and written once for each."""
+TILE_BYTES = 2**28
+"""Fewer rows where they would take more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,21 @@ class LogitRule:
         return capped.mul_(self.cap), slope
 
 
+@dataclass(slots=True)
+class Tile:
+    """Memory of logits, for one loss after another: a fresh one costs more in page faults than its softmax does."""
+
+    memory: Tensor | None = None
+
+    def rows_of(self, rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [R, V] for the next tile of so many rows: R of them, or as many as a tile has."""
+        most = min(TILE_ROWS, max(1, TILE_BYTES // (weight.shape[0] * dtype.itemsize)))
+        rows, held = min(rows, most), self.memory
+        if held is None or len(held) < rows or (held.shape[1], held.dtype) != (weight.shape[0], dtype):
+            held = self.memory = weight.new_empty(rows, weight.shape[0], dtype=dtype)
+        return held[:rows]
+
+
 def tiled_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -50,24 +69,44 @@ def tiled_cross_entropy(
     labels: Tensor,
     loss_weights: Tensor,
     rule: LogitRule = LogitRule(),
+    *,
+    denominator: float | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Return sum(loss_weights * cross entropy) as a 0-d tensor, fp32 or wider.
 
     hidden [T, D]; weight [V, D] and bias [V] of the output projection; labels int64 [T], shifted already, -100 for no
     target; loss_weights [T]. Sums run in fp32 or wider whatever the model's dtype.
+
+    With `denominator`, the gradient of loss / denominator by `weight` is added to `weight.grad` at once, where
+    `chunkflow.in_place` allows it and the dtype is the sums': backward of that quotient, which must follow, has the
+    other gradients. `tile` lends its memory.
     """
     supervised = (labels != -100) & (loss_weights != 0)
     kept = supervised.nonzero().squeeze(1)
-    loss = _TiledCrossEntropy.apply(hidden[kept], weight, bias, labels[kept], loss_weights[kept], rule)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = None
+    if denominator is not None and torch.is_grad_enabled() and weight.dtype == wide and grows_in_place(weight):
+        total = _Total(gradient_of(weight), 1 / denominator)
+    lent = tile or Tile()
+    loss = _TiledCrossEntropy.apply(hidden[kept], weight, bias, labels[kept], loss_weights[kept], rule, total, lent)
     assert isinstance(loss, Tensor)
     return loss
+
+
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """Where the gradient of the weight is added up, and by what each part is multiplied."""
+
+    grad: Tensor
+    scale: float = 1.0
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor,
-        rule: LogitRule,
+        rule: LogitRule, total: _Total | None, lent: Tile,
     ) -> Tensor:  # fmt: skip
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -75,12 +114,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] and total is None else None
+        total = total if d_weight is None else _Total(d_weight)
         d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
-        # One tile for all rows: a fresh one each time would cost more in page faults than its softmax does.
-        tile = hidden.new_empty(min(TILE_ROWS, hidden.shape[0]), weight.shape[0], dtype=wide)
-        for start in range(0, hidden.shape[0], TILE_ROWS):
-            rows = slice(start, start + TILE_ROWS)
+        tile = lent.rows_of(max(1, hidden.shape[0]), weight, wide)
+        for start in range(0, hidden.shape[0], len(tile)):
+            rows = slice(start, start + len(tile))
             logits, slope = rule.apply_(_projected(hidden[rows], weight, bias, tile))
             losses, d_logits = _tile(logits, slope, labels[rows])
             # Gradients are weighted where they are as wide as the model, not as the vocabulary.
@@ -88,8 +127,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
             loss += (losses * weights).sum()
             if d_hidden is not None:
                 d_hidden[rows] = (d_logits.to(weight.dtype) @ weight).mul_(weights.unsqueeze(1))
-            if d_weight is not None:
-                _add_product(d_weight, d_logits, hidden[rows] * weights.unsqueeze(1).to(hidden.dtype))
+            if total is not None:
+                _add_product(total, d_logits, hidden[rows] * weights.unsqueeze(1).to(hidden.dtype))
             if d_bias is not None:
                 d_bias += (d_logits * weights.unsqueeze(1)).sum(0)
         ctx.gradients = (d_hidden, d_weight, d_bias)
@@ -102,7 +141,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         ctx.gradients = None  # scaled in place: a second backward is an error, and the memory is free now
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -137,9 +176,9 @@ def _tile(logits: Tensor, slope: Tensor | None, labels: Tensor) -> tuple[Tensor,
     return losses.squeeze(1), chances if slope is None else chances.mul_(slope)
 
 
-def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+def _add_product(total: _Total, d_logits: Tensor, hidden: Tensor) -> None:
     """Add d_logits^T @ hidden [V, D] to the fp32 (or wider) total; the product itself runs in the model's dtype."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(d_logits.t(), hidden)
+    if total.grad.dtype == hidden.dtype:
+        total.grad.addmm_(d_logits.t(), hidden, alpha=total.scale)
     else:
-        total.add_(d_logits.to(hidden.dtype).t() @ hidden)
+        total.grad.add_(d_logits.to(hidden.dtype).t() @ hidden, alpha=total.scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from chunkflow.adapters import plain_head
 from chunkflow.attention.base import ChunkView
 from chunkflow.engine import Engine, forward_as
 from chunkflow.errors import UnsupportedModelError
+from chunkflow.in_place import embedding_in_place
 from chunkflow.loss import LogitRule
 
 
@@ -111,7 +113,8 @@ class CausalParts:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Run the model without its head; return the last hidden states [1, T, D]."""
-        return self.engine.call(lambda **kwargs: self.base(**kwargs).last_hidden_state, use_cache=False, **inputs)
+        with embedding_in_place(self.model.get_input_embeddings()) if self.engine.in_place else nullcontext():
+            return self.engine.call(lambda **kwargs: self.base(**kwargs).last_hidden_state, use_cache=False, **inputs)
 
     def logits(self, **inputs: Any) -> Tensor:
         """Run the whole model; return its logits [1, T, V]."""

@@ -51,7 +51,10 @@ def _where_summed(grad: Tensor, group: dist.ProcessGroup) -> tuple[tuple[dist.Pr
 
 
 def _sum_bucket(bucket: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> None:
-    if groups:
+    if len(bucket) == 1 and bucket[0].is_contiguous():  # the largest ones: no copy of them is made
+        for group in groups:
+            dist.all_reduce(bucket[0], group=group)
+    elif groups:
         flat = torch.cat([g.reshape(-1) for g in bucket])
         for group in groups:
             dist.all_reduce(flat, group=group)

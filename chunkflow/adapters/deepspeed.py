@@ -44,6 +44,8 @@ def unwrap_deepspeed(model: nn.Module, group: dist.ProcessGroup | str | None) ->
 class _Zero:
     """What the stages have in common."""
 
+    in_place = False
+
     def __init__(self, engine: Any, group: dist.ProcessGroup | None) -> None:
         if group is None or dist.get_world_size(group) != dist.get_world_size(engine.seq_data_parallel_group):
             raise ChunkflowError(

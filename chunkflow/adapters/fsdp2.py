@@ -22,6 +22,8 @@ from chunkflow.program import Operation
 class Fsdp2:
     """`Engine` of an FSDP2 root."""
 
+    in_place = False
+
     def __init__(self, root: FSDPModule, group: dist.ProcessGroup | None) -> None:
         if group is None:
             raise ChunkflowError("the model is sharded with FSDP2 and group is SINGLE; give the group that shares it")

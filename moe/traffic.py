@@ -77,7 +77,14 @@ class Traffic:
 
     def chunk(self, start: Fraction, end: Fraction) -> ChunkTraffic:
         """Return what moves in the chunk between two cuts."""
-        return ChunkTraffic(self, self.borders(start), self.borders(end))
+        if (known := self._chunks.get((start, end))) is None:
+            known = self._chunks[start, end] = ChunkTraffic(self, self.borders(start), self.borders(end))
+        return known
+
+    @cached_property
+    def _chunks(self) -> dict[tuple[Fraction, Fraction], ChunkTraffic]:
+        """Of both directions: with as many chunks they are the same."""
+        return {}
 
     @property
     def own_experts(self) -> slice:
@@ -126,6 +133,15 @@ class ChunkTraffic:
 
         The piece lies inside the chunk.
         """
+        if (known := self._pieces.get((start, end))) is None:
+            known = self._pieces[start, end] = self._piece_index(start, end)
+        return known
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[Fraction, Fraction], tuple[Ints, list[int]]]:
+        return {}
+
+    def _piece_index(self, start: Fraction, end: Fraction) -> tuple[Ints, list[int]]:
         t = self.traffic
         held_SPe = (self.end_SPE - self.start_SPE)[:, :, t.own_experts]
         offsets_SPe = (np.cumsum(held_SPe) - held_SPe.ravel()).reshape(held_SPe.shape)

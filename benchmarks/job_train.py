@@ -37,7 +37,7 @@ FULL = Size(steps=20, global_batch=32, cap_bytes=5_000_000_000, quick=False)
 QUICK = Size(steps=10, global_batch=8, cap_bytes=1_000_000_000, quick=True)
 SCAN = Size(steps=5, global_batch=32, cap_bytes=5_000_000_000, quick=False)
 
-OURS: Mapping[str, int] = {"chunk_tokens": 2048, "retain": 2}
+OURS: Mapping[str, int] = {"chunk_tokens": 1024, "retain": 4}
 PEER: Mapping[str, int] = {"batch": 1}
 QUICK_OURS: Mapping[str, int] = {"chunk_tokens": 256, "retain": 1}
 SETTINGS: Sequence[tuple[str, Mapping[str, int]]] = [

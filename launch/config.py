@@ -18,7 +18,7 @@ from launch.lora import LoraConfig
 from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
 
-_MOST_SECONDS = 1e8
+MOST_SECONDS = 1e8
 """Longer waits are beyond what stores and process groups can be told."""
 
 
@@ -287,5 +287,5 @@ class FinetuneConfig:
 def _require_number(key: str, value: object) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be finite")
-    if key.endswith(".timeout_s") and isinstance(value, float) and value > _MOST_SECONDS:
-        raise ConfigError(f"{key} is {value}; it must be at most {_MOST_SECONDS:g}")
+    if key.endswith(".timeout_s") and isinstance(value, float) and value > MOST_SECONDS:
+        raise ConfigError(f"{key} is {value}; it must be at most {MOST_SECONDS:g}")

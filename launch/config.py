@@ -187,7 +187,8 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; longer ones are scaled down to it. null clips nothing."""
 
     def __post_init__(self) -> None:
-        _at_least(0, optimizer__lr=self.lr, optimizer__eps=self.eps, optimizer__weight_decay=self.weight_decay)
+        _at_least(0, optimizer__lr=self.lr, optimizer__weight_decay=self.weight_decay)
+        _at_least(1e-30, optimizer__eps=self.eps)  # in fp32 less is 0, and 0 / 0 what a weight without gradient moves
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both must be in [0, 1)")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=1e-3, help="largest relative difference of a loss, for shrink"
     )
     parser.add_argument("--reference", type=Path, help="the folder of an undisturbed run of the same settings")
-    parser.add_argument("--work", type=Path, help="where to run; by default a folder that is removed at the end")
+    parser.add_argument("--work", type=Path, help="an empty folder to run in; by default one that is removed")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 

@@ -1,12 +1,16 @@
 """What ranks tell each other outside of collectives: short JSON answers through the job's store, with deadlines.
 
-A rank that fails here can still tell the others why, which it cannot from inside a collective.
+A rank that fails here can still tell the others why, which it cannot from inside a collective. Where they wait longer
+than a board's own timeout, a rank at work gives signs of life: one that is stopped is found after that timeout all the
+same, and one that takes hours is waited for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +20,9 @@ from torch._C._distributed_c10d import Store
 from launch.errors import KNOWN_ERRORS, LaunchError, WorldError
 
 T = TypeVar("T")
+
+_BEATS = 20
+"""Signs of life within a board's timeout."""
 
 
 class Board:
@@ -41,20 +48,20 @@ class Board:
 
     def gather(self, topic: str, answer: Any, *, timeout_s: float | None = None) -> list[Any]:
         """Return the answers of all ranks, by rank. Raises WorldError naming a rank that does not answer in time."""
-        key = self._next(topic)
-        self._store.set(f"{key}/{self.rank}", json.dumps(answer))
-        return [self._read(topic, f"{key}/{rank}", rank, timeout_s) for rank in range(self.world_size)]
+        return self._exchange(self._next(topic), answer, timeout_s)
 
     def together(self, topic: str, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
         """Return `work()` once it has succeeded on every rank; where it fails on one, raise its error on all."""
+        key = self._next(topic)
         try:
-            result, error = work(), None
+            with self._at_work(key, timeout_s):
+                result, error = work(), None
         except KNOWN_ERRORS as known:
             result, error = None, known
         except Exception as unknown:
-            self.gather(topic, f"{type(unknown).__name__}: {unknown}", timeout_s=timeout_s)
+            self._exchange(key, f"{type(unknown).__name__}: {unknown}", timeout_s, self._timeout_s)
             raise
-        failures = self.gather(topic, None if error is None else str(error), timeout_s=timeout_s)
+        failures = self._exchange(key, None if error is None else str(error), timeout_s, self._timeout_s)
         if error is not None:
             raise error
         for rank, failure in enumerate(failures):
@@ -65,13 +72,15 @@ class Board:
     def rank0_first(self, topic: str, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
         """Return `work()`, done on rank 0 alone first, then on the others, which find what rank 0 has cached.
 
-        Where it fails, its error is raised on every rank.
+        Where it fails, its error is raised on every rank. Ranks wait for `timeout_s`, but for no longer than the
+        board's own timeout for one that is stopped.
         """
         key = self._next(topic)
         if self.rank == 0:
-            result = self._announced(key, work)
+            with self._at_work(key, timeout_s):
+                result = self._announced(key, work)
             return self.together(topic, lambda: result, timeout_s=timeout_s)
-        failure = self._read(topic, f"{key}/0", 0, timeout_s)
+        failure = self._read(key, 0, timeout_s, self._timeout_s)
         if failure is not None:
             raise LaunchError(failure)
         return self.together(topic, work, timeout_s=timeout_s)
@@ -87,7 +96,7 @@ class Board:
             self._store.set(f"{key}/0", json.dumps(None))
             return
         try:
-            self._read(topic, f"{key}/0", 0, timeout_s)
+            self._read(key, 0, timeout_s)
         except WorldError as error:
             if not isinstance(error.__cause__, dist.DistNetworkError):
                 raise
@@ -102,17 +111,56 @@ class Board:
         self._store.set(f"{key}/0", json.dumps(None))
         return result
 
+    @contextmanager
+    def _at_work(self, key: str, timeout_s: float | None) -> Iterator[None]:
+        """Give signs of life while the block runs, where others may wait longer than this board's timeout."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            with suppress(RuntimeError):  # the store is gone, which the block's own rank finds when it answers
+                while not ended.wait(self._timeout_s / _BEATS):
+                    count += 1
+                    self._store.set(f"{key}/{self.rank}/at work", str(count))
+
+        thread = threading.Thread(target=beat, name="board", daemon=True)
+        if timeout_s is not None and timeout_s > self._timeout_s:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if thread.ident is not None:
+                thread.join()
+
     def _next(self, topic: str) -> str:
         self._asked += 1
         return f"board/{self._asked}/{topic}"
 
-    def _read(self, topic: str, key: str, rank: int, timeout_s: float | None) -> Any:
-        seconds = self._timeout_s if timeout_s is None else timeout_s
-        try:
-            self._store.wait([key], timedelta(seconds=seconds))
-        except RuntimeError as error:  # what every store raises, of torch's own errors the base
-            raise WorldError(
-                f"rank {rank} did not answer about '{topic}' within {seconds:g} s; it ended, hangs, or does something "
-                "else: see its own output"
-            ) from error
-        return json.loads(self._store.get(key))
+    def _exchange(self, key: str, answer: Any, timeout_s: float | None, silent_s: float | None = None) -> list[Any]:
+        self._store.set(f"{key}/{self.rank}", json.dumps(answer))
+        return [self._read(key, rank, timeout_s, silent_s) for rank in range(self.world_size)]
+
+    def _read(self, key: str, rank: int, timeout_s: float | None, silent_s: float | None = None) -> Any:
+        """Return a rank's answer. Raises WorldError without one in time, or without a sign of life for `silent_s`."""
+        answer, topic = f"{key}/{rank}", key.split("/", 2)[2]
+        left, seen = self._timeout_s if timeout_s is None else timeout_s, b""
+        while True:
+            seconds = left if silent_s is None else min(left, silent_s)
+            try:
+                self._store.wait([answer], timedelta(seconds=seconds))
+                return json.loads(self._store.get(answer))
+            except RuntimeError as error:  # what every store raises, of torch's own errors the base
+                before, seen, left = seen, self._sign_of(answer), left - seconds
+                if seen == before or left <= 0:
+                    raise WorldError(
+                        f"rank {rank} did not answer about '{topic}' within {seconds:g} s; it ended, hangs, or does "
+                        "something else: see its own output"
+                    ) from error
+
+    def _sign_of(self, answer: str) -> bytes:
+        """Return the last sign of life of who owes an answer; empty for none, and where the store is gone."""
+        with suppress(RuntimeError):
+            if self._store.check([f"{answer}/at work"]):
+                return self._store.get(f"{answer}/at work")
+        return b""

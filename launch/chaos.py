@@ -34,10 +34,12 @@ from launch.chaos_job import ChaosError
 from launch.chaos_kinds import KINDS, SHRINK
 from launch.chaos_runs import Chaos
 from launch.chaos_table import Tally, table
+from launch.config import MOST_SECONDS
 from launch.errors import EXIT_CHECK_FAILED, EXIT_WELL, KNOWN_ERRORS, ConfigError, report_error
 from launch.recipe import flatten_config, read_config
 
 _TO_THE_BIT = tuple(kind for kind in KINDS if kind != SHRINK)
+_LOWEST = {"rounds": 1, "ranks": 1, "deadline-s": 1, "stopped-s": 0, "patience-s": 1, "tolerance": 0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,13 +76,24 @@ def _chaos(args: argparse.Namespace, overrides: list[str], work: Path, tally: Ta
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise ConfigError(f"--kind has {', '.join(unknown)}; choose from {', '.join(KINDS)}")
-    for name, low, value in (("rounds", 1, args.rounds), ("ranks", 1, args.ranks), ("deadline-s", 1, args.deadline_s)):
-        if not value >= low:
-            raise ConfigError(f"--{name} is {value}; it must be at least {low}")
+    for name, low in _LOWEST.items():
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and not low <= value <= MOST_SECONDS:
+            raise ConfigError(f"--{name} is {value}; it must be at least {low}, and at most {MOST_SECONDS:g}")
     if args.ranks < 2 and {"stop", SHRINK} & set(kinds):
         raise ConfigError("--ranks is 1: a stopped rank is found by another one, and a lost host leaves one; give 2")
+    if settings["moe.plan"] == "measure" and set(kinds) - {SHRINK}:
+        raise ConfigError(
+            "moe.plan is measure, by which a resumed run is the undisturbed one to rounding only; give a file, or null"
+        )
     if sys.platform != "linux":
         raise ConfigError(f"this is {sys.platform}; ranks are found and limited by what only Linux has")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if any(work.iterdir()):  # a run in it would be gone on with, and its output taken for that of ours
+            raise ConfigError(f"--work {work} is not empty; give a new folder, or none")
+    except OSError as error:
+        raise ConfigError(f"--work {work} cannot be used: {error}") from error
     return Chaos(
         flags=flags, settings=settings, kinds=kinds, rounds=args.rounds, ranks=args.ranks, work=work, tally=tally,
         chance=random.Random(args.seed), deadline_s=args.deadline_s, stopped_s=args.stopped_s,
@@ -107,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=1e-3, help="largest relative difference of a loss, for shrink"
     )
     parser.add_argument("--reference", type=Path, help="the folder of an undisturbed run of the same settings")
-    parser.add_argument("--work", type=Path, help="where to run; by default a folder that is removed at the end")
+    parser.add_argument("--work", type=Path, help="an empty folder to run in; by default one that is removed")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 

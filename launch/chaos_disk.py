@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,15 @@ _SMALLEST_LIMIT = 1 << 16
 
 
 def can_mount() -> bool:
-    """Return whether file systems in memory can be mounted here."""
-    return hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("mount") is not None
+    """Return whether file systems in memory can be mounted here: root alone can, and not in every container."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        try:
+            with small_disk(Path(folder), _BLOCK):
+                return True
+        except subprocess.CalledProcessError:
+            return False
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from launch.lora import LoraConfig
 from moe.config import ExpertsConfig
 from pipeline.config import PipelineConfig
 
-_MOST_SECONDS = 1e8
+MOST_SECONDS = 1e8
 """Longer waits are beyond what stores and process groups can be told."""
 
 
@@ -187,7 +187,8 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; longer ones are scaled down to it. null clips nothing."""
 
     def __post_init__(self) -> None:
-        _at_least(0, optimizer__lr=self.lr, optimizer__eps=self.eps, optimizer__weight_decay=self.weight_decay)
+        _at_least(0, optimizer__lr=self.lr, optimizer__weight_decay=self.weight_decay)
+        _at_least(1e-30, optimizer__eps=self.eps)  # in fp32 less is 0, and 0 / 0 what a weight without gradient moves
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both must be in [0, 1)")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -287,5 +288,5 @@ class FinetuneConfig:
 def _require_number(key: str, value: object) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be finite")
-    if key.endswith(".timeout_s") and isinstance(value, float) and value > _MOST_SECONDS:
-        raise ConfigError(f"{key} is {value}; it must be at most {_MOST_SECONDS:g}")
+    if key.endswith(".timeout_s") and isinstance(value, float) and value > MOST_SECONDS:
+        raise ConfigError(f"{key} is {value}; it must be at most {MOST_SECONDS:g}")

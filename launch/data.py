@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from chunkflow import ChunkLoader
 from chunkflow.errors import NoTokenizerError, SourceError
+from chunkflow.sampler import global_batch
 from chunkflow.sources import Source
 from chunkflow.sources_jsonl import JsonLines
 from chunkflow.sources_text import TextFolder
@@ -19,6 +21,9 @@ from launch.errors import DataError
 from launch.functions import write_functions
 from launch.pretrained import pretrained_tokenizer
 from launch.tokenizer import trained_tokenizer
+
+_EPOCHS_CHECKED = 1000
+"""Before the first step, for what each of them would train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,27 @@ def check_lengths(source: Source, positions: int | None) -> None:
             f"the longest sample has {longest} tokens, and the model has learned {positions} positions; leave such "
             "samples out, or use a model whose positions are computed"
         )
+
+
+def check_targets(loader: ChunkLoader, steps: int) -> None:
+    """Raise DataError when one of the run's first `steps` trains only samples without a target. Reads no sample.
+
+    The loader would say so itself, but once it gets there, when the data cannot be another any more.
+    """
+    weights, batch, per_epoch = loader.source.weights, loader.global_batch, loader.steps_per_epoch
+    smallest = len(weights) - (per_epoch - 1) * batch
+    if np.count_nonzero(weights <= 0) < smallest:
+        return
+    for epoch in range(min(-(-steps // per_epoch), _EPOCHS_CHECKED)):
+        order = global_batch(loader.seed, epoch, 0, num_samples=len(weights), global_batch=len(weights))
+        some = np.logical_or.reduceat(weights[order] > 0, np.arange(0, len(order), batch))
+        without = np.flatnonzero(~some[: steps - epoch * per_epoch])
+        if without.size:
+            samples = order[without[0] * batch :][:batch]
+            raise DataError(
+                f"step {epoch * per_epoch + int(without[0]) + 1} would train no target: samples "
+                f"{samples[:8].tolist()} ... have none; leave such samples out, or raise chunks.global_batch"
+            )
 
 
 def check_vocabulary(source: Source, vocab_size: int) -> None:

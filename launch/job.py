@@ -19,7 +19,7 @@ from chunkflow.sources import Source
 from chunkflow.support import require_exact
 from launch.bounded import lost_rank_told
 from launch.config import FinetuneConfig
-from launch.data import Data, check_lengths, check_vocabulary, load_data
+from launch.data import Data, check_lengths, check_targets, check_vocabulary, load_data
 from launch.env import World, prepare_deepspeed
 from launch.experts import ExpertRunner, with_experts
 from launch.files import replace_folder
@@ -241,6 +241,7 @@ def assemble(config: FinetuneConfig, world: World, data: Data, model: PreTrained
     held_out = (
         () if data.held_out is None else tuple(_loader(data.held_out, config, place, epochs=1, report=_say_nothing))
     )
+    check_targets(loader, num_steps(config, loader))
     check_microbatches(config, loader, held_out, num_steps(config, loader))
     runner = make_runner(model, config, place)
     for source in sources:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from launch.errors import ConfigError
 from launch.files import RunFolder
 from tests.flat_states import Flat
 from tests.launch_jobs import settings
+from tests.spawn import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are found and limited by what only Linux has")
 
@@ -35,6 +37,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are found
         (["--chunks.chunk_tokens", "0"], "chunk_tokens is 0; it must be at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--reference", "/nowhere"], "/nowhere is no finished run"),
+        (["--tolerance", "nan"], "--tolerance is nan; it must be at least 0"),
+        (["--patience-s", "inf"], "--patience-s is inf; it must be at least 1, and at most 1e+08"),
+        (["--work", "/proc/nowhere"], "--work /proc/nowhere cannot be used: "),
+        (["--moe.plan", "measure", "--moe.ep", "2"], "moe.plan is measure, by which a resumed run is the undisturbed"),
+        (["--work", "tests"], "tests is not empty; give a new folder, or none"),
     ],
 )
 def test_bad_input(flags, text, capsys, tmp_path):
@@ -117,6 +124,25 @@ def test_a_small_disk_is_full_and_has_room_again(tmp_path):
         ballast.release()
         (tmp_path / "disk" / "file").write_bytes(b"x" * 5000)
     assert not (tmp_path / "disk" / "file").exists()
+
+
+WITHOUT_CAP_SYS_ADMIN = """
+import ctypes
+from launch.chaos_disk import can_mount
+PR_CAPBSET_DROP, CAP_SYS_ADMIN = 24, 21
+assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_ADMIN, 0, 0, 0) == 0
+print(can_mount())
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="root only can give it up")
+def test_root_of_a_container_may_not_mount(tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT_CAP_SYS_ADMIN], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "False\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_job_that_prints_nothing_hangs(tmp_path):

@@ -74,6 +74,7 @@ def test_help_says_what_every_setting_means(capsys):
         (["--model.num_kv_heads", "7"], "model.num_heads is 2; it must be a multiple of 7"),
         (["--optimizer.beta2", "1.0"], "beta2 are 0.9 and 1.0"),
         (["--optimizer.clip_norm", "0"], "optimizer.clip_norm is 0.0; it must be more than 0, or null"),
+        (["--optimizer.eps", "0"], "optimizer.eps is 0.0; it must be at least 1e-30"),
         (["--optimizer.lr", ".nan"], "optimizer.lr is nan"),
         (["--optimizer.lr", ".inf"], "optimizer.lr is inf; it must be finite"),
         (["--chunks.pair_cost", ".inf"], "chunks.pair_cost is inf; it must be finite"),

@@ -9,9 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
+from chunkflow import ChunkLoader, MemorySource
+from chunkflow.errors import SourceError
+from chunkflow.sources import Sample
 from launch.config import DataConfig, FinetuneConfig, ModelConfig
 from launch.corpus import choose_files, jsonl_texts
-from launch.data import check_lengths, check_vocabulary, load_data, split_held_out
+from launch.data import check_lengths, check_targets, check_vocabulary, load_data, split_held_out
 from launch.errors import DataError, ModelError
 from launch.tokenizer import EOS, trained_tokenizer
 from tests.tiny_chat import write_chat_model
@@ -175,6 +178,33 @@ def test_samples_longer_than_the_model_has_positions(tmp_path):
     check_lengths(source, None)
     with pytest.raises(DataError, match=f"has {longest} tokens, and the model has learned {longest - 1} positions"):
         check_lengths(source, longest - 1)
+
+
+def trained_without_error(loader, steps):
+    for step in range(steps):
+        try:
+            loader.plan(step)
+        except SourceError:
+            return step
+    return None
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+@pytest.mark.parametrize("count", [0, 1, 4, 9])
+def test_a_step_without_a_target_is_found_before_the_first(batch, count):
+    """Just where the loader would come to it."""
+    samples = [Sample(np.arange(3), np.array([1, 2, -100]), np.array([1, 1, 0], np.float32)) for _ in range(10 - count)]
+    samples += [Sample(np.arange(3), np.full(3, -100), np.zeros(3, np.float32)) for _ in range(count)]
+    loader = ChunkLoader(
+        MemorySource(samples), chunk_tokens=8, global_batch=batch, epochs=3, seed=5, rank=0, world_size=1
+    )
+    for steps in (1, 2, 4, loader.num_steps):
+        wrong = trained_without_error(loader, steps)
+        if wrong is None:
+            check_targets(loader, steps)
+        else:
+            with pytest.raises(DataError, match=f"step {wrong + 1} would train no target: samples "):
+                check_targets(loader, steps)
 
 
 @pytest.mark.parametrize("pattern", ["", "/etc/*", "**x", "../*", "*/../../*"])

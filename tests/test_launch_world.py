@@ -167,6 +167,30 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path):
     assert text.startswith("rank 1 did not answer about 'weather' within 0.5 s")
 
 
+def work_for_long(info, folder):
+    place = board(info, folder, timeout_s=0.5)
+    pids = place.gather("process", os.getpid())
+
+    def work(seconds, *, stops):
+        time.sleep(seconds)
+        if stops and info.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return os.getpid()
+
+    assert place.rank0_first("long", lambda: work(0.8, stops=False), timeout_s=20) == os.getpid()
+    begun = time.monotonic()
+    with pytest.raises(WorldError) as caught:
+        place.rank0_first("stopped", lambda: work(0.1, stops=True), timeout_s=20)
+    os.kill(pids[0], signal.SIGCONT)
+    return str(caught.value), time.monotonic() - begun
+
+
+def test_a_rank_at_work_is_waited_for_and_one_that_is_stopped_is_not(tmp_path):
+    _, (text, waited_s) = run_ranks(work_for_long, 2, str(tmp_path))
+    assert text.startswith("rank 0 did not answer about 'stopped' within 0.5 s")
+    assert waited_s < 5
+
+
 def different_settings(info, folder, flags):
     try:
         agreed_config(flags[info.rank], board(info, folder), prog="finetune", description="")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.table import Table
 from launch.compose import active
 from launch.config import FinetuneConfig
 from launch.data import load_data
-from launch.errors import EXIT_WELL, KNOWN_ERRORS, ConfigError, FolderError, report_error
+from launch.errors import EXIT_WELL, KNOWN_ERRORS, ConfigError, FolderError, as_program, report_error
 from launch.files import RunFolder
 from launch.metrics import read_metrics
 from launch.plan import given_quantity
@@ -232,4 +231,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

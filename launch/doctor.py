@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from launch.doctor_checks import Check, host_checks, worst
 from launch.doctor_ranks import self_test
-from launch.errors import EXIT_CHECK_FAILED, EXIT_WELL
+from launch.errors import EXIT_CHECK_FAILED, EXIT_WELL, as_program
 
 _COLOURS = {"ok": "green", "note": "yellow", "failed": "red"}
 
@@ -60,4 +59,4 @@ def print_checks(console: Console, checks: Sequence[Check]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

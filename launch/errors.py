@@ -13,9 +13,11 @@ LaunchError
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from checkpointing.errors import CheckpointError
 from chunkflow.errors import ChunkflowError
@@ -67,7 +69,22 @@ _WENT_WRONG = (TrainingError, WatchdogError, ContractError, ExchangeError)
 
 _TOLD = "This error was reported when it was raised."
 
-EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def as_program(main: Callable[[], int]) -> NoReturn:
+    """Run a command that only looks and prints, and end the process by its exit code.
+
+    It ends as other programs do, by SIGPIPE when what reads its output has ended (`| head`), and by one line and exit
+    code 130 after Ctrl-C.
+    """
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @contextmanager

@@ -6,7 +6,7 @@
 
 The same command again resumes from the last checkpoint in run.folder; --fresh true moves that folder aside and starts
 over. SIGTERM, Ctrl-C and a terminal that is closed save and end after the step. Exit codes: 0 well, 1 training went
-wrong, 2 bad input.
+wrong, 2 bad input, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launch.claim import STARTED_OVER, claimed
 from launch.config import FinetuneConfig
 from launch.console import Recorder, describe_job, make_console
 from launch.env import World, end_with_launcher, joined, read_processes
-from launch.errors import EXIT_WELL, KNOWN_ERRORS, ResumeError, report_error, told_at_once
+from launch.errors import EXIT_INTERRUPTED, EXIT_WELL, KNOWN_ERRORS, ResumeError, report_error, told_at_once
 from launch.facts import job_facts
 from launch.files import RunFolder, write_json
 from launch.job import Job, prepare
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(argv, world, stop, restarts=processes.restarts)
     except KNOWN_ERRORS as error:
         return report_error(rank, error)
+    except KeyboardInterrupt:  # the second Ctrl-C, or one while a job begins
+        print(f"rank {rank}: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return EXIT_WELL
 
 

@@ -28,10 +28,10 @@ from chunkflow.lengths import DISTRIBUTIONS
 from launch.compose import active
 from launch.config import FinetuneConfig
 from launch.data import load_data
-from launch.errors import EXIT_BAD_INPUT, EXIT_CHECK_FAILED, EXIT_WELL, KNOWN_ERRORS, ConfigError
+from launch.errors import EXIT_BAD_INPUT, EXIT_CHECK_FAILED, EXIT_WELL, KNOWN_ERRORS, ConfigError, as_program
 from launch.plan_costs import ASSUMPTIONS, CostModel, Machine
 from launch.plan_layouts import Planner
-from launch.plan_records import Estimate
+from launch.plan_records import Estimate, size
 from launch.plan_sizes import sizes_of
 from launch.recipe import read_config
 
@@ -96,7 +96,7 @@ def reasons(planner: Planner, best: Estimate) -> list[str]:
         said = []
         for value, one in sorted(by_value.items(), key=lambda pair: (not planner.fits(pair[1]), pair[1].step_s))[:3]:
             if not planner.fits(one):
-                said.append(f"{value} needs {one.memory_bytes / 1e9:.1f} of {cap / 1e9:.1f} GB")
+                said.append(f"{value} needs {size(one.memory_bytes)} of {size(cap)}")
             else:
                 said.append(f"{value} takes {one.step_s / best.step_s:.2f} times as long")
         if said:
@@ -138,10 +138,10 @@ def show(console: Console, planner: Planner, best: Estimate, recipe: FinetuneCon
     console.print(
         f"{sizes.name}: {sizes.parameters:,} parameters; {len(planner.lengths):,} samples, the longest "
         f"{int(planner.lengths.max()):,} tokens; {planner.batch} a step on {machine.devices} devices of "
-        f"{machine.memory_bytes / 1e9:.0f} GB"
+        f"{size(machine.memory_bytes)}"
     )
     table = Table(box=None)
-    for name in ("dp", "pp", "ep", "engine", "schedule", "chunk", "retain", "step s", "tokens/s", "bubble", "GB"):
+    for name in ("dp", "pp", "ep", "engine", "schedule", "chunk", "retain", "step s", "tokens/s", "bubble", "memory"):
         table.add_column(name, justify="left" if name in ("engine", "schedule") else "right", no_wrap=True)
     tried = sorted((one for one in planner.known.values() if planner.fits(one)), key=lambda one: one.step_s)
     tokens = tokens_of(planner)
@@ -150,7 +150,7 @@ def show(console: Console, planner: Planner, best: Estimate, recipe: FinetuneCon
         table.add_row(
             str(at.data), str(at.pp), str(at.ep), at.engine, at.schedule if at.pp > 1 else "-", str(at.chunk_tokens),
             str(at.retain), f"{one.step_s:.3g}{'' if one.simulated else ' (est.)'}", f"{tokens / one.step_s:,.0f}",
-            f"{one.bubble:.1%}", f"{one.memory_bytes / 1e9:.1f}",
+            f"{one.bubble:.1%}", size(one.memory_bytes),
         )  # fmt: skip
     console.print(table)
     for line in why:
@@ -193,6 +193,8 @@ def _lengths(config: FinetuneConfig, given: str | None) -> NDArray[np.int64]:
         return np.asarray(load_data(config).train.lengths, dtype=np.int64)
     if given in DISTRIBUTIONS:
         return DISTRIBUTIONS[given](_SAMPLES, seed=0)
+    if not Path(given).is_file():
+        raise ConfigError(f"--lengths {given} is no file, and none of {', '.join(DISTRIBUTIONS)}")
     read = np.load(given) if given.endswith(".npy") else json.loads(Path(given).read_text(encoding="utf-8"))
     lengths = (_of_bars(given, read) if isinstance(read, dict) else np.array(read)).astype(np.int64)
     if lengths.ndim != 1 or not len(lengths) or lengths.min() < 1:
@@ -230,4 +232,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

@@ -22,7 +22,7 @@ from launch.compose import EngineName, cell
 from launch.errors import ConfigError
 from launch.pipeline_plan import units_of
 from launch.plan_costs import ADAM, FP32, CostModel
-from launch.plan_records import Estimate, Layout, Step
+from launch.plan_records import Estimate, Layout, Step, size
 from pipeline.comms import complete
 from pipeline.schedules import SCHEDULES
 from pipeline.schedules.build import balanced_stages
@@ -231,26 +231,27 @@ class Planner:
         if found is None:
             tried = [one.memory_bytes for one in self.known.values()] or list(held.values())
             raise ConfigError(
-                f"no layout on {self.model.machine.devices} devices stays within {cap / 1e9:.1f} GB; the smallest "
-                f"needs {min(tried) / 1e9:.1f} GB. Give more or larger devices, or train adapters (lora.rank)"
+                f"no layout on {self.model.machine.devices} devices stays within {size(cap)}; the smallest needs "
+                f"{size(min(tried))}. Give more or larger devices, or train adapters (lora.rank)"
             )
         return found
 
     def others(self, best: Estimate) -> dict[str, list[Estimate]]:
-        """Return, for each dimension of a layout, the nearest other values of it, each with what goes best with it.
+        """Return, for each dimension of a layout, the nearest other values of it, in the layouts that tell of each.
 
-        With another number of pipeline ranks the engine and the schedule may be others, too.
+        These are what was simulated already and what promises most; with another number of pipeline ranks everything
+        else may be another, too.
         """
         found: dict[str, list[Estimate]] = {}
         every = list(self.layouts())
         for name in _DIMENSIONS:
-            free = {name, "data", *(("engine", "schedule", "ep") if name == "pp" else ())}
-            fixed = [other for other in _DIMENSIONS if other not in free]
+            fixed = [other for other in _DIMENSIONS if name not in ("pp", other)]
             same = [one for one in every if all(getattr(one, f) == getattr(best.layout, f) for f in fixed)]
             for value in _nearest(getattr(best.layout, name), {getattr(one, name) for one in same}):
                 choices = [one for one in same if getattr(one, name) == value]
                 fitting = [one for one in choices if max(self.held_bytes(one)) < self.model.machine.memory_bytes]
-                found.setdefault(name, []).append(self.estimate(min(fitting or choices, key=self.guess_s)))
+                told = [one for one in choices if one in self.known] + [min(fitting or choices, key=self.guess_s)]
+                found.setdefault(name, []).extend(self.estimate(one) for one in told)
         return found
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.errors import EXIT_WELL, KNOWN_ERRORS, FolderError, report_error
+from launch.errors import EXIT_WELL, KNOWN_ERRORS, FolderError, as_program, report_error
 from launch.files import RunFolder, write_lines
 from launch.metrics import read_metrics
 from launch.report_page import Page
@@ -160,4 +159,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

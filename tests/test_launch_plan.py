@@ -1,6 +1,7 @@
 """`python -m launch.plan`: sizes against real models, the search against trying everything, and a plan that is run."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from launch.experts import with_experts
 from launch.layer_costs import measure_costs
 from launch.metrics import read_metrics
 from launch.model import build_model
-from launch.plan import _lengths, flag_value, main, quantity
+from launch.plan import _lengths, flag_value, main, quantity, reasons
 from launch.plan_costs import CostModel, Machine
 from launch.plan_layouts import Planner
 from launch.plan_records import Layout
@@ -162,6 +163,7 @@ def test_a_plan_is_a_job(tmp_path, capsys):
     code, out, _ = command(capsys, *asked, *flags)
     assert code == 0
     assert "settings: --chunks.chunk_tokens" in out
+    assert "devices of 1.2 MB" in out
     more = {key.replace(".", "__"): value for key, value in plan["settings"].items()}
     log = tmp_path / "job.log"
     code, output = run_job(settings(corpus, tmp_path / "run", run__steps=2, **more), log)
@@ -173,10 +175,10 @@ def test_a_plan_is_a_job(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
-        (["--devices", 4, "--device-memory", "1MB"], 1, r"stays within 0.0 GB; the smallest needs"),
+        (["--devices", 4, "--device-memory", "1MB"], 1, "stays within 1.0 MB; the smallest needs 8."),
         (["--devices", 0], 2, "--devices, --device-memory, --flops and --link are more than 0"),
         (["--devices", 4, "--link", "fast"], 2, "--link: 'fast' is no quantity; write 80GB"),
-        (["--devices", 4, "--lengths", "none.json"], 2, "No such file"),
+        (["--devices", 4, "--lengths", "none.json"], 2, "--lengths none.json is no file, and none of llama3_sft"),
         (["--devices", 4, "--model.hidden_size=-1"], 2, "model.hidden_size is -1"),
     ],
 )
@@ -185,6 +187,16 @@ def test_what_cannot_be_planned_is_told(capsys, argv, code, text):
     found, out, err = command(capsys, *argv, *lengths)
     assert (found, out) == (code, "")
     assert text in err
+
+
+def test_what_is_said_of_other_pipelines_is_what_the_table_shows():
+    plan = planner(read(), np.minimum(llama3_sft(300, seed=1), 17_000), devices=64, memory=80e9, batch=3)
+    best = plan.best()
+    told = reasons(plan, best)[0]
+    assert told.startswith(f"pipeline ranks {best.layout.pp}: ")
+    for pp, factor in re.findall(r"(\d+) takes ([0-9.]+) times", told):
+        least = min(one.step_s for one in plan.known.values() if one.layout.pp == int(pp))
+        assert factor == f"{least / best.step_s:.2f}"
 
 
 def test_lengths_may_be_a_histogram(tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch import finetune
 from launch.board import Board
 from launch.config import FinetuneConfig
 from launch.env import Processes, joined, read_processes
@@ -270,6 +271,45 @@ def test_signals_are_noted_and_handlers_put_back():
     with StopSignals():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     signal.signal(signal.SIGHUP, hangs_up)
+
+
+PROGRAM = """
+import sys
+from launch.errors import as_program
+def main():
+    print("begun", flush=True)
+    sys.stdin.readline()
+    print("more")
+    return 1
+as_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "code", "told"),
+    [(True, 130, b"interrupted\n"), (False, -signal.SIGPIPE, b"")],
+    ids=["Ctrl-C", "head"],
+)
+def test_a_command_ends_as_other_programs_do(interrupted, code, told):
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as program:
+        assert program.stdout.readline() == b"begun\n"
+        if interrupted:
+            program.send_signal(signal.SIGINT)
+            assert program.wait(timeout=30) == code
+        program.stdout.close()
+        _, err = program.communicate(b"" if interrupted else b"go on\n", timeout=30)
+        assert (program.returncode, err) == (code, told)
+
+
+def test_a_second_ctrl_c_is_one_line(monkeypatch, capsys):
+    def twice(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("launch.finetune.run", twice)
+    assert finetune.main([]) == 130
+    assert capsys.readouterr().err == "rank 0: interrupted; the same command resumes from the last checkpoint\n"
 
 
 def mesh_and_weights(info):

@@ -98,7 +98,7 @@ class Job:
         require_finite(step, loss, float(norm))
         with self.times.part("checkpoint"):
             self.times.fence()
-        with self.times.part("update"):
+        with lost_rank_told(f"{where}, stepping", self.patience_s), self.times.part("update"):
             if settings.clip_norm is not None:  # ZeRO, whose gradients are not the parameters', clips as it steps
                 clip_(self.model.parameters(), norm, settings.clip_norm)
             apply_settings(self.optimizer, settings, lr=lr)

@@ -21,6 +21,8 @@ from pipeline.config import PipelineConfig
 MOST_SECONDS = 1e8
 """Longer waits are beyond what stores and process groups can be told."""
 
+_LARGEST_VOCABULARY = 1 << 24
+
 
 def _at_least(low: float, **values: float | None) -> None:
     for name, value in values.items():
@@ -97,6 +99,8 @@ class ModelConfig:
             model__max_positions=self.max_positions,
         )  # fmt: skip
         _at_least(257, model__vocab_size=self.vocab_size)  # all bytes, and the end of a text
+        if self.vocab_size > _LARGEST_VOCABULARY:  # for which its training would ask for room at once, and abort
+            raise ConfigError(f"model.vocab_size is {self.vocab_size}; it must be at most {_LARGEST_VOCABULARY}")
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 f"model.hidden_size is {self.hidden_size}; it must be a multiple of twice model.num_heads "
@@ -288,5 +292,7 @@ class FinetuneConfig:
 def _require_number(key: str, value: object) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be finite")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key} is {value}; it must be below 2**63")
     if key.endswith(".timeout_s") and isinstance(value, float) and value > MOST_SECONDS:
         raise ConfigError(f"{key} is {value}; it must be at most {MOST_SECONDS:g}")

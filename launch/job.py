@@ -27,7 +27,7 @@ from launch.finite import require_finite, require_finite_evaluation
 from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
 from launch.megatron import export_gpt
-from launch.memory import PeakMemory
+from launch.memory import PeakMemory, too_large_told
 from launch.mesh import limit_waits
 from launch.metrics import StepMetrics
 from launch.model import build_model, build_skeleton, vocabulary_size
@@ -98,7 +98,7 @@ class Job:
         require_finite(step, loss, float(norm))
         with self.times.part("checkpoint"):
             self.times.fence()
-        with self.times.part("update"):
+        with lost_rank_told(f"{where}, stepping", self.patience_s), self.times.part("update"):
             if settings.clip_norm is not None:  # ZeRO, whose gradients are not the parameters', clips as it steps
                 clip_(self.model.parameters(), norm, settings.clip_norm)
             apply_settings(self.optimizer, settings, lr=lr)
@@ -200,6 +200,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     return world.board.together("job", lambda: assemble(config, world, data, model, place))
 
 
+@too_large_told("the model")
 def build(config: FinetuneConfig, world: World, data: Data, place: Place) -> PreTrainedModel:
     """Return the model of a job: with its weights where this rank holds them, else only the shape of it.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from chunkflow.memory import reset_peak
+from launch.errors import ModelError
 from launch.summary import peak_resident_bytes
 
 
@@ -36,3 +40,16 @@ class PeakMemory:
     def resident_bytes(self) -> int:
         """Return the largest resident set this process has had, whatever was measured in between."""
         return max(self._resident, peak_resident_bytes())
+
+
+@contextmanager
+def too_large_told(what: str) -> Iterator[None]:
+    """Raise ModelError, one line that begins with `what`, where the block asks for more memory than there is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).partition("\n")[0]
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+        if not known:
+            raise
+        raise ModelError(f"{what} does not fit into the memory that is here; make it smaller: {text}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from launch.errors import ConfigError
 
@@ -35,3 +37,12 @@ def limit_waits(mesh: DeviceMesh, timeout_s: float) -> None:
     """Let no collective of the world or of an axis take longer; gloo would wait half an hour. Every rank calls."""
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
         _set_pg_timeout(timedelta(seconds=timeout_s), group)  # torch has no public name for it
+
+
+@contextmanager
+def limited_groups(timeout_s: float) -> Iterator[None]:
+    """Do for every group that is made inside the block, by a library, what `limit_waits` does for ours."""
+    before = set(_world.pg_map)
+    yield
+    for group in set(_world.pg_map) - before:
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)

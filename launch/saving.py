@@ -10,6 +10,9 @@ from checkpointing.storage import open_storage
 from launch.errors import FolderError
 from launch.state import TrainState
 
+_GRACE_S = 5.0
+"""After a checkpoint's deadline: the save itself, which has the same one, then says which rank did not come."""
+
 
 def check_mirror(mirror: str | None, *, fresh: bool) -> None:
     """Raise what makes a second tier unfit, before anything is built; of a `fresh` run also an earlier run in it."""
@@ -66,7 +69,7 @@ class Saver:
         """Return when what was saved is durable; raises what went wrong."""
         if self._pending is not None:
             handle, self._pending = self._pending, None
-            self.path = handle.wait(timeout_s=self._timeout_s)
+            self.path = handle.wait(timeout_s=self._timeout_s + _GRACE_S)
 
     def _note_durable(self) -> None:
         if self._pending is not None and self._pending.progress.done:

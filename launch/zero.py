@@ -19,6 +19,7 @@ from chunkflow.fit import OnOperation
 from launch.config import FinetuneConfig
 from launch.env import prepare_deepspeed
 from launch.errors import ConfigError
+from launch.mesh import limited_groups
 from launch.optimizer import build_optimizer
 from launch.partial import WholeModel
 from launch.zero_state import ZeroState
@@ -123,5 +124,6 @@ def _engine(model: PreTrainedModel, optimizer: Optimizer, config: FinetuneConfig
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.model.precision == "bf16"},
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with limited_groups(config.patience_s):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

@@ -185,13 +185,13 @@ def test_one_round_of_each_kind(place, undisturbed, capsys, kinds):
      "data__max_file_bytes": 120},
 ], ids=["fsdp2", "zero2", "zero3", "pipeline", "experts", "roundpipe"])  # fmt: skip
 def test_whatever_keeps_the_model_survives(place, capsys, changes):
-    """Killed and with a damaged checkpoint, to the bit, beside an undisturbed run of its own; pipelines stopped too,
-    whose ranks wait for each other in ways of their own."""
+    """Killed and with a damaged checkpoint, to the bit, beside an undisturbed run of its own; engines and pipelines
+    stopped too, whose ranks wait for each other in ways of their own."""
     # Not importorskip: what DeepSpeed prints when it is imported would stand before the JSON.
     if changes.get("engine", "").startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("the extra [deepspeed] is not installed")
     job = settings(place / "corpus", place / "unused", run__epochs=2, checkpoint__every=1, **changes)
-    kinds = "kill,stop,corrupt" if "pipeline__ranks" in changes else "kill,corrupt"
+    kinds = "kill,corrupt" if "moe__ep" in changes else "kill,stop,corrupt"
     assert chaos.main(["--kind", kinds, "--stopped-s", "0", "--deadline-s", "20", "--json", *job]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert {kind: found["recovered"] for kind, found in counts["kinds"].items()} == dict.fromkeys(kinds.split(","), 1)

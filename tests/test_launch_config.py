@@ -70,6 +70,8 @@ def test_help_says_what_every_setting_means(capsys):
         (["--run.folder", "runs/.."], "run.folder is 'runs/..'; give a folder with a name"),
         (["--run.seed", str(2**63)], "run.seed is 9223372036854775808; it must be at least 0 and below 2**63"),
         (["--model.vocab_size", "100"], "model.vocab_size is 100; it must be at least 257"),
+        (["--model.vocab_size", "1" + "0" * 12], "model.vocab_size is 1000000000000; it must be at most 16777216"),
+        (["--model.hidden_size", "4" + "0" * 25], "model.hidden_size is 4" + "0" * 25 + "; it must be below 2**63"),
         (["--model.num_heads", "3"], "multiple of twice model.num_heads"),
         (["--model.num_kv_heads", "7"], "model.num_heads is 2; it must be a multiple of 7"),
         (["--optimizer.beta2", "1.0"], "beta2 are 0.9 and 1.0"),

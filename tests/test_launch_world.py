@@ -17,7 +17,7 @@ from launch.board import Board
 from launch.config import FinetuneConfig
 from launch.env import Processes, joined, read_processes
 from launch.errors import ConfigError, DataError, LaunchError, WorldError
-from launch.mesh import AXES, make_mesh
+from launch.mesh import AXES, limited_groups, make_mesh
 from launch.model import build_model
 from launch.recipe import agreed_config
 from launch.skeleton import share
@@ -319,6 +319,13 @@ def mesh_and_weights(info):
     before = float(sum(param.sum() for param in model.parameters()))
     share([*model.parameters(), *model.buffers()])
     after = float(sum(param.sum() for param in model.parameters()))
+    with limited_groups(0.5):
+        group = dist.new_group()
+    if info.rank == 0:
+        begun = time.monotonic()
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.all_reduce(torch.zeros(1), group=group)
+        assert time.monotonic() - begun < 10
     return mesh.mesh_dim_names, tuple(mesh.shape), dist.get_world_size(mesh.get_group("dp")), before, after
 
 

@@ -326,6 +326,7 @@ def mesh_and_weights(info):
         with pytest.raises(RuntimeError, match="Timed out"):
             dist.all_reduce(torch.zeros(1), group=group)
         assert time.monotonic() - begun < 10
+    dist.barrier()  # the others are there until then
     return mesh.mesh_dim_names, tuple(mesh.shape), dist.get_world_size(mesh.get_group("dp")), before, after
 
 

@@ -260,6 +260,7 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others(number):
 
 def test_signals_are_noted_and_handlers_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    ours = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
     with StopSignals() as stop:
         assert signal.getsignal(signal.SIGHUP) == signal.getsignal(signal.SIGTERM) != before[0]
         os.kill(os.getpid(), signal.SIGINT)
@@ -267,10 +268,10 @@ def test_signals_are_noted_and_handlers_put_back():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    hangs_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with StopSignals():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    signal.signal(signal.SIGHUP, hangs_up)
+    signal.signal(signal.SIGHUP, ours)
 
 
 PROGRAM = """

@@ -72,7 +72,7 @@ class StepExecutor:
         total = torch.zeros((), dtype=torch.float64)
         for _, position in operations:
             chunk = self._chunk(position)
-            total += self._loss(chunk, self._run(chunk), denominator).double().cpu() / denominator
+            total += self._loss(chunk, self._run(chunk)).double().cpu() / denominator
             self._release(chunk, last=chunk.count - 1)
         return total
 
@@ -113,7 +113,7 @@ class StepExecutor:
             chunk_view=ChunkView(_spans(chunk), state, self._dropout_seed),
         )
 
-    def _loss(self, chunk: Chunk, hidden: Tensor, denominator: float) -> Tensor:
+    def _loss(self, chunk: Chunk, hidden: Tensor, denominator: float | None = None) -> Tensor:
         tensors, head, rule = chunk.tensors(), self._parts.head, self._parts.rule
         known = denominator if self._parts.engine.in_place else None
         labels, weights = tensors["shift_labels"][0].to(self._device), tensors["loss_weights"][0].to(self._device)

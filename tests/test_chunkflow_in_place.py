@@ -21,8 +21,7 @@ class Made(TorchDispatchMode):
 
     def __init__(self, shape):
         super().__init__()
-        self.shape, self.memory = shape, set()
-        self.count = 0
+        self.shape, self.count = shape, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

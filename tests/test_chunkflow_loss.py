@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from chunkflow.loss import TILE_ROWS, tiled_cross_entropy
+from chunkflow.loss import TILE_ROWS, Tile, tiled_cross_entropy
 
 
 def case(rows, dtype, bias=True):
@@ -99,3 +99,16 @@ def test_logits_of_a_whole_chunk_are_never_in_memory():
     with Record():
         tiled_cross_entropy(hidden, weight, None, torch.zeros(rows, dtype=torch.long), torch.ones(rows)).backward()
     assert max(seen) == TILE_ROWS * vocabulary
+
+
+def test_losses_share_a_tile_of_at_most_so_many_bytes(monkeypatch):
+    tile, losses = Tile(), [tiled_cross_entropy(*case(rows, torch.float32)) for rows in (400, 30)]
+    vocabulary = case(1, torch.float32)[1].shape[0]
+    monkeypatch.setattr("chunkflow.loss.TILE_BYTES", 100 * vocabulary * 4)
+    shared = [tiled_cross_entropy(*case(400, torch.float32), tile=tile)]
+    memory = tile.memory
+    assert memory is not None
+    assert memory.shape == (100, vocabulary)
+    shared.append(tiled_cross_entropy(*case(30, torch.float32), tile=tile))
+    assert tile.memory is memory
+    torch.testing.assert_close(shared, losses)

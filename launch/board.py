@@ -85,18 +85,14 @@ class Board:
             raise LaunchError(failure)
         return self.together(topic, work, timeout_s=timeout_s)
 
-    def until_rank0(self, topic: str, *, timeout_s: float) -> None:
-        """Return when rank 0 has called, too, which itself waits for nobody.
+    def leave(self, *, timeout_s: float) -> None:
+        """Return when every rank has called, as the last thing that it needs the others for.
 
-        Raises WorldError when it does not in time. A store that went with rank 0, at its end, is no error: torchrun
-        tells how that one ended.
+        Raises WorldError naming a rank that does not in time. A store that went with rank 0, which has left then, is no
+        error: torchrun tells how that one ended.
         """
-        key = self._next(topic)
-        if self.rank == 0:
-            self._store.set(f"{key}/0", json.dumps(None))
-            return
         try:
-            self._read(key, 0, timeout_s)
+            self.gather("leaving", None, timeout_s=timeout_s)
         except WorldError as error:
             if not isinstance(error.__cause__, dist.DistNetworkError):
                 raise

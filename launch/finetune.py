@@ -61,6 +61,8 @@ def run(argv: Sequence[str] | None, world: World, stop: StopSignals, *, restarts
     started_over = world.board.noted(STARTED_OVER)
     resumes = restarts > 0 if started_over is None else started_over
     finetune(config, world, stop, fresh=config.fresh and not resumes)
+    # Rank 0 may write the model still, which takes as long as a checkpoint; nobody else would find that it stopped.
+    world.board.leave(timeout_s=config.patience_s + config.checkpoint.timeout_s)
 
 
 def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: bool) -> None:
@@ -165,13 +167,10 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
 
 
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
-    """Export the model and sum the run up. Every rank calls, and returns when rank 0 is through."""
+    """Export the model and sum the run up. Every rank calls."""
     told = job.world.board.gather("peak memory", job.memory.resident_bytes(), timeout_s=job.patience_s)
     if job.write_model(folder.model):
         sum_up(job, folder, saver, console, resumed_from=resumed_from, peak_memory_bytes=max(told))
-    # A model takes as long to write as a checkpoint; nobody else would find that rank 0 stopped there.
-    longest_s = job.patience_s + job.config.checkpoint.timeout_s
-    job.world.board.until_rank0("the model is written", timeout_s=longest_s)
 
 
 def sum_up(

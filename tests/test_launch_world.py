@@ -86,16 +86,25 @@ def ask_around(info, folder):
     if info.rank == 0:
         time.sleep(0.3)
     begun = time.monotonic()
-    place.until_rank0("through", timeout_s=10)
+    place.leave(timeout_s=10)
     assert (time.monotonic() - begun > 0.1) == (info.rank == 1)
-    if info.rank == 1:
-        with pytest.raises(WorldError, match=r"rank 0 did not answer about 'stops' within 0\.2 s"):
-            place.until_rank0("stops", timeout_s=0.2)
     return first, second
+
+
+def leave_behind(info, folder, gone):
+    place = board(info, folder)
+    if info.rank != gone:
+        with pytest.raises(WorldError, match=rf"rank {gone} did not answer about 'leaving' within 0\.2 s"):
+            place.leave(timeout_s=0.2)
 
 
 def test_every_rank_hears_every_answer(tmp_path):
     assert run_ranks(ask_around, 2, str(tmp_path)) == [([0, 10], ["rank 0", "rank 1"])] * 2
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_rank_that_does_not_leave_is_named(tmp_path, gone):
+    run_ranks(leave_behind, 2, str(tmp_path), gone)
 
 
 def test_a_store_that_ends_with_rank_0_is_not_missed():
@@ -105,7 +114,7 @@ def test_a_store_that_ends_with_rank_0_is_not_missed():
     ends = threading.Timer(0.3, lambda held=[server]: held.clear())
     del server
     ends.start()
-    place.until_rank0("through", timeout_s=10)
+    place.leave(timeout_s=10)
 
 
 def fail_together(info, folder):

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare, and print it; return the exit code."""
     args = _parser().parse_args(argv)
     try:
-        link, latency_s = given_quantity(args, "link"), given_quantity(args, "latency")
+        link, latency_s = given_quantity(args, "link", "B"), given_quantity(args, "latency", "s")
         found = calibrate(RunFolder(args.folder), link=link, latency_s=latency_s)
     except (*KNOWN_ERRORS, ValueError) as error:
         return report_error(0, error)

@@ -35,6 +35,8 @@ from launch.plan_records import Estimate, size
 from launch.plan_sizes import sizes_of
 from launch.recipe import read_config
 
+_NAMES = {"B": "bytes", "F": "flops", "s": "seconds"}
+_WRITTEN = {"B": "80GB, 64GiB, or 50GB/s for a link", "F": "200TF", "s": "10us or 2ms"}
 _UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _DECIDED = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "state_aware", "whole", "roundpipe", "experts")
 _WORDS = {
@@ -68,19 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_WELL
 
 
-def quantity(text: str) -> float:
-    """Read `80GB`, `50GB/s`, `200TF`, `10us` or `64GiB`. Raises ValueError."""
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:(us|ms|s)|([kMGTP]i?)?(?:B|F|FLOPS)?(?:/s)?)", text.strip())
+def quantity(text: str, unit: str) -> float:
+    """Read `80GB`, `50GB/s` or `64GiB` in "B", `200TF` in "F", `10us` in "s". Raises ValueError."""
+    form = r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:(us|ms|s)|([kMGTP]i?)?(B|F|FLOPS)?(?:/s)?)"
+    match = re.fullmatch(form, text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no quantity; write 80GB, 64GiB, 50GB/s, 200TF or 10us")
-    number, seconds, unit = match.groups()
-    return float(number) * ({"us": 1e-6, "ms": 1e-3, "s": 1.0}[seconds] if seconds else _UNITS[unit or ""])
+        raise ValueError(f"{text!r} is no quantity; write {_WRITTEN[unit]}")
+    number, seconds, prefix, of = match.groups()
+    if number != "0" and ("s" if seconds else of or "?")[0] != unit:
+        raise ValueError(f"{text!r} is not in {_NAMES[unit]}; write {_WRITTEN[unit]}")
+    return float(number) * ({"us": 1e-6, "ms": 1e-3, "s": 1.0}[seconds] if seconds else _UNITS[prefix or ""])
 
 
-def given_quantity(args: argparse.Namespace, name: str) -> float:
-    """Return what a flag of a command says. Raises ConfigError that names the flag."""
+def given_quantity(args: argparse.Namespace, name: str, unit: str) -> float:
+    """Return what a flag of a command says, in "B", "F" or "s". Raises ConfigError that names the flag."""
     try:
-        return quantity(getattr(args, name))
+        return quantity(getattr(args, name), unit)
     except ValueError as error:
         raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
 
@@ -172,11 +177,11 @@ def flag_value(value: Any) -> str:
 def _planner(config: FinetuneConfig, args: argparse.Namespace) -> Planner:
     machine = Machine(
         devices=args.devices,
-        memory_bytes=given_quantity(args, "device_memory"),
-        flops=given_quantity(args, "flops"),
-        link_bytes_per_s=given_quantity(args, "link"),
-        latency_s=given_quantity(args, "latency"),
-        overhead_s=given_quantity(args, "overhead"),
+        memory_bytes=given_quantity(args, "device_memory", "B"),
+        flops=given_quantity(args, "flops", "F"),
+        link_bytes_per_s=given_quantity(args, "link", "B"),
+        latency_s=given_quantity(args, "latency", "s"),
+        overhead_s=given_quantity(args, "overhead", "s"),
     )
     if machine.devices < 1 or not min(machine.memory_bytes, machine.flops, machine.link_bytes_per_s) > 0:
         raise ConfigError("--devices, --device-memory, --flops and --link are more than 0")

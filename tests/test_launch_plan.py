@@ -221,8 +221,15 @@ def test_lengths_may_be_a_histogram(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("80GB", 80e9), ("64GiB", 64 * 2**30), ("50GB/s", 50e9), ("200TF", 2e14), ("10us", 1e-5), ("1e9", 1e9)],
-)
-def test_quantities(text, value):
-    assert quantity(text) == pytest.approx(value)
+    ("text", "unit", "value"),
+    [("80GB", "B", 80e9), ("64GiB", "B", 64 * 2**30), ("50GB/s", "B", 50e9), ("200TF", "F", 2e14),
+     ("3 TFLOPS", "F", 3e12), ("10us", "s", 1e-5), ("1e9B", "B", 1e9), ("0", "s", 0)],
+)  # fmt: skip
+def test_quantities(text, unit, value):
+    assert quantity(text, unit) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("text", "unit"), [("80", "B"), ("10us", "B"), ("80GB", "s"), ("200T", "s"), ("1TB", "F")])
+def test_quantities_of_no_or_another_unit(text, unit):
+    with pytest.raises(ValueError, match="is not in"):
+        quantity(text, unit)

@@ -191,12 +191,16 @@ def measured(plan: StepPlan, *, loss: float, lr: float, grad_norm: float) -> Ste
 
 
 def prepare(config: FinetuneConfig, world: World) -> Job:
-    """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls."""
+    """Put a job together; what fails on one rank fails on all of them, with its error. Every rank calls.
+
+    Raises WorldError or WatchdogError when a rank does not come in time to share data or weights.
+    """
     place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
     limit_waits(place.mesh, config.patience_s)
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: build(config, world, data, place))
-    share_model(model, config, place)
+    with lost_rank_told(f"rank {world.rank}, step 0, sharing the weights", config.patience_s):
+        share_model(model, config, place)
     return world.board.together("job", lambda: assemble(config, world, data, model, place))
 
 

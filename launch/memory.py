@@ -49,7 +49,11 @@ def too_large_told(what: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in _TOO_LARGE)
         if not known:
             raise
         raise ModelError(f"{what} does not fit into the memory that is here; make it smaller: {text}") from error
+
+
+_TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed")
+"""What torch says of sizes, where the class of its error does not tell; the last beyond 64 bits."""

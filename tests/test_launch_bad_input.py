@@ -97,6 +97,9 @@ def test_bad_lines(tmp_path, corpus, lines, words):
         ({"data__held_out": 100}, ("data.held_out is 100", "10 samples")),
         ({"model__path": "/nowhere"}, ("model.path '/nowhere'",)),
         ({"model__hidden_size": 1 << 40}, ("the model does not fit into the memory that is here",)),
+        ({"model__hidden_size": 1 << 62}, ("the model does not fit into the memory that is here",)),
+        ({"moe__num_experts": 1 << 62}, ("the model does not fit into the memory that is here",)),
+        ({"lora__rank": 1 << 62}, ("the model does not fit into the memory that is here",)),
     ],
 )
 def test_bad_settings(tmp_path, corpus, changes, words):

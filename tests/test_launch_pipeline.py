@@ -25,7 +25,7 @@ from launch.errors import ConfigError, WorldError
 from launch.files import RunFolder
 from launch.finetune import finish
 from launch.gather import gather_weights
-from launch.job import assemble, build, share_model
+from launch.job import assemble, build, prepare, share_model
 from launch.mesh import limit_waits, make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
@@ -153,11 +153,28 @@ def test_a_stage_that_stops_ends_the_job(place):
         kill_job(job)
 
 
+def begin(info, store, flags):
+    board = Board(dist.FileStore(store, info.world_size), rank=info.rank, world_size=info.world_size, timeout_s=20)
+    return World(info.rank, info.world_size, torch.device("cpu"), board), read_config(flags, prog="x", description="")
+
+
+def rank_shares(info, store, flags):
+    """Rank 1 leaves when its model is built; what rank 0 says of it."""
+    world, config = begin(info, store, flags)
+    if info.rank == 0:
+        with pytest.raises(WatchdogError) as lost:
+            prepare(config, world)
+        return str(lost.value)
+    place = find_place(config.pipeline, config.moe, world)
+    data = world.board.rank0_first("data", lambda: load_data(config))
+    world.board.together("model", lambda: build(config, world, data, place))
+    return None
+
+
 def rank_ends(info, store, flags):
     """Rank 1 leaves when there is nothing to train any more; what rank 0 says of it."""
-    board = Board(dist.FileStore(store, info.world_size), rank=info.rank, world_size=info.world_size, timeout_s=20)
-    world = World(info.rank, info.world_size, torch.device("cpu"), board)
-    config = read_config(flags, prog="x", description="")
+    world, config = begin(info, store, flags)
+    board = world.board
     place = find_place(config.pipeline, config.moe, world)
     data = board.rank0_first("data", lambda: load_data(config))
     model = build(config, world, data, place)
@@ -197,6 +214,15 @@ def test_a_rank_that_waits_for_the_first_to_build_gives_up_in_time(tmp_path):
     _, (told, seconds) = run_ranks(rank_builds_too_long, 2, str(tmp_path))
     assert told.startswith("rank 0, which puts it together, is gone, stopped, hangs, or is later than 0.3 s: see its")
     assert seconds < 3
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "roundpipe"])
+def test_a_rank_that_is_lost_before_the_first_step_is_told(place, schedule):
+    flags = settings(
+        place / "corpus", place / "unused", pipeline__schedule=schedule, pipeline__ranks=2, pipeline__timeout_s=1
+    )
+    told, _ = run_ranks(rank_shares, 2, str(place / f"shares-{schedule}"), flags)
+    assert told.startswith("rank 0, step 0, sharing the weights: rank 1 is gone, stopped, hangs")
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "roundpipe"])

@@ -7,8 +7,8 @@ what makes gradients those of all tokens: what every rank holds whole is average
 under data parallelism; of ours and DeepSpeed's the gate, as their experts have sums already). Also shown, though it
 does less: transformers' block without that.
 
-Ways take turns, for the machine to be as fast for each; of the two steps of a turn the second one is timed, as in a
-training a layer follows its like: the first one finds the caches full of another way's code and weights.
+Ways take turns, for the machine to be as fast for each; of the two steps of a turn the second one is timed:
+the first one finds the caches full of another way's code and weights. Neither is what a whole model's training has.
 """
 
 from __future__ import annotations

@@ -28,12 +28,11 @@ from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
 from launch.megatron import export_gpt
 from launch.memory import PeakMemory, too_large_told
-from launch.mesh import limit_waits
 from launch.metrics import StepMetrics
 from launch.model import build_model, build_skeleton, vocabulary_size
 from launch.optimizer import Stepper, apply_settings, build_optimizer
 from launch.partial import WholeModel
-from launch.pipeline_job import Place, check_microbatches, check_whole_samples, find_place
+from launch.pipeline_job import Place, check_microbatches, check_whole_samples, take_place
 from launch.pipeline_parts import held_names
 from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
@@ -195,8 +194,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 
     Raises WorldError or WatchdogError when a rank does not come in time to share data or weights.
     """
-    place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
-    limit_waits(place.mesh, config.patience_s)
+    place = take_place(config, world)
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: build(config, world, data, place))
     with lost_rank_told(f"rank {world.rank}, step 0, sharing the weights", config.patience_s):

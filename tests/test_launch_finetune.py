@@ -161,7 +161,10 @@ def stop_behind_all(info, folder, flags):
 
 
 def test_a_rank_that_stops_behind_all_that_is_written_is_named(place, tmp_path):
-    flags = settings(place / "corpus", tmp_path / "run", run__timeout_s=3, checkpoint__timeout_s=3)
+    flags = settings(
+        place / "corpus", tmp_path / "run", data__held_out=0, chunks__global_batch=1, run__timeout_s=3,
+        checkpoint__timeout_s=3,
+    )  # fmt: skip
     _, told = run_ranks(stop_behind_all, 2, str(tmp_path), flags)
     assert told.startswith("rank 0 did not answer about 'leaving' within 6 s; it ended, hangs, or does something else")
     assert (tmp_path / "run" / "checkpoints" / "step-1" / "manifest.json").exists()

@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from launch import finetune
 from launch.board import Board
+from launch.claim import claimed
 from launch.config import FinetuneConfig
 from launch.env import Processes, World, joined, read_processes
-from launch.errors import ConfigError, DataError, LaunchError, WorldError
+from launch.errors import ConfigError, DataError, FolderError, LaunchError, WorldError
+from launch.files import RunFolder
 from launch.mesh import AXES, limited_groups, make_mesh
 from launch.model import build_model
 from launch.pipeline_job import take_place
@@ -58,6 +60,12 @@ def test_one_process_is_a_world():
         assert (world.rank, world.world_size, dist.get_world_size()) == (0, 1, 1)
         assert world.board.gather("hello", {"a": 1}) == [{"a": 1}]
     assert not dist.is_initialized()
+
+
+def test_a_folder_of_no_possible_name_is_refused(tmp_path):
+    folder = RunFolder.of(str(tmp_path / ("x" * 300)))
+    with joined(Processes(), timeout_s=20) as world, pytest.raises(FolderError, match=r"cannot be written: .*too long"):
+        claimed(folder, world, fresh=False).__enter__()
 
 
 def start_twice(info):

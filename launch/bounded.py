@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.errors import KNOWN_ERRORS
+from moe.errors import ExchangeError
 from pipeline.errors import WatchdogError
 from pipeline.transport.base import reason_of
 
@@ -38,10 +39,14 @@ def all_reduce(
 def lost_rank_told(what: str, timeout_s: float) -> Iterator[None]:
     """Raise WatchdogError, which begins with `what`, where a collective inside fails, of no matter which group.
 
-    `timeout_s` is how long they wait, to be told.
+    `timeout_s` is how long they wait, to be told. An error by which a package tells of a rank has `what` before it.
     """
     try:
         yield
+    except (WatchdogError, ExchangeError) as error:
+        if str(error).startswith(what):
+            raise
+        raise type(error)(f"{what}: {error}") from error
     except RuntimeError as error:
         of_ranks = isinstance(error, dist.DistError) or any(name in str(error) for name in _TRANSPORTS)
         if isinstance(error, KNOWN_ERRORS) or not of_ranks:

@@ -21,7 +21,7 @@ class RunFolder:
     def of(cls, name: str) -> RunFolder:
         """Return the folder of that name; of a symbolic link what it leads to, so that one folder has one lock."""
         path = Path(name)
-        return cls(path.resolve() if path.is_symlink() else path)
+        return cls(path.resolve() if os.path.islink(path) else path)  # False for what is no name: who writes says so
 
     @property
     def lock(self) -> Path:

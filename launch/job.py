@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +27,11 @@ from launch.gradnorm import clip_
 from launch.lora import merge_adapters, with_adapters
 from launch.megatron import export_gpt
 from launch.memory import PeakMemory, too_large_told
-from launch.mesh import limit_waits
 from launch.metrics import StepMetrics
 from launch.model import build_model, build_skeleton, vocabulary_size
 from launch.optimizer import Stepper, apply_settings, build_optimizer
 from launch.partial import WholeModel
-from launch.pipeline_job import Place, check_microbatches, check_whole_samples, find_place
+from launch.pipeline_job import Place, check_microbatches, check_whole_samples, take_place
 from launch.pipeline_parts import held_names
 from launch.rng import seed_rngs
 from launch.runners import Runner, make_runner
@@ -43,7 +41,6 @@ from launch.split import split
 from launch.state import TrainState
 from launch.step_times import StepTimes, over_ranks
 from launch.zero import ZeroRunner
-from pipeline.errors import WatchdogError
 
 BUILD_TIMEOUT_S = 4 * 3600.0
 """How long ranks wait for rank 0 to tokenize the data."""
@@ -81,6 +78,10 @@ class Job:
     def patience_s(self) -> float:
         """How long a rank waits for another within a step."""
         return self.config.patience_s
+
+    @property
+    def _where(self) -> str:
+        return f"rank {self.world.rank}, step {self.state.step}"
 
     def train_step(self, batch: StepBatch) -> StepMetrics:
         """Train one step; return what there is to say of it, but for the time. Every rank calls.
@@ -120,7 +121,7 @@ class Job:
         if not self.held_out:
             return None
         self.model.eval()
-        with self._told("evaluating"):
+        with lost_rank_told(f"{self._where}, evaluating", self.patience_s):
             losses: list[Tensor] = [self.runner.evaluate(batch) * batch.denominator for batch in self.held_out]
         self.model.train()
         mean = math.fsum(map(float, losses)) / math.fsum(batch.denominator for batch in self.held_out)
@@ -129,27 +130,16 @@ class Job:
     def whole_model(self) -> PreTrainedModel | None:
         """Return the whole model on rank 0, None on the others. Every rank calls."""
         config, tokenizer, device = self.config, self.data.tokenizer, self.world.device
-        with self._told("gathering the model"):
+        with lost_rank_told(f"{self._where}, gathering the model", self.patience_s):
             return self.runner.gather(lambda: with_adapters(build_model(config.model, tokenizer, device), config.lora))
-
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Have errors about other ranks say where this one was; a pipeline's own count held-out batches, or nothing."""
-        where = f"rank {self.world.rank}, step {self.state.step}, {what}"
-        try:
-            with lost_rank_told(where, self.patience_s):
-                yield
-        except WatchdogError as error:
-            if str(error).startswith(where):
-                raise
-            raise WatchdogError(f"{where}: {error}") from error
 
     def write_model(self, folder: Path) -> bool:
         """Write the model and its tokenizer as transformers saves them. Every rank calls; return whether this wrote."""
         logging.disable_progress_bar()  # transformers' own, on our way out
         prepare_deepspeed(self.world.device)  # transformers imports it when it saves, engine or not
         if self.experts is not None:
-            self.experts.write(folder, self._write_tokenizer)
+            with lost_rank_told(f"{self._where}, writing the model", self.patience_s):
+                self.experts.write(folder, self._write_tokenizer)
             return self.world.rank == 0
         model = self.whole_model()
         if model is not None:
@@ -195,8 +185,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 
     Raises WorldError or WatchdogError when a rank does not come in time to share data or weights.
     """
-    place = find_place(config.pipeline, config.moe, world)  # collectives: not where one rank may fail alone
-    limit_waits(place.mesh, config.patience_s)
+    place = take_place(config, world)
     data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
     model = world.board.together("model", lambda: build(config, world, data, place))
     with lost_rank_told(f"rank {world.rank}, step 0, sharing the weights", config.patience_s):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
@@ -40,9 +41,24 @@ def limit_waits(mesh: DeviceMesh, timeout_s: float) -> None:
 
 
 @contextmanager
+def met_within(timeout_s: float) -> Iterator[None]:
+    """Let the ranks of a group that is made inside the block, by whomever, wait no longer for each other.
+
+    Under gloo, which would wait half an hour; NCCL's ranks meet in their first collective.
+    """
+    usual = distributed_c10d.default_pg_timeout  # torch has no other way into what a library makes
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+    try:
+        yield
+    finally:
+        distributed_c10d.default_pg_timeout = usual
+
+
+@contextmanager
 def limited_groups(timeout_s: float) -> Iterator[None]:
     """Do for every group that is made inside the block, by a library, what `limit_waits` does for ours."""
     before = set(_world.pg_map)
-    yield
+    with met_within(timeout_s):
+        yield
     for group in set(_world.pg_map) - before:
         _set_pg_timeout(timedelta(seconds=timeout_s), group)

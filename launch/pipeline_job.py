@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from chunkflow import ChunkLoader, StepBatch
 from chunkflow.engine import WholeParameters
 from chunkflow.support import require_exact
+from launch.bounded import lost_rank_told
 from launch.compose import active, cell
 from launch.config import FinetuneConfig
 from launch.env import World
 from launch.errors import ConfigError
-from launch.mesh import make_mesh
+from launch.mesh import limit_waits, make_mesh, met_within
 from launch.pipeline_parts import cut
 from launch.pipeline_runner import PipelineRunner
 from launch.step_times import StepTimes
@@ -77,6 +78,23 @@ def find_place(config: PipelineConfig, experts: ExpertsConfig, world: World) -> 
         times=StepTimes(world.rank),
         shares_memory=not bound,
     )
+
+
+def take_place(config: FinetuneConfig, world: World) -> Place:
+    """Return where this rank stands, once all ranks have made their groups. Every rank calls.
+
+    Raises ConfigError when the processes do not divide over the axes; WorldError naming a rank that does not come.
+    """
+    patience_s = config.patience_s
+
+    def find() -> Place:
+        # Half of it, so that the others still wait for who finds a rank missing in a group.
+        with lost_rank_told(f"rank {world.rank}, making groups", patience_s / 2), met_within(patience_s / 2):
+            return find_place(config.pipeline, config.moe, world)
+
+    place = world.board.together("groups of ranks", find, timeout_s=patience_s)
+    limit_waits(place.mesh, patience_s)
+    return place
 
 
 def check_whole_samples(config: FinetuneConfig, longest: int) -> None:

@@ -4,7 +4,7 @@ MoeError
     MoeConfigError     a setting, a model or a group that cannot work
     ContractError      a user-written sub-module breaks its contract
     PlanError          a plan that does not fit the layer, or differs between ranks
-    ExchangeError      a rank was lost or late in an exchange; names rank, layer, operation
+    ExchangeError      a rank was lost or late in an exchange; names rank, layer, operation, and whom it waited for
 """
 
 

@@ -53,9 +53,9 @@ collective then waits for a peer that is gone."""
 class Ticket(Future):
     """The handle of one submitted operation. `result()` is the only proof that it ran; it re-raises the cause."""
 
-    def __init__(self, who: str, timeout_s: float) -> None:
+    def __init__(self, who: str, timeout_s: float, peers: str = "a peer") -> None:
         super().__init__()
-        self.who, self._timeout_s = who, timeout_s
+        self.who, self._timeout_s, self.peers = who, timeout_s, peers
 
     def result(self, timeout: float | None = None) -> Any:
         """Return what the operation returned. Raises ExchangeError when it failed or is later than the deadline."""
@@ -64,7 +64,7 @@ class Ticket(Future):
             return super().result(waited_s + _GRACE_S if timeout is None else timeout)
         except TimeoutError:
             raise ExchangeError(
-                f"{self.who}: not done after {waited_s:g} s; a peer is lost, late, or issues in another order"
+                f"{self.who}: not done after {waited_s:g} s; {self.peers} is lost, late, or issues in another order"
             ) from None
 
 
@@ -94,6 +94,7 @@ class IssueQueue:
     ) -> None:
         self.group, self.name, self.timeout_s = group, name, timeout_s
         self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._peers = _peers(group, self._rank)
         self._on_span = on_span
         self._broken: ExchangeError | None = None
         self._closed = False
@@ -116,7 +117,7 @@ class IssueQueue:
         """
         place = call or f"layer {layer or '?'}"
         where = f"rank {self._rank}, {place}, {op or 'operation'} on the {self.name} link"
-        ticket = Ticket(where, self.timeout_s)
+        ticket = Ticket(where, self.timeout_s, self._peers)
         with self._lock:
             if self._closed:
                 raise ExchangeError(f"{where}: the queue is closed; build the layer anew")
@@ -164,7 +165,8 @@ class IssueQueue:
             t0_ns = time.monotonic_ns()
             value = item.fn(*inputs)
         except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
-            self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}")
+            lost = f"; {ticket.peers} may be lost or late: see its output" if isinstance(error, RuntimeError) else ""
+            self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}{lost}")
             self._broken.__cause__ = error
             ticket.set_exception(self._broken)
             return
@@ -183,6 +185,14 @@ def naming(what: str) -> Iterator[None]:
     except RuntimeError as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         raise ExchangeError(f"rank {rank}, {what}: a rank is lost or late: {error}") from error
+
+
+def _peers(group: dist.ProcessGroup | None, own: int) -> str:
+    """Return in words whom a group waits for."""
+    others = [] if group is None else [rank for rank in dist.get_process_group_ranks(group) if rank != own]
+    if not others:
+        return "a peer"
+    return f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {others}"
 
 
 def _end(waiting: SimpleQueue[_Item | None], thread: Thread) -> None:

@@ -7,14 +7,21 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from checkpointing import cli
+from checkpointing import Checkpointer, cli
+from launch import finetune
+from launch.board import Board
 from launch.chaos_compare import curve
+from launch.env import World
+from launch.errors import WorldError
 from launch.files import RunFolder
 from launch.metrics import read_metrics
+from launch.stop import StopSignals
 from tests.launch_jobs import kill_job, run_job, settings, snapshot, start, wait_for_step, workers
+from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.timeout(240)
 KEYS = {
@@ -126,6 +133,41 @@ def test_a_finished_run_says_so_and_fresh_starts_over(place, undisturbed):
     assert curve(RunFolder(run))[1]["loss"] == aside_curve[1]["loss"]
     run.rename(place / "two-steps")
     aside.rename(run)
+
+
+def stop_behind_all(info, folder, flags):
+    """Rank 0 stops when the checkpoints are closed, behind all that is written; what rank 1 says of it."""
+    store = dist.FileStore(f"{folder}/store", info.world_size)
+    board = Board(store, rank=info.rank, world_size=info.world_size, timeout_s=30)
+    world, pids = World(info.rank, info.world_size, torch.device("cpu"), board), board.gather("process", os.getpid())
+    close = Checkpointer.__exit__
+
+    def close_and_stop(*args):
+        close(*args)
+        if info.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with pytest.MonkeyPatch.context() as patched, StopSignals() as stop:
+        patched.setattr(Checkpointer, "__exit__", close_and_stop)
+        os.kill(os.getpid(), signal.SIGTERM)  # one step is enough
+        if info.rank == 0:
+            return finetune.run(flags, world, stop)
+        try:
+            with pytest.raises(WorldError) as silent:
+                finetune.run(flags, world, stop)
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
+    return str(silent.value)
+
+
+def test_a_rank_that_stops_behind_all_that_is_written_is_named(place, tmp_path):
+    flags = settings(
+        place / "corpus", tmp_path / "run", data__held_out=0, chunks__global_batch=1, run__timeout_s=3,
+        checkpoint__timeout_s=3,
+    )  # fmt: skip
+    _, told = run_ranks(stop_behind_all, 2, str(tmp_path), flags)
+    assert told.startswith("rank 0 did not answer about 'leaving' within 6 s; it ended, hangs, or does something else")
+    assert (tmp_path / "run" / "checkpoints" / "step-1" / "manifest.json").exists()
 
 
 def test_bad_input_is_one_line_a_rank_and_exit_2(place):

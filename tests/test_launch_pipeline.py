@@ -29,7 +29,7 @@ from launch.job import assemble, build, prepare, share_model
 from launch.mesh import limit_waits, make_mesh
 from launch.metrics import read_metrics
 from launch.optimizer import build_optimizer
-from launch.pipeline_job import check_whole_samples, find_place
+from launch.pipeline_job import check_whole_samples, find_place, take_place
 from launch.pipeline_parts import cut
 from launch.pipeline_runner import PipelineRunner
 from launch.recipe import read_config
@@ -165,7 +165,7 @@ def rank_shares(info, store, flags):
         with pytest.raises(WatchdogError) as lost:
             prepare(config, world)
         return str(lost.value)
-    place = find_place(config.pipeline, config.moe, world)
+    place = take_place(config, world)
     data = world.board.rank0_first("data", lambda: load_data(config))
     world.board.together("model", lambda: build(config, world, data, place))
     return None

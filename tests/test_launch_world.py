@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -14,14 +15,18 @@ import torch.distributed as dist
 
 from launch import finetune
 from launch.board import Board
+from launch.claim import claimed
 from launch.config import FinetuneConfig
-from launch.env import Processes, joined, read_processes
-from launch.errors import ConfigError, DataError, LaunchError, WorldError
+from launch.env import Processes, World, joined, read_processes
+from launch.errors import ConfigError, DataError, FolderError, LaunchError, WorldError
+from launch.files import RunFolder
 from launch.mesh import AXES, limited_groups, make_mesh
 from launch.model import build_model
-from launch.recipe import agreed_config
+from launch.pipeline_job import take_place
+from launch.recipe import agreed_config, read_config
 from launch.skeleton import share
 from launch.stop import StopSignals
+from pipeline.errors import WatchdogError
 from tests.spawn import ROOT, run_ranks
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -55,6 +60,12 @@ def test_one_process_is_a_world():
         assert (world.rank, world.world_size, dist.get_world_size()) == (0, 1, 1)
         assert world.board.gather("hello", {"a": 1}) == [{"a": 1}]
     assert not dist.is_initialized()
+
+
+def test_a_folder_of_no_possible_name_is_refused(tmp_path):
+    folder = RunFolder.of(str(tmp_path / ("x" * 300)))
+    with joined(Processes(), timeout_s=20) as world, pytest.raises(FolderError, match=r"cannot be written: .*too long"):
+        claimed(folder, world, fresh=False).__enter__()
 
 
 def start_twice(info):
@@ -240,6 +251,7 @@ def test_one_rank_s_signal_stops_all_at_the_same_step():
 CONNECTING = """
 from launch.env import joined, read_processes
 from launch.stop import StopSignals
+from pipeline.errors import WatchdogError
 with StopSignals():
     print("connecting", flush=True)
     with joined(read_processes()):
@@ -320,6 +332,39 @@ def test_a_second_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("launch.finetune.run", twice)
     assert finetune.main([]) == 130
     assert capsys.readouterr().err == "rank 0: interrupted; the same command resumes from the last checkpoint\n"
+
+
+def make_groups(info, folder, flags, number):
+    """Rank 3 stops as it makes its group of this number; what each other rank says of it, and within how long."""
+    store = dist.FileStore(os.path.join(folder, "store"), info.world_size)
+    place = Board(store, rank=info.rank, world_size=info.world_size, timeout_s=20)
+    config = read_config([*flags, "--run.timeout_s=2"], prog="x", description="")
+    pids, made, tries = place.gather("process", os.getpid()), dist.new_group, count(1)
+
+    def new_group(*args, **options):
+        if info.rank == 3 and next(tries) == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return made(*args, **options)
+
+    begun = time.monotonic()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("torch.distributed.device_mesh.new_group", new_group)
+        with pytest.raises((WorldError, WatchdogError)) as caught:
+            take_place(config, World(info.rank, info.world_size, torch.device("cpu"), place))
+    waited_s = time.monotonic() - begun
+    store.set(f"told/{info.rank}", "")
+    if info.rank == 0:
+        store.wait([f"told/{rank}" for rank in (1, 2)])
+        os.kill(pids[3], signal.SIGCONT)
+    return str(caught.value), waited_s
+
+
+@pytest.mark.parametrize(("flags", "number"), [(["--pipeline.ranks=2"], 1), (["--moe.num_experts=4", "--moe.ep=2"], 6)])
+def test_a_rank_that_stops_while_groups_are_made_is_named(tmp_path, flags, number):
+    *others, _ = run_ranks(make_groups, 4, str(tmp_path), flags, number)
+    for text, waited_s in others:
+        assert text.startswith("rank 3 did not answer about 'groups of ranks' within 2 s")
+        assert waited_s < 6
 
 
 def mesh_and_weights(info):

@@ -116,4 +116,5 @@ def one_rank_stays_away(info):
 def test_a_lost_rank_is_an_error_in_bounded_time():
     text, waited_s = run_ranks(one_rank_stays_away, 2, fresh=True)[0]
     assert text.startswith("rank 0, layer 0, dispatch 0 on the inter link: ")
+    assert text.endswith("; rank 1 may be lost or late: see its output")
     assert waited_s < 4

@@ -36,7 +36,8 @@ ASSUMPTIONS = (
     "autocast 0.7 of that and a bf16 copy of the weights with every chunk, within 15%; under DeepSpeed's bf16 0.55 of "
     "it",
     "experts are evenly loaded; LoRA's adapters weigh nothing, and their backward costs one forward",
-    "each step is predicted from the data-parallel rank that has most work, over some steps of the recipe's own order",
+    "each step is predicted from the data-parallel rank that has most work, over some steps of the recipe's own order; "
+    "its memory also with the longest sample of all in the first of them",
 )
 
 

@@ -26,13 +26,15 @@ from launch.plan_records import Estimate, Layout, Step, size
 from pipeline.comms import complete
 from pipeline.schedules import SCHEDULES
 from pipeline.schedules.build import balanced_stages
-from pipeline.simulate import simulate
+from pipeline.simulate import Result, simulate
 from pipeline.units import Unit
 
 MAX_ACTIONS = 8_000
 """Of a simulated step; layouts with more are told to take what they take with longer chunks."""
 MOST = 32
 """Layouts that are simulated to find the best."""
+FULLEST = -1
+"""In place of a step's number: the first step with the longest sample of all in it, which memory has to hold."""
 STAGES = {"interleaved": 2, "zbv": 2}
 """Stages a rank, where that is not one."""
 
@@ -127,8 +129,10 @@ class Planner:
         key = (step, chunk_tokens, retain, data)
         if key not in self.cuts:
             size = min(self.batch, len(self.lengths))
-            at = step % max(1, len(self.lengths) // size)
-            samples = global_batch(self.seed, 0, at, num_samples=len(self.lengths), global_batch=size)
+            at = max(step, 0) % max(1, len(self.lengths) // size)
+            samples = np.array(global_batch(self.seed, 0, at, num_samples=len(self.lengths), global_batch=size))
+            if step == FULLEST:
+                samples[self.lengths[samples].argmax()] = self.lengths.argmax()
             config = PlannerConfig(chunk_tokens=chunk_tokens, retain=retain, pair_cost=self.model.pair_cost)
             self.cuts[key] = make_layout(samples, self.lengths[samples], config=config, world_size=data)
         return self.cuts[key]
@@ -182,24 +186,27 @@ class Planner:
             balance=float(np.mean(balance)),
             reduce_s=reduce_s,
             held_bytes=max(self.held_bytes(layout)),
-            memory_bytes=max(step.memory_bytes for step in steps),
+            memory_bytes=max(*(step.memory_bytes for step in steps), self._run(layout, self.cut(FULLEST, layout))[1]),
             simulated=all(step.simulated for step in steps),
         )
 
     def step(self, layout: Layout, chunks: Chunks) -> Step:
         """Predict one step, by the simulator, from the data-parallel rank that has most work."""
+        result, memory = self._run(layout, chunks)
+        seconds, bubble = self._coarser(layout) if result is None else (result.makespan_s, result.bubble.total)
+        return Step(seconds=seconds, bubble=bubble, memory_bytes=memory, simulated=result is not None)
+
+    def _run(self, layout: Layout, chunks: Chunks) -> tuple[Result | None, float]:
+        """Simulate the rank that has most work, unless it has too much; return that and the fullest device's bytes."""
         held, stages = self.held_bytes(layout), self.bounds(layout)
         row = chunks.chunks(chunks.jobs()[int(chunks.loads.argmax())].tolist())
         costs = self.model.costs(row, ep=layout.ep, chunk_tokens=layout.chunk_tokens, engine=layout.engine)
         if 4 * len(stages) * len(row) > MAX_ACTIONS:
             open_share = (layout.pp + layout.retain) / layout.pp  # chunks a device keeps, times its share of layers
             kept = max(map(sum, costs.activation_bytes)) * open_share
-            kept += sum(map(sum, costs.state_bytes)) / layout.pp
-            seconds, bubble = self._coarser(layout)
-            return Step(seconds=seconds, bubble=bubble, memory_bytes=max(held) + kept, simulated=False)
+            return None, max(held) + kept + sum(map(sum, costs.state_bytes)) / layout.pp
         result = simulate(complete(_schedule(layout, units_of(row, layout.retain), stages)), costs)
-        memory = max(a + b for a, b in zip(held, result.peak_bytes, strict=True))
-        return Step(seconds=result.makespan_s, bubble=result.bubble.total, memory_bytes=memory, simulated=True)
+        return result, max(a + b for a, b in zip(held, result.peak_bytes, strict=True))
 
     def _coarser(self, layout: Layout) -> tuple[float, float]:
         """Return seconds and bubble of a layout with too many chunks to simulate: those of chunks twice as long."""
@@ -235,6 +242,10 @@ class Planner:
                 f"{size(min(tried))}. Give more or larger devices, or train adapters (lora.rank)"
             )
         return found
+
+    def fastest(self) -> Estimate:
+        """Return the fastest layout of those that were simulated and fit; one must."""
+        return min((one for one in self.known.values() if self.fits(one)), key=lambda one: one.step_s)
 
     def others(self, best: Estimate) -> dict[str, list[Estimate]]:
         """Return, for each dimension of a layout, the nearest other values of it, in the layouts that tell of each.

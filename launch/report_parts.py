@@ -44,7 +44,7 @@ def draw_ranks(axes: Axes, lines: Sequence[Mapping[str, float]], rows: Sequence[
         table[i, : len(row)] = row
     if table.shape[1] <= _MOST_LINES:
         for rank in range(table.shape[1]):
-            axes.plot(steps, table[:, rank], linewidth=1.1, label=f"rank {rank}")
+            axes.plot(steps, table[:, rank], linewidth=1.1, clip_on=False, label=f"rank {rank}")
     else:
         axes.fill_between(
             steps, np.nanmin(table, 1), np.nanmax(table, 1), color=COLOURS["bubble"], label="least to most"
@@ -92,7 +92,7 @@ def draw_experts(axes: Axes, lines: Sequence[Mapping[str, float]]) -> None:
 
 def draw_timeline(axes: Axes, timeline: Timeline) -> None:
     """Draw a row a rank: above what was measured, below, paler, what was predicted."""
-    ranks = sorted({bar.rank for bar in timeline.measured})[:_MOST_LINES]
+    ranks = timeline.ranks[:_MOST_LINES]
     for bars, shift, alpha in ((timeline.measured, 0.05, 1.0), (timeline.predicted, 0.5, 0.45)):
         for backward, color in ((False, COLOURS["compute"]), (True, COLOURS["update"])):
             _rows(axes, [bar for bar in bars if bar.backward == backward], ranks, shift, alpha=alpha, color=color)

@@ -107,7 +107,9 @@ def _plot(name: str, title: str, text: str, draw: Callable[[Axes], None], data: 
         return None
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 3.1), layout="constrained")
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
+        _finish(axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return Plot(name, title, text, buffer.getvalue())
@@ -128,14 +130,14 @@ def _loss(axes: Axes, lines: Sequence[Line], trained: Sequence[Line]) -> None:
     if held_out:
         axes.plot(_values(held_out, "step"), _values(held_out, "eval_loss"), "o-", color=ORANGE, label="held out")
         axes.axhline(held_out[0]["eval_loss"], color=GREY, linestyle=":", label="held out, at first")
-    _steps(axes)
+    axes.set_xlabel("step")
     axes.legend()
 
 
 def _curve(axes: Axes, lines: Sequence[Line], key: str, unit: str, *, zero: bool = False) -> None:
     some = _with(lines, key)
     axes.plot(_values(some, "step"), _values(some, key), color=BLUE, linewidth=1.2)
-    _steps(axes)
+    axes.set_xlabel("step")
     axes.set_ylabel(unit)
     if zero:
         _from_zero(axes, _values(some, key))
@@ -175,7 +177,7 @@ def _is_beside(line: Line) -> bool:
 
 def _fill(axes: Axes, lines: Sequence[Line]) -> None:
     axes.plot(_values(lines, "step"), 100 * _values(lines, "fill"), color=GREEN, linewidth=1.2)
-    _steps(axes)
+    axes.set_xlabel("step")
     axes.set_ylabel("%")
     axes.set_ylim(0, 102)
 
@@ -208,9 +210,13 @@ def _memory(axes: Axes, lines: Sequence[Line], chunk_tokens: int | None) -> None
     axes.set_ylabel("GiB")
 
 
-def _steps(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _finish(axes: Axes) -> None:
+    """Mark whole steps only, and show a line of one point as a point."""
+    if axes.get_xlabel() == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for line in axes.lines:
+        if np.isfinite(np.asarray(line.get_ydata(), dtype=float)).sum() == 1:
+            line.set_marker("o")
 
 
 def _from_zero(axes: Axes, values: np.ndarray) -> None:

@@ -28,6 +28,8 @@ class Timeline:
     """One step of all ranks."""
 
     step: int
+    ranks: tuple[int, ...]
+    """Those that took part, were it without a chunk."""
     measured: tuple[Bar, ...]
     predicted: tuple[Bar, ...]
     how: str
@@ -57,10 +59,14 @@ def make_timeline(ranks: Sequence[Sequence[TraceEvent]], schedule: Schedule | No
         for rank in now
         for event in rank
     )
+    there = tuple(n for n, (rank, events) in enumerate(zip(ranks, now, strict=True)) if events or not rank)
     if schedule is not None:
-        found = _simulated(schedule, [event for rank in now for event in rank], len(ranks) // len(schedule.devices))
-        return Timeline(step, measured, found, "the schedule simulated with what its actions took, links without cost")
-    return Timeline(step, measured, tuple(_planned(now)), "each chunk by the planner's cost")
+        pipelines = max(len(ranks) // len(schedule.devices), 1)
+        found = _simulated(schedule, [event for rank in now for event in rank], pipelines)
+        how = "the schedule" if pipelines == 1 else "the first pipeline's schedule"
+        how = f"{how} simulated with what its actions took, links without cost"
+        return Timeline(step, there, measured, found, how)
+    return Timeline(step, there, measured, tuple(_planned(now)), "each chunk by the planner's cost")
 
 
 def _planned(ranks: Iterable[Sequence[TraceEvent]]) -> Iterable[Bar]:
@@ -76,14 +82,13 @@ def _simulated(schedule: Schedule, events: Iterable[TraceEvent], pipelines: int)
     """Run the schedule, of the first of the pipelines, with the measured duration of each stage and micro-batch."""
     took: dict[tuple[Op, int, int], float] = {}
     for event in events:
-        if event.rank % max(pipelines, 1) == 0:
+        if event.rank % pipelines == 0:
             action = Action.parse(event.name)
             took[action.op, action.stage, action.microbatch or 0] = (event.t1_ns - event.t0_ns) / 1e9
     free = Costs.uniform(max(hi for _, hi in schedule.stages), forward_s=0.0, backward_s=0.0)
     spans = [span for span in simulate(schedule, free, took=took).spans if span.action.op in COMPUTE]
     return tuple(
-        Bar(span.device * max(pipelines, 1), span.action.op not in (Op.F, Op.R), span.start_s, span.end_s)
-        for span in spans
+        Bar(span.device * pipelines, span.action.op not in (Op.F, Op.R), span.start_s, span.end_s) for span in spans
     )
 
 

@@ -6,15 +6,17 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from base64 import b64decode
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from chunkflow.histogram import histogram
 from launch.files import RunFolder
 from launch.report import main, make_page, write_report
-from launch.report_plots import beside_saves
+from launch.report_parts import draw_timeline
+from launch.report_plots import _finish, beside_saves
 from launch.report_timeline import make_timeline, read_timeline
 from pipeline.comms import complete
 from pipeline.costs import Costs
@@ -202,6 +204,30 @@ def test_a_pipeline_is_predicted_by_its_schedule():
     assert ends == pytest.approx([late + max(s.end_s for s in spans if s.device == 1), simulate(
         schedule, Costs.uniform(2, forward_s=1, backward_s=2)).makespan_s])  # fmt: skip
     assert sum(bar.backward for bar in found.predicted) == 6
+    assert found.how.startswith("the schedule simulated")
+    twice = [[replace(event, rank=rank) for event in ranks[rank // 2]] for rank in range(4)]
+    two = make_timeline(twice, schedule)
+    assert two.how.startswith("the first pipeline's schedule simulated")
+    assert {bar.rank for bar in two.predicted} == {0, 2}
+
+
+def test_ranks_without_a_chunk_have_a_row_and_those_of_an_older_step_none():
+    now, older = ([TraceEvent(0, "compute", "F", step, 0, 0, 900, None)] for step in (7, 3))
+    found = make_timeline([now, [], older, now], None)
+    assert found.ranks == (0, 1, 3)
+    axes = Figure().subplots()
+    draw_timeline(axes, found)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1", "rank 3"]
+
+
+def test_whole_steps_are_marked_and_one_point_is_a_point():
+    axes = Figure().subplots()
+    axes.plot([1, 3], [5.0, 6.0])
+    axes.plot([1, 3], [np.nan, 6.0])
+    axes.set_xlabel("step")
+    _finish(axes)
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert [line.get_marker() for line in axes.lines] == ["None", "o"]
 
 
 @pytest.mark.parametrize("text", ["", "no json\n", '{"rank": 0}\n'])

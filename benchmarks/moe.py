@@ -58,7 +58,7 @@ def run_emulated(parts: Sequence[str], arguments: argparse.Namespace) -> list[di
 
 def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of an earlier report, those measured again replaced, and the new ones."""
-    known = ("part", "layer", "share_target", "work", "way")
+    known = ("part", "layer", "share_target", "work", "way", "step")
     keys = [tuple(row.get(name) for name in known) for row in rows]
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     return [*(row for row in before if tuple(row.get(name) for name in known) not in keys), *rows]
@@ -103,14 +103,14 @@ def print_rows(rows: Sequence[dict[str, Any]], part: str) -> None:
 def print_real(rows: Sequence[dict[str, Any]]) -> None:
     """Print the layers with real experts."""
     table = Table(title="real: two ranks, real experts, ms of forward and backward, medians of interleaved runs")
-    for column in ("work", "way", "ms", "ours is", "80% of rounds", "note"):
+    for column in ("work", "way", "step", "ms", "ours is", "80% of rounds", "note"):
         table.add_column(column)
     for row in (r for r in rows if r["part"] == "real"):
         ms = f"{row['seconds'] * 1e3:.1f}" if row["seconds"] is not None else "-"
         ours, rounds = "-", "-"
         if row["speedup"] is not None:
             ours, rounds = f"{row['speedup']:.3f}x", "{:.2f} to {:.2f}".format(*row["rounds"])
-        table.add_row(row["work"], row["way"], ms, ours, rounds, row["note"])
+        table.add_row(row["work"], row["way"], row["step"], ms, ours, rounds, row["note"])
     Console(width=170).print(table)
 
 

@@ -7,14 +7,16 @@ what makes gradients those of all tokens: what every rank holds whole is average
 under data parallelism; of ours and DeepSpeed's the gate, as their experts have sums already). Also shown, though it
 does less: transformers' block without that.
 
-Ways take turns, for the machine to be as fast for each; of the two steps of a turn the second one is timed:
-the first one finds the caches full of another way's code and weights. Neither is what a whole model's training has.
+Ways take turns, in an order drawn anew every round, for the machine to be as fast for each. A turn has two steps, and
+both are timed: the first one finds the caches full of another way's code and weights, the second one has them as its
+own; in a whole model's training, with attention in between, they are neither. A claim is about the worse of both.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -40,6 +42,8 @@ ROUNDS = (160, 60, 20)
 """Of each work, about as long: runs of 30 rounds of the smallest one differ by 5%."""
 
 ONE_RANK = "transformers, one rank's gradients"
+STEPS = ("first", "second")
+"""Of a turn."""
 
 Step = Callable[[], torch.Tensor]
 
@@ -205,32 +209,33 @@ def measure(work: Sequence[int], rank: int, rounds: int) -> list[dict[str, Any]]
         error = (forward().detach() - want).abs().max().item()
         notes[name] = f"output off by {error:.1e}"
         step(module, forward, weights, averaged)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    times: dict[tuple[str, str], list[float]] = {(name, which): [] for name in ways for which in STEPS}
+    draw = random.Random(7)  # alike on both ranks
+    for _ in range(rounds):
+        for name in draw.sample(list(ways), len(ways)):
             module, forward, averaged = ways[name]
-            step(module, forward, weights, averaged)
-            times[name].append(step(module, forward, weights, averaged))
-    mine = median(times["ours"])
+            for which in STEPS:
+                times[name, which].append(step(module, forward, weights, averaged))
     title = f"{tokens} tokens a rank, width {width}, {EXPERTS} experts of {inner}, top {TOP_K}"
     rows = [
         {
             "part": "real",
             "work": title,
             "way": name,
+            "step": which,
             "seconds": median(values),
-            "speedup": median(values) / mine if name != "ours" else None,
-            "rounds": _middle(v / own for v, own in zip(values, times["ours"], strict=True)),
+            "speedup": median(values) / median(times["ours", which]) if name != "ours" else None,
+            "rounds": _middle(v / own for v, own in zip(values, times["ours", which], strict=True)),
             "same_work": name != ONE_RANK,
             "note": notes[name],
         }
-        for name, values in times.items()
+        for (name, which), values in times.items()
     ]
     gone = [
-        {"part": "real", "work": title, "way": name, "seconds": None, "speedup": None, "rounds": None, "note": note}
+        {"part": "real", "work": title, "way": name, "step": "-", "seconds": None, "speedup": None, "rounds": None,
+         "note": note}
         for name, note in missing.items()
-    ]
+    ]  # fmt: skip
     return rows + gone
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from enum import IntEnum
 from functools import partial
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.errors import ContractError, MoeConfigError, PlanError
@@ -70,13 +72,20 @@ def problem_of(routing: Routing) -> Problem:
         return Problem.NONE if bool(finite) else Problem.NOT_FINITE
     if not _is_whole(routing):
         return Problem.UNEQUAL
-    experts, tokens = routing.experts_A, routing.tokens_A
-    if not bool(routing.weights_A.isfinite().all()):
+    if _has_fractions(routing.experts_A) or _has_fractions(routing.tokens_A):
+        return Problem.OUT_OF_RANGE
+    # On the host, which has to know: on a device it would be waited for with every question.
+    experts, tokens = _host(routing.experts_A), _host(routing.tokens_A)
+    if not np.isfinite(_host(routing.weights_A, torch.float64)).all():
         return Problem.NOT_FINITE
     if _outside(experts, routing.num_experts) or _outside(tokens, routing.num_tokens):
         return Problem.OUT_OF_RANGE
-    pairs = (tokens * routing.num_experts + experts).sort().values
-    return Problem.REPEATED if bool((pairs[1:] == pairs[:-1]).any()) else Problem.NONE
+    if (per_token := routing.per_token) is not None:
+        of_token_TK = tokens.reshape(routing.num_tokens, per_token)
+        if (of_token_TK != np.arange(routing.num_tokens)[:, None]).any():
+            return Problem.UNEQUAL
+    pairs = np.sort(tokens * routing.num_experts + experts)
+    return Problem.REPEATED if (pairs[1:] == pairs[:-1]).any() else Problem.NONE
 
 
 def describe(problem: Problem) -> str:
@@ -102,16 +111,19 @@ def _is_whole(routing: Assignments) -> bool:
         return False
     if keep is not None and (keep.shape != shape or keep.dtype != torch.bool):
         return False
-    if per_token is None:
-        return True
-    if per_token * routing.num_tokens != shape[0]:
-        return False
-    of_token_T1 = torch.arange(routing.num_tokens, device=routing.tokens_A.device).unsqueeze(1)
-    return bool((routing.tokens_A.view(routing.num_tokens, per_token) == of_token_T1).all())
+    return per_token is None or per_token * routing.num_tokens == shape[0]
 
 
-def _outside(ids: Tensor, size: int) -> bool:
-    return ids.is_floating_point() or ids.is_complex() or bool(((ids < 0) | (ids >= size)).any())
+def _has_fractions(ids: Tensor) -> bool:
+    return ids.is_floating_point() or ids.is_complex()
+
+
+def _host(values: Tensor, dtype: torch.dtype = torch.int64) -> NDArray[Any]:
+    return values.detach().to("cpu", dtype).numpy()
+
+
+def _outside(ids: Ints, size: int) -> bool:
+    return bool(len(ids)) and not 0 <= ids.min() <= ids.max() < size
 
 
 def agree_on_experts(num_experts: int, lanes: Lanes, layer: str) -> None:
@@ -119,11 +131,10 @@ def agree_on_experts(num_experts: int, lanes: Lanes, layer: str) -> None:
 
     Counts have one entry an expert, so this must be alike before they are exchanged.
     """
-    sizes = torch.tensor([num_experts])
+    sizes = np.array([num_experts])
     for lane, group in ((lanes.inter, lanes.ep), (lanes.intra, lanes.esp)):
         if group is not None:
-            part = sizes
-            sizes = lane.submit(partial(_gather, part, group), layer=layer, op="exchange of sizes").result()
+            sizes = lane.call(partial(_gather, sizes, group), layer=layer, op="exchange of sizes")
     if int(sizes.min()) != int(sizes.max()):
         raise MoeConfigError(
             f"layer {layer or '?'}: the ranks have {sizes.tolist()} experts; give each the same number, and a gate "
@@ -139,18 +150,15 @@ def agree(
     Raises ContractError on every rank where the routing of any rank has a problem, PlanError where the ranks differ in
     plan, width or dtype, ExchangeError when a rank does not come.
     """
-    own = torch.cat([torch.tensor(_header(width, dtype, problem, plan, layer)), counts_E.to("cpu", torch.int64)])
-    every = own.view(1, 1, -1)
+    header = _header(width, dtype, problem, plan, layer)
+    own = every = np.concatenate([np.array(header, np.int64), _host(counts_E)])
     if lanes.ep is not None:
-        every = lanes.inter.submit(lambda: _gather(own, lanes.ep), layer=layer, op="exchange of counts").result()
-        every = every.view(1, lanes.num_ranks, -1)
+        every = lanes.inter.call(partial(_gather, own, lanes.ep), layer=layer, op="exchange of counts")
     if lanes.esp is not None:
-        part = every
-        every = lanes.intra.submit(lambda: _gather(part, lanes.esp), layer=layer, op="exchange of counts").result()
-        every = every.view(lanes.num_members, lanes.num_ranks, -1)
-    size = len(own) - len(counts_E)
-    _check(every[..., :size].numpy(), lanes, layer)
-    return Traffic(every[..., size:].numpy(), lanes.member, lanes.position)
+        every = lanes.intra.call(partial(_gather, every, lanes.esp), layer=layer, op="exchange of counts")
+    every = every.reshape(lanes.num_members, lanes.num_ranks, -1)
+    _check(every[..., : len(header)], lanes, layer)
+    return Traffic(every[..., len(header) :], lanes.member, lanes.position)
 
 
 def _header(width: int, dtype: torch.dtype, problem: Problem, plan: LayerPlan, layer: str) -> list[int]:
@@ -161,13 +169,14 @@ def _header(width: int, dtype: torch.dtype, problem: Problem, plan: LayerPlan, l
     return [int(problem), crc32(layer.encode()), width, _DTYPES.index(dtype), *sizes]
 
 
-def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _gather(part: Ints, group: dist.ProcessGroup | None) -> Ints:
     assert group is not None
-    whole = part.new_empty(group.size() * part.numel())
+    copies = torch.from_numpy(np.tile(part, group.size()))
+    whole = torch.empty_like(copies)
     # Not an all-gather, of which gloo lets two of other sizes meet where ranks make different calls, a layer here and a
     # save there: one gets nonsense, the other's process ends. Nothing else on these groups is an all-to-all of gloo's.
-    dist.all_to_all_single(whole, part.reshape(-1).repeat(group.size()), group=group)
-    return whole
+    dist.all_to_all_single(whole, copies, group=group)
+    return whole.numpy()
 
 
 def _check(headers: Ints, lanes: Lanes, layer: str) -> None:

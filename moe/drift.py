@@ -126,7 +126,7 @@ def _ratio(timed: Sequence[_Timed], profile: Profile, lanes: Lanes) -> float | N
     for lane, group in ((lanes.inter, lanes.ep), (lanes.intra, lanes.esp)):
         if group is not None:
             least = partial(dist.all_reduce, measured, dist.ReduceOp.MIN, group)
-            lane.submit(least, layer="all", op="layer times").result()
+            lane.call(least, layer="all", op="layer times")
     predicted = [planned_time(profile, one.load, one.plan, backward=one.backward) for one in timed]
     ratios = [m / p for m, p in zip(measured.tolist(), predicted, strict=True) if p > 0]
     total = torch.tensor([median(ratios), 1.0] if ratios else [0.0, 0.0], dtype=torch.float64)

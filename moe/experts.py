@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class GatedStacks:
     def _grouped_mm(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         # Rows past the last offset would be left uninitialised: the counts must add up to N.
         assert sum(counts) == len(rows_ND), (counts, rows_ND.shape)
-        offsets_E = torch.tensor(counts, device=rows_ND.device).cumsum(0).to(torch.int32)
+        offsets_E = torch.from_numpy(np.cumsum(counts, dtype=np.int32)).to(rows_ND.device)
         gate_up = F.grouped_mm(rows_ND, self.gate_up_EID.transpose(-2, -1), offs=offsets_E)
         return F.grouped_mm(gated(gate_up, self.act), self.down_EDI.transpose(-2, -1), offs=offsets_E)
 

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe.dispatch import gather_rows, scatter_sum
 from moe.hooks import Hooks
 from moe.issue import Result, Span, Ticket
-from moe.lanes import Lanes
+from moe.lanes import Lanes, Later
 from moe.plan import COMPUTE, GATHER, LayerPlan
 from moe.records import ChunkInfo
 from moe.traffic import ChunkTraffic, Ints, Traffic, cuts
@@ -133,7 +135,9 @@ class _Flow:
         self.gathered: dict[int, Result] = {}
         self.combined: dict[int, Result] = {}
         scattered: dict[int, Result] = {}
-        submit = _submitter(run, way)
+        # One chunk and no gradients beside it: the calling thread has nothing to do but wait.
+        self.alone = alone = len(chunks) == 1 and (run.drain is None or not infos[0].backward)
+        submit = _submitter(run, way, alone=alone)
         dispatched = [submit("dispatch", c, self._dispatch(c, rows_RD), None) for c in range(len(chunks))]
         for op in run.plan.intra_order(backward=infos[0].backward):
             sizes, esp = chunks[op.chunk].member_rows, run.lanes.esp
@@ -172,12 +176,19 @@ class _Flow:
         for ticket in self.computed:
             if ticket is not None:
                 ticket.set_exception(error)
+        if self.alone:  # no thread comes to know: the links must break, as peers wait for what will not come
+            for later in self.combined.values():
+                with suppress(BaseException):
+                    later.result()
 
 
-def _submitter(run: LayerRun, way: str) -> Callable[[str, int, Callable[..., Tensor], Result | None], Result]:
+def _submitter(
+    run: LayerRun, way: str, *, alone: bool
+) -> Callable[[str, int, Callable[..., Tensor], Result | None], Result]:
     def submit(op: str, chunk: int, fn: Callable[..., Tensor], needs: Result | None) -> Result:
         lane = run.lanes.intra if op in ("gather", "scatter") else run.lanes.inter
-        return lane.submit(fn, needs=needs, layer=run.layer, op=f"{way}{op} {chunk}")
+        given = partial(lane.call if alone else lane.submit, fn, needs=needs, layer=run.layer, op=f"{way}{op} {chunk}")
+        return Later(given) if alone else given()
 
     return submit
 
@@ -193,6 +204,8 @@ def _put(like: Tensor, whole: Tensor | None, index: Ints, part: Tensor) -> Tenso
         return part
     if whole is not None and not len(index):
         return whole  # which may be a part that was expanded, and so cannot be written to
+    if whole is None and len(index) == like.shape[0]:  # of which none is twice: the other way round, it is read faster
+        return part.index_select(0, _on(np.argsort(index, kind="stable"), part))
     if whole is None:
         whole = torch.empty_like(like, memory_format=torch.contiguous_format)
     return whole.index_copy_(0, _on(index, whole), part)

@@ -146,7 +146,7 @@ class GradientReducer:
         dense, experts = squares(self._dense.values()), squares(self._experts.values())
         if ep_group is not None:
             run = partial(dist.all_reduce, experts, group=ep_group)
-            self._queue.submit(run, op="squares of experts", call="clip_grad_norm_").result()
+            self._queue.call(run, op="squares of experts", call="clip_grad_norm_")
         norm = (dense + experts).sqrt()
         scale_down((*self._dense.values(), *self._experts.values()), norm, max_norm)
         return norm

@@ -1,5 +1,7 @@
 """One issue queue for each link class: a Python thread that runs synchronous collectives in the order they were given.
 
+What the caller would only wait for it may as well `call`: in its own thread, when nothing is before it.
+
 gloo does not keep the order of asynchronous operations, not even within a group, so the order is kept here. The thread
 spends its time inside the collective, which gives up the GIL; one thread that launches everything asynchronously gained
 nothing from chunks, one thread a link class follows the plan.
@@ -99,6 +101,10 @@ class IssueQueue:
         self._broken: ExchangeError | None = None
         self._closed = False
         self._lock = Lock()
+        self._turn = Lock()
+        """Held by the thread that runs an operation."""
+        self._ahead = 0
+        """Operations given and not done."""
         self._waiting: SimpleQueue[_Item | None] = SimpleQueue()
         # A daemon: a collective whose peer is gone may outlive every deadline, and must not keep the process.
         self._thread = Thread(target=self._run, name=f"moe-{name}", daemon=True)
@@ -115,14 +121,43 @@ class IssueQueue:
         With `needs`, the link waits for that value when it is this operation's turn, and `fn` gets it. Errors name the
         layer, or the `call` that is of no layer.
         """
+        item = self._item(fn, needs, layer, op, call)
+        with self._lock:
+            self._take_in(item)
+            self._waiting.put(item)
+        return item.ticket
+
+    def call(
+        self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "", call: str = ""
+    ) -> Any:
+        """Do as `submit` and wait for the value, without another thread where nothing was submitted before.
+
+        To wake one, and to be woken by it, with caches cold takes as long as a small exchange. Raises ExchangeError.
+        """
+        item = self._item(fn, needs, layer, op, call)
+        with self._lock:
+            self._take_in(item)
+            at_once = self._ahead == 1
+            if at_once:
+                self._turn.acquire()  # of whoever just did the last one
+            else:
+                self._waiting.put(item)
+        if at_once:
+            try:
+                self._run_one(item)
+            finally:
+                self._turn.release()
+        return item.ticket.result()
+
+    def _item(self, fn: Callable[..., Any], needs: Result | None, layer: str, op: str, call: str) -> _Item:
         place = call or f"layer {layer or '?'}"
         where = f"rank {self._rank}, {place}, {op or 'operation'} on the {self.name} link"
-        ticket = Ticket(where, self.timeout_s, self._peers)
-        with self._lock:
-            if self._closed:
-                raise ExchangeError(f"{where}: the queue is closed; build the layer anew")
-            self._waiting.put(_Item(ticket, layer or call, op, fn, needs))
-        return ticket
+        return _Item(Ticket(where, self.timeout_s, self._peers), layer or call, op, fn, needs)
+
+    def _take_in(self, item: _Item) -> None:
+        if self._closed:
+            raise ExchangeError(f"{item.ticket.who}: the queue is closed; build the layer anew")
+        self._ahead += 1
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for what was submitted, then end the thread. Raises ExchangeError when it is stuck."""
@@ -149,30 +184,39 @@ class IssueQueue:
                 self._closed = True
                 self._waiting.put(None)
 
-    @torch.no_grad()
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
-            self._run_one(item)
+            with self._turn:
+                self._run_one(item)
             item = None  # closures hold tensors: free them before the next wait
 
     def _run_one(self, item: _Item) -> None:
         ticket = item.ticket
         if self._broken is not None:
+            self._done()
             ticket.set_exception(ExchangeError(f"{ticket.who}: not issued, for the link broke before: {self._broken}"))
             return
         try:
-            inputs = () if item.needs is None else (item.needs.result(),)
-            t0_ns = time.monotonic_ns()
-            value = item.fn(*inputs)
+            with torch.no_grad():
+                inputs = () if item.needs is None else (item.needs.result(),)
+                t0_ns = time.monotonic_ns()
+                value = item.fn(*inputs)
         except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
             lost = f"; {ticket.peers} may be lost or late: see its output" if isinstance(error, RuntimeError) else ""
             self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}{lost}")
             self._broken.__cause__ = error
-            ticket.set_exception(self._broken)
+            self._done()
+            ticket.set_exception(error if isinstance(error, KeyboardInterrupt) else self._broken)
             return
         if self._on_span is not None:
             self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
+        self._done()
         ticket.set_result(value)
+
+    def _done(self) -> None:
+        """Count before whoever waits goes on, and calls again."""
+        with self._lock:
+            self._ahead -= 1
 
 
 @contextmanager

@@ -21,8 +21,12 @@ class Lane(Protocol):
         """Return a handle at once; `fn` gets the value of `needs`, where that is given."""
         ...
 
+    def call(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Any:
+        """Return the value."""
+        ...
 
-class _Later:
+
+class Later:
     """A value that is computed when it is first asked for."""
 
     def __init__(self, fn: Callable[[], Any]) -> None:
@@ -30,6 +34,7 @@ class _Later:
         self._value: Any = None
 
     def result(self) -> Any:
+        """Return the value."""
         if self._fn is not None:
             self._value, self._fn = self._fn(), None
         return self._value
@@ -40,7 +45,11 @@ class NoLink:
 
     def submit(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Result:
         """Return the value, computed when asked for."""
-        return _Later(fn if needs is None else lambda: fn(needs.result()))
+        return Later(lambda: self.call(fn, needs=needs))
+
+    def call(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Any:
+        """Return the value."""
+        return fn() if needs is None else fn(needs.result())
 
 
 class Axis(NamedTuple):

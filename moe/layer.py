@@ -101,7 +101,8 @@ def _fits(rows_RD: Tensor, counts_E: Tensor, num_experts: int) -> bool:
     """Whether these can be the rows of so many experts."""
     if rows_RD.dim() != 2 or counts_E.shape != (num_experts,) or counts_E.is_floating_point():
         return False
-    return int(counts_E.sum()) == len(rows_RD) and bool((counts_E >= 0).all())
+    counts = counts_E.cpu().numpy()  # as the exchange of counts takes them
+    return counts.sum() == len(rows_RD) and bool((counts >= 0).all())
 
 
 class MoELayer(MarkedExperts):

@@ -16,7 +16,7 @@ from moe.errors import ContractError
 from moe.gates.capacity import position_in_expert
 from moe.precision import in_full
 from moe.records import Assignments, Routing, Slots
-from moe.sums import gather_tokens, places_of, spread_tokens
+from moe.sums import Places, gather_tokens, places_of, spread_tokens
 
 
 class Ordered(NamedTuple):
@@ -65,14 +65,14 @@ class SparseOrder:
 
         return Ordered(self._narrowed(x_TD[routing.tokens_A[chosen_R]]), counts_E, inverse)
 
-    def _even(self, x_TD: Tensor, routing: Assignments, place_TK: Tensor, counts_E: Tensor) -> Ordered:
+    def _even(self, x_TD: Tensor, routing: Assignments, places: Places, counts_E: Tensor) -> Ordered:
         """Return the rows where every token has K of them."""
-        weights_TK = routing.weights_A.view(place_TK.shape)
+        weights_TK = routing.weights_A.view(places.place_TK.shape)
 
         def inverse(rows_RD: Tensor) -> Tensor:
-            return gather_tokens(rows_RD, weights_TK, place_TK, x_TD.dtype)
+            return gather_tokens(rows_RD, weights_TK, places, x_TD.dtype)
 
-        return Ordered(self._narrowed(spread_tokens(x_TD, place_TK)), counts_E, inverse)
+        return Ordered(self._narrowed(spread_tokens(x_TD, places)), counts_E, inverse)
 
     def _narrowed(self, rows_RD: Tensor) -> Tensor:
         return rows_RD if self._dtype is None else rows_RD.to(self._dtype)

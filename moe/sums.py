@@ -6,7 +6,7 @@ T tokens, K rows each, R = T x K rows in any order, D model width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,63 +14,66 @@ from torch import Tensor
 from moe.precision import in_full
 
 
-def places_of(chosen_R: Tensor, per_token: int) -> Tensor:
-    """Return in which row each assignment is, `[T, K]`, from which assignment each row is."""
+class Places(NamedTuple):
+    """Which rows a token has, both ways."""
+
+    chosen_R: Tensor
+    """Which assignment each row is; assignment a is of token a // K."""
+    place_TK: Tensor
+    """In which row each assignment is."""
+
+
+def places_of(chosen_R: Tensor, per_token: int) -> Places:
+    """Return the places of all assignments, from which assignment each row is."""
     place_A = torch.empty_like(chosen_R)
     place_A[chosen_R] = torch.arange(len(chosen_R), device=chosen_R.device)
-    return place_A.view(-1, per_token)
+    return Places(chosen_R, place_A.view(-1, per_token))
 
 
-def spread_tokens(x_TD: Tensor, place_TK: Tensor) -> Tensor:
+def spread_tokens(x_TD: Tensor, places: Places) -> Tensor:
     """Return a row for each place of a token, `[R, D]`."""
-    return _Spread.apply(x_TD, place_TK)  # pyright: ignore[reportReturnType]
+    return _Spread.apply(x_TD, *places)  # pyright: ignore[reportReturnType]
 
 
-def gather_tokens(rows_RD: Tensor, weights_TK: Tensor, place_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_tokens(rows_RD: Tensor, weights_TK: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
     """Return each token's rows, weighted and added up in the order of its places, `[T, D]` of that dtype.
 
     Products and sums are in the widest dtype of rows, weights and `dtype`, sums in fp32 at least. Where D is a multiple
     of 32 the bits are those of `torch.sum` over the places, as transformers has it.
     """
-    return _Gather.apply(rows_RD, weights_TK, place_TK, dtype)  # pyright: ignore[reportReturnType]
+    return _Gather.apply(rows_RD, weights_TK, *places, dtype)  # pyright: ignore[reportReturnType]
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, place_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, chosen_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(place_TK)
-        return x_TD.index_select(0, _tokens(place_TK))
+        return x_TD.index_select(0, chosen_R // place_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (place_TK,) = ctx.saved_tensors
-        return _sum(grads[0], None, place_TK, grads[0].dtype), None
+        return _sum(grads[0], None, place_TK, grads[0].dtype), None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weights_TK: Tensor, place_TK: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(rows_RD, weights_TK, place_TK)
+    def forward(
+        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, chosen_R: Tensor, place_TK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(rows_RD, weights_TK, chosen_R, place_TK)
         return _sum(rows_RD, weights_TK, place_TK, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_RD, weights_TK, place_TK = ctx.saved_tensors
+        rows_RD, weights_TK, chosen_R, place_TK = ctx.saved_tensors
         wide = _wide(rows_RD, weights_TK)
-        grad_RD, grad_TK = grads[0].to(wide).index_select(0, _tokens(place_TK)), None
+        grad_RD, grad_TK = grads[0].to(wide).index_select(0, chosen_R // place_TK.shape[1]), None
         if ctx.needs_input_grad[1]:
             with in_full(grad_RD):
                 grad_TK = torch.linalg.vecdot(grad_RD, rows_RD.to(wide))[place_TK].to(weights_TK.dtype)
-        weights_R = grad_RD.new_empty(len(grad_RD))
-        weights_R[place_TK] = weights_TK.to(wide)
-        return grad_RD.mul_(weights_R.unsqueeze(-1)).to(rows_RD.dtype), grad_TK, None, None
-
-
-def _tokens(place_TK: Tensor) -> Tensor:
-    """Return of which token each row is."""
-    tokens_R = place_TK.new_empty(place_TK.numel())
-    tokens_R[place_TK] = torch.arange(len(place_TK), device=place_TK.device).unsqueeze(1)
-    return tokens_R
+        weights_R = weights_TK.to(wide).reshape(-1).index_select(0, chosen_R)
+        return grad_RD.mul_(weights_R.unsqueeze(-1)).to(rows_RD.dtype), grad_TK, None, None, None
 
 
 def _wide(rows: Tensor, weights: Tensor) -> torch.dtype:

@@ -36,7 +36,7 @@ class Together:
         """Make `value` that of all ranks of an axis, in place."""
         if (found := self._axes.get(axis)) is not None:
             run = partial(dist.all_reduce, value, op, group=found.group)
-            found.lane.submit(run, op=f"reduction over {axis}", call=self._call).result()
+            found.lane.call(run, op=f"reduction over {axis}", call=self._call)
 
     def join(self, value: Tensor, axis: str) -> list[Tensor]:
         """Return what every rank of an axis gave, in their order; all of one shape."""
@@ -44,7 +44,7 @@ class Together:
             return [value]
         parts = [value.new_empty(value.shape) for _ in range(found.group.size())]
         run = partial(dist.all_gather, parts, value.contiguous(), group=found.group)
-        found.lane.submit(run, op=f"gather over {axis}", call=self._call).result()
+        found.lane.call(run, op=f"gather over {axis}", call=self._call)
         return parts
 
     def gather(self, own: Any) -> list[Any]:
@@ -53,7 +53,7 @@ class Together:
         for name, axis in self._axes.items():  # one axis after the other, so that in the end all know all
             every: list[dict[int, Any]] = [{} for _ in range(axis.group.size())]
             run = partial(dist.all_gather_object, every, said, group=axis.group)
-            axis.lane.submit(run, op=f"answers over {name}", call=self._call).result()
+            axis.lane.call(run, op=f"answers over {name}", call=self._call)
             said = {rank: one for part in every for rank, one in part.items()}
         return [said[rank] for rank in sorted(said)]
 

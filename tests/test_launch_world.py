@@ -251,7 +251,6 @@ def test_one_rank_s_signal_stops_all_at_the_same_step():
 CONNECTING = """
 from launch.env import joined, read_processes
 from launch.stop import StopSignals
-from pipeline.errors import WatchdogError
 with StopSignals():
     print("connecting", flush=True)
     with joined(read_processes()):

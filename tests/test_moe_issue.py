@@ -2,7 +2,9 @@
 
 import threading
 import time
+from functools import partial
 from itertools import pairwise
+from threading import Event, Timer, get_ident
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 from moe.errors import ExchangeError
 from moe.issue import IssueQueue, Span, Ticket, own_group
+from moe.lanes import Later
 from tests.spawn import run_ranks
 
 
@@ -118,3 +121,46 @@ def test_a_lost_rank_is_an_error_in_bounded_time():
     assert text.startswith("rank 0, layer 0, dispatch 0 on the inter link: ")
     assert text.endswith("; rank 1 may be lost or late: see its output")
     assert waited_s < 4
+
+
+def test_a_call_runs_in_the_caller_s_thread_when_nothing_is_before_it_and_in_turn_otherwise():
+    held, ran, spans = Event(), [], []
+    with IssueQueue(None, "inter", on_span=spans.append) as queue:
+        assert queue.call(get_ident, op="counts") == get_ident()
+        assert queue.call(lambda x: x + 1, needs=Later(lambda: 1), layer="3") == 2
+        first = queue.submit(lambda: ran.append(held.wait(20)), op="slice 0")
+        Timer(0.1, held.set).start()
+        assert queue.call(lambda: ran.append("call") or get_ident(), op="counts") != get_ident()
+        first.result()
+    assert ran == [True, "call"]
+    assert [span.op for span in spans] == ["counts", "", "slice 0", "counts"]
+
+
+def test_a_call_that_fails_breaks_the_queue_and_an_interrupt_reaches_the_caller():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for fails, kind in ((lambda: 1 / 0, ExchangeError), (interrupted, KeyboardInterrupt)):
+        with IssueQueue(None, "inter") as queue:
+            with pytest.raises(kind):
+                queue.call(fails, layer="3", op="exchange of counts")
+            with pytest.raises(ExchangeError, match="layer 4, combine 0 on the inter link: not issued"):
+                queue.call(lambda: pytest.fail("it ran"), layer="4", op="combine 0")
+            with pytest.raises(ExchangeError, match="layer 3, exchange of counts on the inter link"):
+                queue.submit(lambda: pytest.fail("it ran"), layer="4", op="combine 0").result()
+
+
+def test_calls_among_submissions_keep_the_order_and_never_overlap():
+    ran, inside = [], []
+
+    def work(i):
+        inside.append(i)
+        assert inside == [i]
+        time.sleep(0.0001 * (i % 3))
+        inside.remove(i)
+        ran.append(i)
+
+    with IssueQueue(None, "inter") as queue:
+        for i in range(300):
+            (queue.call if i % 3 == 0 else queue.submit)(partial(work, i))
+    assert ran == list(range(300))

@@ -56,9 +56,9 @@ def test_spread_is_an_index_and_its_gradient_adds_up() -> None:
 
 def test_gradients_in_fp64() -> None:
     chosen_R, rows, weights_TK = made(4, 3, torch.float64, torch.float64)
-    place_TK = places_of(chosen_R, 3)
-    assert gradcheck(lambda r, w: gather_tokens(r, w, place_TK, torch.float64), (rows, weights_TK))
-    assert gradcheck(lambda x: spread_tokens(x, place_TK), torch.randn(4, 5, dtype=torch.float64, requires_grad=True))
+    places = places_of(chosen_R, 3)
+    assert gradcheck(lambda r, w: gather_tokens(r, w, places, torch.float64), (rows, weights_TK))
+    assert gradcheck(lambda x: spread_tokens(x, places), torch.randn(4, 5, dtype=torch.float64, requires_grad=True))
 
 
 def test_weights_that_are_not_trained() -> None:

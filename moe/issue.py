@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -158,6 +158,15 @@ class IssueQueue:
             raise ExchangeError(f"{item.ticket.who}: the queue is closed; build the layer anew")
         self._ahead += 1
 
+    def fail(self, error: BaseException, *, layer: str = "", op: str = "") -> None:
+        """Break the queue behind what was submitted: this rank's next operation would meet another one of its peers."""
+
+        def raise_it() -> None:
+            raise error
+
+        with suppress(ExchangeError):  # closed
+            self.submit(raise_it, layer=layer, op=op)
+
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for what was submitted, then end the thread. Raises ExchangeError when it is stuck."""
         with self._lock:
@@ -200,14 +209,15 @@ class IssueQueue:
                 inputs = () if item.needs is None else (item.needs.result(),)
                 t0_ns = time.monotonic_ns()
                 value = item.fn(*inputs)
+            if self._on_span is not None:
+                self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
         except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
             self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}")
             self._broken.__cause__ = error
             self._done()
-            ticket.set_exception(error if isinstance(error, KeyboardInterrupt) else self._broken)
+            # What ends a process, an interrupt or the exit of a signal's handler, goes on to the caller as it is.
+            ticket.set_exception(self._broken if isinstance(error, Exception) else error)
             return
-        if self._on_span is not None:
-            self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
         self._done()
         ticket.set_result(value)
 

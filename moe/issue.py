@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moe.errors import ExchangeError
 
@@ -131,12 +132,14 @@ class IssueQueue:
     ) -> Any:
         """Do as `submit` and wait for the value, without another thread where nothing was submitted before.
 
-        To wake one, and to be woken by it, with caches cold takes as long as a small exchange. Raises ExchangeError.
+        To wake one, and to be woken by it, with caches cold takes as long as a small exchange. But a dispatch mode of
+        this thread may not see the exchange: selective checkpointing would replay what it saved instead of another one.
+        Raises ExchangeError.
         """
         item = self._item(fn, needs, layer, op, call)
         with self._lock:
             self._take_in(item)
-            at_once = self._ahead == 1
+            at_once = self._ahead == 1 and not is_in_torch_dispatch_mode()
             if at_once:
                 self._turn.acquire()  # of whoever just did the last one
             else:

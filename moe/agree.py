@@ -45,6 +45,7 @@ class Problem(IntEnum):
     """The routing is for another number of tokens."""
     DTYPE = 9
     RAISED = 10
+    COMPLEX = 11
 
 
 _SAYS = {
@@ -57,6 +58,7 @@ _SAYS = {
     Problem.MISFIT: "its gate returned a routing for another number of tokens than it was asked for",
     Problem.TOKENS: "its order returned rows or counts that do not belong together",
     Problem.DTYPE: "its rows are of a dtype that does not travel; use fp32, fp64, bf16 or fp16",
+    Problem.COMPLEX: "its gate returned weights that are complex; use real numbers",
     Problem.RAISED: "its gate or order raised an error, which that rank shows",
 }
 
@@ -66,6 +68,8 @@ def problem_of(routing: Routing) -> Problem:
     if not isinstance(routing, (Assignments, Slots)):
         return Problem.NO_ROUTING
     if not isinstance(routing, Assignments):
+        if routing.dispatch_BTES.is_complex() or routing.combine_BTES.is_complex():
+            return Problem.COMPLEX
         if not (routing.dispatch_BTES.dim() == 4 and routing.dispatch_BTES.shape == routing.combine_BTES.shape):
             return Problem.UNEQUAL
         finite = routing.dispatch_BTES.isfinite().all() & routing.combine_BTES.isfinite().all()
@@ -74,6 +78,8 @@ def problem_of(routing: Routing) -> Problem:
         return Problem.UNEQUAL
     if _has_fractions(routing.experts_A) or _has_fractions(routing.tokens_A):
         return Problem.OUT_OF_RANGE
+    if routing.weights_A.is_complex():
+        return Problem.COMPLEX
     # On the host, which has to know: on a device it would be waited for with every question.
     experts, tokens = _host(routing.experts_A), _host(routing.tokens_A)
     if not np.isfinite(_host(routing.weights_A, torch.float64)).all():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import MoeConfigError
+from moe.precision import in_full
 from moe.traffic import Ints
 
 
@@ -101,7 +102,8 @@ def scatter_sum(rows: Tensor, sizes: Ints | Sequence[int], group: dist.ProcessGr
         return rows
     own = int(sizes[group.rank()])
     parts = all_to_all(rows, sizes, [own] * group.size(), group)
-    return parts.view(group.size(), own, *rows.shape[1:]).sum(0)
+    with in_full(parts):  # which on CUDA would sum in fp32, and return that
+        return parts.view(group.size(), own, *rows.shape[1:]).sum(0)
 
 
 def all_to_all(
@@ -131,16 +133,22 @@ def _receives_first(
     own, size = group.rank(), group.size()
     into, out = arrived.split(receive), rows.split(send)
     before, behind = ([(own + way * i) % size for i in range(1, size)] for way in (-1, 1))
-    works = [(i, dist.irecv(into[i], group=group, group_src=i)) for i in before if into[i].numel()]
-    works += [(i, dist.isend(out[i], group=group, group_dst=i)) for i in behind if out[i].numel()]
-    into[own].copy_(out[own])  # while the others are on their way
-    for peer, work in works:
-        assert work is not None
-        try:
+    works: list[tuple[int, dist.Work | None]] = []
+    peer = own
+    try:
+        for peer in before:
+            if into[peer].numel():
+                works.append((peer, dist.irecv(into[peer], group=group, group_src=peer)))
+        for peer in behind:
+            if out[peer].numel():
+                works.append((peer, dist.isend(out[peer], group=group, group_dst=peer)))
+        into[own].copy_(out[own])  # while the others are on their way
+        for peer, work in works:  # noqa: B007 (the text of an error has it)
+            assert work is not None
             work.wait()
-        except RuntimeError as error:  # of which the text knows no rank
-            lost = dist.get_global_rank(group, peer)
-            raise RuntimeError(f"between this rank and rank {lost}: {error}") from error
+    except RuntimeError as error:  # of which the text knows no rank
+        lost = dist.get_global_rank(group, peer)
+        raise RuntimeError(f"between this rank and rank {lost}: {error}") from error
 
 
 def permute_blocks(rows: Tensor, sizes: Ints, order: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -84,21 +83,22 @@ def run_chunks(rows_RD: Tensor, run: LayerRun, compute: Compute, *, backward: bo
     r = run.plan.chunks(backward=backward)
     chunks = [run.traffic.chunk(Fraction(c, r), Fraction(c + 1, r)) for c in range(r)]
     infos = [ChunkInfo(run.layer, c, r, backward) for c in range(r)]
-    flow = _Flow(run, chunks, infos, rows_RD)
+    flow = _Flow(run, chunks, infos)
+    output_RD = None
     try:
+        flow.submit(rows_RD)
         # All of it now, while the first rows are on their way: between computations every lane would wait for it.
         pieces = [_pieces(chunk, every, Fraction(c, r), Fraction(c + 1, r)) for c, chunk in enumerate(chunks)]
         for c in range(r):
             rows_N, t0_ns = flow.gathered.pop(c).result(), time.monotonic_ns()
             output_ND = _compute_chunk(run.hooks.after_dispatch(rows_N, infos[c]), pieces[c], compute)
             flow.hand_over(c, run.hooks.before_combine(output_ND, infos[c]), t0_ns)
+        for c, chunk in enumerate(chunks):
+            part = run.hooks.after_combine(flow.combined.pop(c).result(), infos[c])
+            output_RD = _put(rows_RD, output_RD, chunk.send_index, part)
     except BaseException as error:
         flow.give_up(error)
         raise
-    output_RD = None
-    for c, chunk in enumerate(chunks):
-        part = run.hooks.after_combine(flow.combined.pop(c).result(), infos[c])
-        output_RD = _put(rows_RD, output_RD, chunk.send_index, part)
     assert output_RD is not None
     if run.on_pass is not None:
         row_bytes = rows_RD.shape[-1] * rows_RD.element_size()
@@ -127,17 +127,23 @@ def _compute_chunk(rows_ND: Tensor, pieces: _Pieces, compute: Compute) -> Tensor
 class _Flow:
     """Everything one pass submits to the lanes, all of it at once and in the order of the plan."""
 
-    def __init__(self, run: LayerRun, chunks: list[ChunkTraffic], infos: list[ChunkInfo], rows_RD: Tensor) -> None:
+    def __init__(self, run: LayerRun, chunks: list[ChunkTraffic], infos: list[ChunkInfo]) -> None:
         self.run, self.chunks, self.infos = run, chunks, infos
         self.way = way = "backward " if infos[0].backward else ""
-        computed = [run.lanes.ticket(run.layer, f"{way}experts {c}") for c in range(len(chunks))]
-        self.computed: list[Ticket | None] = [*computed]
+        self.computed: list[Ticket | None] = [
+            run.lanes.ticket(run.layer, f"{way}experts {c}") for c in range(len(chunks))
+        ]
         self.gathered: dict[int, Result] = {}
         self.combined: dict[int, Result] = {}
+        self.drained = 0
+
+    def submit(self, rows_RD: Tensor) -> None:
+        """Give every lane what it has to do."""
+        run, chunks, infos, computed = self.run, self.chunks, self.infos, list(self.computed)
         scattered: dict[int, Result] = {}
         # One chunk and no gradients beside it: the calling thread has nothing to do but wait.
-        self.alone = alone = len(chunks) == 1 and (run.drain is None or not infos[0].backward)
-        submit = _submitter(run, way, alone=alone)
+        alone = len(chunks) == 1 and (run.drain is None or not infos[0].backward)
+        submit = _submitter(run, self.way, alone=alone)
         dispatched = [submit("dispatch", c, self._dispatch(c, rows_RD), None) for c in range(len(chunks))]
         for op in run.plan.intra_order(backward=infos[0].backward):
             sizes, esp = chunks[op.chunk].member_rows, run.lanes.esp
@@ -147,7 +153,6 @@ class _Flow:
             else:
                 scatter = partial(scatter_sum, sizes=sizes, group=esp)
                 scattered[op.chunk] = submit("scatter", op.chunk, scatter, computed[op.chunk])
-        self.drained = 0
         if infos[0].backward and run.drain is not None:
             self.drained = run.drain(run.layer, run.plan)
         for c, chunk in enumerate(chunks):
@@ -172,14 +177,15 @@ class _Flow:
             on_span(span)
 
     def give_up(self, error: BaseException) -> None:
-        """Fail what waits for computations that will not come, so that no thread sits out its deadline."""
+        """Fail what waits for computations that will not come, so that no thread sits out its deadline, and the links.
+
+        Peers wait for what will not come; what this rank would exchange next is not that.
+        """
         for ticket in self.computed:
             if ticket is not None:
                 ticket.set_exception(error)
-        if self.alone:  # no thread comes to know: the links must break, as peers wait for what will not come
-            for later in self.combined.values():
-                with suppress(BaseException):
-                    later.result()
+        for lane in (self.run.lanes.inter, self.run.lanes.intra):
+            lane.fail(error, layer=self.run.layer, op=f"{self.way}experts")
 
 
 def _submitter(

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moe.errors import ExchangeError
 
@@ -132,12 +133,14 @@ class IssueQueue:
     ) -> Any:
         """Do as `submit` and wait for the value, without another thread where nothing was submitted before.
 
-        To wake one, and to be woken by it, with caches cold takes as long as a small exchange. Raises ExchangeError.
+        To wake one, and to be woken by it, with caches cold takes as long as a small exchange. But a dispatch mode of
+        this thread may not see the exchange: selective checkpointing would replay what it saved instead of another one.
+        Raises ExchangeError.
         """
         item = self._item(fn, needs, layer, op, call)
         with self._lock:
             self._take_in(item)
-            at_once = self._ahead == 1
+            at_once = self._ahead == 1 and not is_in_torch_dispatch_mode()
             if at_once:
                 self._turn.acquire()  # of whoever just did the last one
             else:
@@ -158,6 +161,15 @@ class IssueQueue:
         if self._closed:
             raise ExchangeError(f"{item.ticket.who}: the queue is closed; build the layer anew")
         self._ahead += 1
+
+    def fail(self, error: BaseException, *, layer: str = "", op: str = "") -> None:
+        """Break the queue behind what was submitted: this rank's next operation would meet another one of its peers."""
+
+        def raise_it() -> None:
+            raise error
+
+        with suppress(ExchangeError):  # closed
+            self.submit(raise_it, layer=layer, op=op)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for what was submitted, then end the thread. Raises ExchangeError when it is stuck."""
@@ -201,15 +213,16 @@ class IssueQueue:
                 inputs = () if item.needs is None else (item.needs.result(),)
                 t0_ns = time.monotonic_ns()
                 value = item.fn(*inputs)
+            if self._on_span is not None:
+                self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
         except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
             lost = f"; {ticket.peers} may be lost or late: see its output" if isinstance(error, RuntimeError) else ""
             self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}{lost}")
             self._broken.__cause__ = error
             self._done()
-            ticket.set_exception(error if isinstance(error, KeyboardInterrupt) else self._broken)
+            # What ends a process, an interrupt or the exit of a signal's handler, goes on to the caller as it is.
+            ticket.set_exception(self._broken if isinstance(error, Exception) else error)
             return
-        if self._on_span is not None:
-            self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
         self._done()
         ticket.set_result(value)
 

@@ -25,6 +25,10 @@ class Lane(Protocol):
         """Return the value."""
         ...
 
+    def fail(self, error: BaseException, *, layer: str = "", op: str = "") -> None:
+        """Let everything submitted from now on fail with this cause."""
+        ...
+
 
 class Later:
     """A value that is computed when it is first asked for."""
@@ -50,6 +54,9 @@ class NoLink:
     def call(self, fn: Callable[..., Any], *, needs: Result | None = None, layer: str = "", op: str = "") -> Any:
         """Return the value."""
         return fn() if needs is None else fn(needs.result())
+
+    def fail(self, error: BaseException, *, layer: str = "", op: str = "") -> None:
+        """Do nothing: no peer waits."""
 
 
 class Axis(NamedTuple):

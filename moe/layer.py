@@ -62,14 +62,16 @@ class ExpertRunner:
         differ; ExchangeError where a rank is lost.
         """
         num_experts = experts.num_experts * self.lanes.num_ranks
-        problem = problem_of(routing) or misfit_of(routing, len(x_TD), num_experts)
+        with self.telling(x_TD, experts):
+            problem = problem_of(routing) or misfit_of(routing, len(x_TD), num_experts)
         if problem:
             self.tell(problem, x_TD, experts)  # rows of nonsense may not be built
         self._agree_on_experts(experts)
         with self.telling(x_TD, experts):
             ordered = order(x_TD, routing)
-        rows_RD, counts_E = narrowed(ordered.rows_RD), ordered.counts_E  # before they travel
-        if not _fits(rows_RD, counts_E, num_experts):
+            rows_RD, counts_E = narrowed(ordered.rows_RD), ordered.counts_E  # before they travel
+            fits = _fits(rows_RD, counts_E, num_experts)
+        if not fits:
             problem, counts_E = Problem.TOKENS, torch.zeros(num_experts, dtype=torch.int64)
         traffic = agree(counts_E, rows_RD.shape[-1], rows_RD.dtype, problem, self.plan, self.lanes, self.name)
         run = LayerRun(experts, traffic, self.plan, self.lanes, self.hooks, self.name, self.drain, self.on_pass)

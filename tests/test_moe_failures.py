@@ -19,6 +19,7 @@ from moe.config import MoeConfig
 from moe.dispatch import all_to_all
 from moe.errors import ContractError, ExchangeError, MoeConfigError, MoeError, PlanError
 from moe.experts import ModuleExperts, StackedExperts
+from moe.hooks import Hooks
 from moe.issue import own_group
 from moe.plan import LayerPlan
 from moe.records import top_k_assignments
@@ -55,6 +56,8 @@ CHANGES = {
     "keep ids": lambda r: {"keep_A": torch.ones(8, dtype=torch.int64)},
     "token order": lambda r: {"tokens_A": r.tokens_A.flip(0)},
     "per token": lambda r: {"per_token": 3},
+    "complex weights": lambda r: {"weights_A": r.weights_A * 1j},
+    "lists": lambda r: {"experts_A": r.experts_A.tolist()},
     "tokens": lambda r: {"num_tokens": r.num_tokens + 1, "per_token": None},
     "experts": lambda r: {"num_experts": 2 * EXPERTS},
 }
@@ -87,6 +90,8 @@ def misbehave(info, kind):
             layer.experts = ModuleExperts(nn.Identity() for _ in range(3)) if kind == "many" else layer.experts
         elif kind == "name":
             layer.runner.name = "other"
+        elif kind == "counts":
+            layer.order = lambda x, r, order=layer.order: order(x, r)._replace(counts_E=[4, 4, 0, 0])
         elif kind == "complex":
             layer.order = lambda x, r, order=layer.order: order(x, r)._replace(rows_RD=order(x, r).rows_RD * 1j)
         else:
@@ -94,7 +99,7 @@ def misbehave(info, kind):
     start_s = time.monotonic()
     try:
         layer(x)
-    except MoeError as error:
+    except (MoeError, AttributeError) as error:
         heard = (type(error), str(error))
     lanes.close()
     return *heard, time.monotonic() - start_s
@@ -124,6 +129,11 @@ def misbehave(info, kind):
         ("per token", ContractError, "its gate returned tokens, experts and weights that do not belong together"),
         ("tokens", ContractError, "its gate returned a routing for another number of tokens than it was asked for"),
         ("experts", ContractError, "its gate has not as many experts as the ranks of ep hold together"),
+        (
+            "complex weights",
+            ContractError,
+            "rank 1 of the ep axis: its gate returned weights that are complex; use",
+        ),
         ("complex", ContractError, "rank 1 of the ep axis: its rows are of a dtype that does not travel; use fp32"),
         ("raises", ContractError, "layer case, rank 1 of the ep axis: its gate or order raised an error"),
         ("many", MoeConfigError, r"layer case: the ranks have \[2, 3\] experts; give each the same number"),
@@ -138,6 +148,14 @@ def test_what_one_rank_does_wrong_every_rank_hears(kind, error, text):
         with pytest.raises(error, match=text):
             raise error(message)
         assert waited_s < 10
+
+
+@pytest.mark.parametrize("kind", ["lists", "counts"])
+def test_what_is_no_tensor_ends_the_step_on_every_rank(kind):
+    (kind_of, message, waited_s), (own_kind, *_) = run_ranks(misbehave, 2, kind)
+    assert (kind_of, own_kind) == (ContractError, AttributeError)
+    assert message == "layer case, rank 1 of the ep axis: its gate or order raised an error, which that rank shows"
+    assert waited_s < 5
 
 
 class Failing(nn.Module):
@@ -175,6 +193,59 @@ def test_an_expert_that_fails_ends_the_step_on_every_rank():
     assert kind is ExchangeError
     assert text.startswith("rank 0, layer case, combine 0 on the inter link: ")
     assert (own_kind, own_text) == (ValueError, "the expert is broken")
+
+
+class BrokenHooks(Hooks):
+    at = None
+
+    def before_dispatch(self, rows_ND, info):
+        return self._pass("before_dispatch", rows_ND, info)
+
+    def after_combine(self, rows_N, info):
+        return self._pass("after_combine", rows_N, info)
+
+    def _pass(self, where, rows, info):
+        if self.at == (where, info.backward) and info.chunk == info.chunks - 1:
+            raise ValueError("the hook is broken")
+        return rows
+
+
+BROKEN = [
+    (LayerPlan(1, 1), "before_dispatch", False),
+    (LayerPlan(1, 1), "before_dispatch", True),
+    (LayerPlan(1, 3), "before_dispatch", True),
+    (LayerPlan(3, 1), "after_combine", False),
+]
+
+
+def fail_in_a_hook(info):
+    """A hook of rank 1 raises in one step, and both ranks go on to the next; returns what each step brought."""
+    found = []
+    for plan, where, backward in BROKEN:
+        hooks, heard, start_s = BrokenHooks(), [], time.monotonic()
+        layer = make_layer(lanes_of(make_mesh(2, 2, 1), timeout_s=0.5), plan, hooks=hooks)
+        hooks.at = (where, backward) if info.rank == 1 else None
+        for _ in range(2):
+            with pytest.raises((MoeError, ValueError)) as caught:
+                layer(tokens_of(info.rank, [6, 6])).hidden.sum().backward()
+            heard.append((caught.type, str(caught.value)))
+            hooks.at = None
+        found.append((*heard, time.monotonic() - start_s))
+    return found
+
+
+def test_after_a_hook_that_fails_no_rank_takes_the_next_step_for_this_one():
+    others, own = run_ranks(fail_in_a_hook, 2, fresh=True)
+    for (kind, text), (next_kind, next_text), waited_s in others:
+        assert kind is next_kind is ExchangeError
+        assert text.startswith("rank 0, layer case, ")
+        assert "for the link broke before: " + text in next_text
+        assert waited_s < 5
+    for first, (next_kind, next_text), waited_s in own:
+        assert first == (ValueError, "the hook is broken")
+        assert next_kind is ExchangeError
+        assert next_text.endswith("experts on the inter link: ValueError: the hook is broken")
+        assert waited_s < 5
 
 
 def test_experts_that_return_another_shape_are_named():

@@ -1,7 +1,9 @@
 """Issue queues: order, causes, deadlines, and two links in opposite orders."""
 
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from threading import Event, Timer, get_ident
@@ -164,3 +166,51 @@ def test_calls_among_submissions_keep_the_order_and_never_overlap():
         for i in range(300):
             (queue.call if i % 3 == 0 else queue.submit)(partial(work, i))
     assert ran == list(range(300))
+
+
+def test_threads_that_call_and_submit_at_once_never_overlap_and_each_keeps_its_order():
+    ran, inside = [], []
+
+    def work(who, i):
+        inside.append(i)
+        assert inside == [i]
+        time.sleep(0)
+        inside.remove(i)
+        ran.append((who, i))
+        return who, i
+
+    def give(queue, who):
+        tickets = [(queue.call if (i + who) % 3 else queue.submit)(partial(work, who, i)) for i in range(200)]
+        assert all((one if isinstance(one, tuple) else one.result()) == (who, i) for i, one in enumerate(tickets))
+
+    with IssueQueue(None, "inter") as queue, ThreadPoolExecutor(4) as pool:
+        for given in [pool.submit(give, queue, who) for who in range(4)]:
+            given.result()
+    assert all([i for w, i in ran if w == who] == list(range(200)) for who in range(4))
+
+
+def test_what_ends_a_process_reaches_the_caller_and_breaks_the_queue():
+    with IssueQueue(None, "inter") as queue:
+        with pytest.raises(SystemExit, match="143"):
+            queue.call(partial(sys.exit, 143), layer="3", op="dispatch 0")
+        with pytest.raises(ExchangeError, match=r"broke before: rank 0, layer 3, dispatch 0 .*: SystemExit: 143"):
+            queue.call(lambda: pytest.fail("it ran"))
+
+
+def test_who_is_told_of_spans_and_raises_breaks_the_queue():
+    gives = (lambda queue: queue.call(int, layer="3")), (lambda queue: queue.submit(int, layer="3").result())
+    for give in gives:
+        with IssueQueue(None, "inter", on_span=lambda _: 1 / 0, timeout_s=5) as queue:
+            for text in (r"layer 3, .*: ZeroDivisionError", r"not issued, .* layer 3, .*: ZeroDivisionError"):
+                with pytest.raises(ExchangeError, match=text):
+                    give(queue)
+
+
+def test_a_queue_that_was_failed_does_what_was_submitted_and_nothing_more():
+    with IssueQueue(None, "inter") as queue:
+        before = queue.submit(lambda: 5)
+        queue.fail(ValueError("the hook is broken"), layer="3", op="experts")
+        with pytest.raises(ExchangeError, match=r"broke before: rank 0, layer 3, experts .*: the hook is broken"):
+            queue.call(lambda: pytest.fail("it ran"), layer="4")
+        assert before.result() == 5
+    queue.fail(ValueError("closed"))

@@ -1,13 +1,14 @@
 """The layer against the loop over tokens, in fp64: gradcheck on one rank, outputs and every gradient on several."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.config import MoeConfig
 from moe.errors import MoeError
@@ -97,16 +98,24 @@ def test_spread_layers_equal_the_loop_over_all_ranks(ep, esp, counts, gate, conf
     assert max(run_ranks(spread, 4, ep, esp, counts, gate, config)) < EXACT
 
 
+def keep_collectives(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if "c10d" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def other_uses(info):
     """What is not a plain forward and backward: activation checkpointing, two backwards, no grad, any module."""
     mesh, counts = make_mesh(2, 2, 1), [6, 3]
     lanes, expected = lanes_of(mesh), reference([0, 1], [6, 3])
     found = {}
-    for how in ("reentrant", "not reentrant", "twice", "frozen"):
-        layer, x = make_layer(lanes, LayerPlan(3, 2)), tokens_of(info.rank, counts).requires_grad_()
+    for how in ("reentrant", "not reentrant", "selective", "twice", "frozen"):
+        plan = PLAIN if how == "selective" else LayerPlan(3, 2)
+        layer, x = make_layer(lanes, plan), tokens_of(info.rank, counts).requires_grad_()
         if how == "frozen":
             layer.experts.requires_grad_(False)
-        if "reentrant" in how:
+        if how == "selective":  # what was received is not computed again, says the user: of an exchange it is not kept
+            contexts = partial(create_selective_checkpoint_contexts, keep_collectives)
+            y = checkpoint(lambda x, m=layer: m(x).hidden * 1.0, x, use_reentrant=False, context_fn=contexts)
+        elif "reentrant" in how:
             y = checkpoint(lambda x, m=layer: m(x).hidden * 1.0, x, use_reentrant=how == "reentrant")
         else:
             y = layer(x).hidden

@@ -164,12 +164,10 @@ class IssueQueue:
 
     def fail(self, error: BaseException, *, layer: str = "", op: str = "") -> None:
         """Break the queue behind what was submitted: this rank's next operation would meet another one of its peers."""
-
-        def raise_it() -> None:
-            raise error
-
+        failed: Future[None] = Future()
+        failed.set_exception(error)
         with suppress(ExchangeError):  # closed
-            self.submit(raise_it, layer=layer, op=op)
+            self.submit(lambda _: None, needs=failed, layer=layer, op=op)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for what was submitted, then end the thread. Raises ExchangeError when it is stuck."""
@@ -208,15 +206,18 @@ class IssueQueue:
             self._done()
             ticket.set_exception(ExchangeError(f"{ticket.who}: not issued, for the link broke before: {self._broken}"))
             return
+        began = False
         try:
             with torch.no_grad():
                 inputs = () if item.needs is None else (item.needs.result(),)
+                began = True
                 t0_ns = time.monotonic_ns()
                 value = item.fn(*inputs)
             if self._on_span is not None:
                 self._on_span(Span(self.name, item.layer, item.op, t0_ns, time.monotonic_ns()))
         except BaseException as error:  # noqa: BLE001 (it belongs to whoever waits for the ticket)
-            lost = f"; {ticket.peers} may be lost or late: see its output" if isinstance(error, RuntimeError) else ""
+            by_peers = began and isinstance(error, RuntimeError)  # and not by what it needs, the experts' computation
+            lost = f"; {ticket.peers} may be lost or late: see its output" if by_peers else ""
             self._broken = ExchangeError(f"{ticket.who}: {type(error).__name__}: {error}{lost}")
             self._broken.__cause__ = error
             self._done()

@@ -38,17 +38,18 @@ def self_test(*, ranks: int = RANKS, timeout_s: float = TIMEOUT_S) -> Check:
         place = Path(folder)
         jobs = [_start(rank, ranks, place) for rank in range(ranks)]
         try:
-            stuck = _wait(jobs, begun + timeout_s)
+            codes = _wait(jobs, begun + timeout_s)
         finally:
             for job in jobs:
                 job.kill()
                 job.wait()
         outputs = [(place / f"{rank}.log").read_text(errors="replace").strip() for rank in range(ranks)]
-    for rank, job in enumerate(jobs):
-        if rank not in stuck and job.returncode != 0:
+    for rank, code in enumerate(codes):
+        if code:
             last = outputs[rank].splitlines()[-1] if outputs[rank] else "no output"
-            return _failed(f"rank {rank} ended with {job.returncode}: {last}")
-    if stuck:
+            return _failed(f"rank {rank} ended with {code}: {last}")
+    if None in codes:
+        stuck = [rank for rank, code in enumerate(codes) if code is None]
         return _failed(f"ranks {stuck} did not end within {timeout_s:g} s")
     return passed(_NAME, f"{ranks} ranks, {outputs[0].splitlines()[-1]}, {time.monotonic() - begun:.0f} s")
 
@@ -62,14 +63,13 @@ def _command(rank: int, ranks: int, place: Path) -> list[str]:
     return [sys.executable, "-m", "launch.doctor_ranks", str(rank), str(ranks), str(place / "store"), str(os.getpid())]
 
 
-def _wait(jobs: list[subprocess.Popen[bytes]], deadline: float) -> list[int]:
-    """Wait for all to end, or for one to fail; return the ranks that had not ended at the deadline."""
-    while time.monotonic() < deadline:
+def _wait(jobs: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
+    """Wait for all to end, or one to fail, until the deadline; return how each had ended by itself, None: not yet."""
+    while True:
         codes = [job.poll() for job in jobs]
-        if None not in codes or any(codes):
-            return []
+        if None not in codes or any(codes) or time.monotonic() >= deadline:
+            return codes
         time.sleep(0.05)
-    return [rank for rank, job in enumerate(jobs) if job.poll() is None]
 
 
 def _failed(found: str) -> Check:

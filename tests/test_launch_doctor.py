@@ -94,7 +94,7 @@ def test_no_room(tmp_path):
 
 def started(monkeypatch, code):
     """Let the ranks run other code."""
-    monkeypatch.setattr(doctor_ranks, "_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(doctor_ranks, "_command", lambda rank, *_: [sys.executable, "-c", f"rank = {rank}; {code}"])
 
 
 def test_a_lock_that_a_killed_build_left(tmp_path):
@@ -109,9 +109,9 @@ def test_a_lock_that_a_killed_build_left(tmp_path):
 
 
 def test_a_rank_that_fails_is_named(monkeypatch):
-    started(monkeypatch, "raise SystemExit('no route to host')")
+    started(monkeypatch, "import sys, time; sys.exit('no route to host' if rank else time.sleep(1000))")
     check = self_test(timeout_s=60)
-    assert (check.status, check.found) == ("failed", "rank 0 ended with 1: no route to host")
+    assert (check.status, check.found) == ("failed", "rank 1 ended with 1: no route to host")
     assert "GLOO_SOCKET_IFNAME" in check.advice
 
 

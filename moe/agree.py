@@ -129,7 +129,7 @@ def _host(values: Tensor, dtype: torch.dtype = torch.int64) -> NDArray[Any]:
 
 
 def _outside(ids: Ints, size: int) -> bool:
-    return bool(len(ids)) and not 0 <= ids.min() <= ids.max() < size
+    return bool(len(ids)) and int(ids.view(np.uint64).max()) >= size  # where those below zero are the largest
 
 
 def agree_on_experts(num_experts: int, lanes: Lanes, layer: str) -> None:

@@ -41,5 +41,6 @@ class _SiluProduct(torch.autograd.Function):
         found_N2I = torch.empty_like(gate_up_N2I)
         of_gate_NI, of_up_NI = found_N2I.chunk(2, dim=-1)
         torch.mul(grads[0], act_NI, out=of_up_NI)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up_NI, gate_NI, grad_input=of_gate_NI)
+        torch.mul(grads[0], up_NI, out=of_gate_NI)
+        torch.ops.aten.silu_backward.grad_input(of_gate_NI, gate_NI, grad_input=of_gate_NI)
         return found_N2I

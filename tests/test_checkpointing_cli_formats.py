@@ -41,6 +41,8 @@ def test_restore_verifies_what_it_reads(saved, tmp_path):
     _, text = run("restore", root, tmp_path / "x.pt", "--format", "torch", ok=(1,))
     assert "is not what was saved" in text
     assert not (tmp_path / "x.pt").exists()
+    for two in ((root, saved), (saved, root)):  # the same names in both
+        assert f"{root}/step-20/{DATA}: tensor" in run("diff", *two, ok=(1,))[1]
 
 
 def test_what_is_damaged_is_not_offered_instead(saved, tmp_path):

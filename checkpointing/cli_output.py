@@ -143,7 +143,7 @@ def show_differences(found: Sequence[Any], as_json: bool) -> None:
             "" if one.max_abs is None else f"{one.max_abs:.3g}",
             "" if one.max_rel is None else f"{one.max_rel:.3g}",
         )
-        sides = ("" if side is None else _short(side) for side in (one.a, one.b))
+        sides = ("" if side is None and one.kind != "value" else _short(side) for side in (one.a, one.b))
         table.add_row(one.name, one.kind, *sides, *numbers, "" if one.different is None else str(one.different))
     _console.print(table)
 

@@ -48,8 +48,12 @@ def compare(a: Source, b: Source, progress: Callable[[str], None] = lambda _: No
         yield from _tensors(name, left, right)
     ours, theirs = dict(leaves(a.values)), dict(leaves(b.values))
     for name in sorted(ours.keys() | theirs.keys()):
-        if repr(ours.get(name)) != repr(theirs.get(name)):
-            yield Difference(name, "value", ours.get(name), theirs.get(name))
+        if name not in theirs:
+            yield Difference(name, "only in A", ours[name])
+        elif name not in ours:
+            yield Difference(name, "only in B", None, theirs[name])
+        elif repr(ours[name]) != repr(theirs[name]):
+            yield Difference(name, "value", ours[name], theirs[name])
 
 
 def _tensors(name: str, left: Lazy, right: Lazy) -> Iterator[Difference]:

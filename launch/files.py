@@ -116,10 +116,15 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Replace a folder by what `fill` writes into an empty one. A crash leaves the old one, the new one, or none."""
+    """Replace a folder by what `fill` writes into an empty one. A crash leaves the old one, the new one, or none.
+
+    Weights are made as readable as the folder is, by the umask: safetensors lets only their owner read them.
+    """
     partial = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
+    for weights in partial.rglob("*.safetensors"):
+        weights.chmod(partial.stat().st_mode & 0o666)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)

@@ -160,6 +160,7 @@ def show(console: Console, planner: Planner, best: Estimate, recipe: FinetuneCon
             f"{one.bubble:.1%}", size(one.memory_bytes),
         )  # fmt: skip
     console.print(table)
+    console.print("Other choices, with all else as in the first (pipeline ranks: with whatever is best there):")
     for line in why:
         console.print(f"  - {line}")
     flags = (f"--{key} {flag_value(value)}" for key, value in settings_of(planner, best, recipe).items())

@@ -78,4 +78,4 @@ class Estimate:
 
 def size(num_bytes: float) -> str:
     """Return bytes as a plan prints them: `0.3 MB`, `80.0 GB`."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

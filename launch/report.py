@@ -138,7 +138,7 @@ def _described(facts: Mapping[str, Any]) -> dict[str, Any]:
     lengths = facts.get("lengths", {})
     rows |= {f"sequence length, p{name}": value for name, value in lengths.get("percentiles", {}).items()}
     rows |= {"sequence length, longest": lengths["longest"]} if lengths else {}
-    rows |= {"left out": "; ".join(facts["notes"])} if facts.get("notes") else {}
+    rows |= {"left out": " ".join(f"{note.rstrip('.')}." for note in facts["notes"])} if facts.get("notes") else {}
     return rows | {f"version of {name}": value for name, value in facts.get("versions", {}).items()}
 
 

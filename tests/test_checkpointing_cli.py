@@ -122,15 +122,16 @@ def test_diff_counts_and_measures(saved, tmp_path):
     state["page"][3] += 2.0
     state["flags"] = torch.tensor([True, False])
     state["seed"] = 11
+    state["none"] = None
     del state["odd"]
     with Checkpointer(tmp_path / "b", group=SINGLE) as ckpt:
         ckpt.save(1, {"run": Flat(state)}).wait()
     found = {one["name"]: one for one in run_json("diff", f"{saved}@10", tmp_path / "b", ok=(1,))}
-    assert found.keys() == {"run.page", "run.flags", "run.seed", "run.odd"}
+    assert found.keys() == {"run.page", "run.flags", "run.seed", "run.odd", "run.none"}
     assert (found["run.page"]["kind"], found["run.page"]["different"]) == ("numbers", 1)
     assert found["run.page"]["max_abs"] == pytest.approx(2.0)
     assert found["run.flags"]["kind"] == "shape"
-    assert found["run.odd"]["kind"] == "only in A"
+    assert (found["run.odd"]["kind"], found["run.none"]["kind"]) == ("only in A", "only in B")
     assert (found["run.seed"]["a"], found["run.seed"]["b"]) == (10, 11)
     assert len(run_json("diff", f"{saved}@10", tmp_path / "b", "--only", "run.p*", ok=(1,))) == 1
 

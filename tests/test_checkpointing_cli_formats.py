@@ -41,6 +41,8 @@ def test_restore_verifies_what_it_reads(saved, tmp_path):
     _, text = run("restore", root, tmp_path / "x.pt", "--format", "torch", ok=(1,))
     assert "is not what was saved" in text
     assert not (tmp_path / "x.pt").exists()
+    for two in ((root, saved), (saved, root)):  # the same names in both
+        assert f"{root}/step-20/{DATA}: tensor" in run("diff", *two, ok=(1,))[1]
 
 
 def test_what_is_damaged_is_not_offered_instead(saved, tmp_path):
@@ -92,7 +94,7 @@ STATE = {
 @pytest.mark.parametrize(
     ("format_", "ranks"), [("hf", 1), ("torch", 1), ("dcp", 3), ("deepspeed", 2), ("torchsnapshot", 1)]
 )
-def test_every_format_is_written_in_part_in_another_dtype_and_for_other_ranks(tmp_path, format_, ranks):
+def test_every_format_is_written_in_part_in_another_dtype_and_for_other_ranks(tmp_path, recwarn, format_, ranks):
     """What was written is read again: the model alone, in the dtype that was asked for."""
     if format_ == "torchsnapshot":
         pytest.importorskip("torchsnapshot")
@@ -103,6 +105,7 @@ def test_every_format_is_written_in_part_in_another_dtype_and_for_other_ranks(tm
     part = tmp_path / ("part.pt" if format_ == "torch" else "part")
     done = run_json("restore", f"{tmp_path}/run@3", part, *flags)
     assert done["format"] == format_
+    assert not [one for one in recwarn if "torch.distributed" in str(one.message)]  # DCP's, of writing alone
     run("save", part, tmp_path / "back")
     back = Flat({})
     with Checkpointer(tmp_path / "back", group=SINGLE) as ckpt:

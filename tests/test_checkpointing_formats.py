@@ -69,6 +69,7 @@ def test_a_large_hugging_face_folder_has_shards_and_an_index(tmp_path, monkeypat
     model.save_pretrained(tmp_path / "hf")
     write_target("hf", open_source(tmp_path / "hf"), tmp_path / "back")
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
+    assert len({file.stat().st_mode for file in (tmp_path / "back").iterdir()}) == 1  # who may read one reads all
     assert same(read_source(tmp_path / "back")[1], read_source(tmp_path / "hf")[1])
     (tmp_path / "snapshot").mkdir()  # as the Hub's cache has them
     for file in (tmp_path / "hf").iterdir():

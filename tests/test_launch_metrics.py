@@ -3,7 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.console import Output, Recorder, describe
@@ -97,6 +99,9 @@ def test_replacing_a_file_or_a_folder_leaves_no_rest(tmp_path):
     for text in ("old", "new"):
         replace_folder(tmp_path / "b", lambda folder, text=text: (folder / text).write_text(text))
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
+    replace_folder(tmp_path / "b", lambda folder: save_file({"a": torch.ones(1)}, str(folder / "new.safetensors")))
+    assert (tmp_path / "b/new.safetensors").stat().st_mode == (tmp_path / "a/file").stat().st_mode
+    replace_folder(tmp_path / "b", lambda folder: (folder / "new").touch())
     with pytest.raises(RuntimeError):
         replace_folder(tmp_path / "b", lambda folder: (_ for _ in ()).throw(RuntimeError))
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]

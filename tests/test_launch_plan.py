@@ -188,6 +188,7 @@ def test_a_plan_is_a_job(tmp_path, capsys):
     code, out, _ = command(capsys, *asked, *flags)
     assert code == 0
     assert "settings: --chunks.chunk_tokens" in out
+    assert "with all else as in the first" in out
     assert "devices of 0.8 MB" in out
     more = {key.replace(".", "__"): value for key, value in plan["settings"].items()}
     log = tmp_path / "job.log"
@@ -205,6 +206,7 @@ def test_a_plan_is_a_job(tmp_path, capsys):
         (["--devices", 4, "--link", "fast"], 2, "--link: 'fast' is no quantity; write 80GB"),
         (["--devices", 4, "--lengths", "none.json"], 2, "--lengths none.json is no file, and none of llama3_sft"),
         (["--devices", 4, "--model.hidden_size=-1"], 2, "model.hidden_size is -1"),
+        (["--devices", 4, "--model.library=megatron"], 2, "model.library is megatron, and only models of transformers"),
     ],
 )
 def test_what_cannot_be_planned_is_told(capsys, argv, code, text):

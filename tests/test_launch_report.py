@@ -60,8 +60,8 @@ def facts(**changes):
     lengths = histogram(np.array([3, 70, 900, 5000])).to_json()
     return {
         "total_steps": 4, "model": "LlamaForCausalLM", "parameters": 1234567, "world_size": 2, "device": "cpu",
-        "threads": 1, "pipeline": None, "lengths": lengths, "held_out": 7, "notes": ["2 <left> & out"], "host": "Linux",
-        "versions": {"torch": "2.13.0"}, **changes,
+        "threads": 1, "pipeline": None, "lengths": lengths, "held_out": 7, "host": "Linux",
+        "notes": ["2 <left> & out", "3 are short."], "versions": {"torch": "2.13.0"}, **changes,
     }  # fmt: skip
 
 
@@ -115,7 +115,8 @@ def test_numbers_settings_and_what_was_left_out(folder):
         "<title>my run</title>", "LlamaForCausalLM of 1,234,567 parameters, on 2 x cpu", "4 samples of 5,973 tokens",
         "7 more held out", "<b>6.500 → 4.250</b><span>held-out loss", "<b>5.000 → 1.250</b>", "<b>1,000</b>",
         "<b>125</b><span>tokens/s", "<b>1.00 GiB</b>", "<td>chunks.chunk_tokens</td><td>512</td>",
-        "<td>data.path</td><td>&lt;script&gt;</td>", "2 &lt;left&gt; &amp; out", "<td>fresh</td><td>false</td>",
+        "<td>data.path</td><td>&lt;script&gt;</td>", "2 &lt;left&gt; &amp; out. 3 are short.<",
+        "<td>fresh</td><td>false</td>",
     ):  # fmt: skip
         assert text in html, text
     assert "Not finished" not in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def write(source: Source, target: Target) -> None:
     nested = source.nested()  # DCP names what is inside by its path, as we do
     state = nested if isinstance(nested, dict) else {"state": nested}
     writer = FileSystemWriter(target.path, thread_count=target.world_size)
-    save(state, storage_writer=writer, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is one process that writes
+        save(state, storage_writer=writer, no_dist=True)
     target.wrote(sum(tensor.numel() * tensor.element_size() for tensor in state.values() if torch.is_tensor(tensor)))
 
 

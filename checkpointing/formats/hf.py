@@ -49,6 +49,7 @@ def write(source: Source, target: Target) -> None:
         file = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _read(source, names[name]).clone().contiguous() for name in shard}
         save_file(tensors, str(target.path / file), metadata={"format": "pt"})
+        (target.path / file).chmod(target.path.stat().st_mode & 0o666)  # by the umask: safetensors lets its owner only
         weight_map |= dict.fromkeys(shard, file)
         target.wrote(sum(t.numel() * t.element_size() for t in tensors.values()))
     if len(shards) > 1:

@@ -83,8 +83,9 @@ class ParallelExperts(MarkedExperts, StackedExperts):
             raise MoeConfigError(f"layer {self.runner.name}: {ADAPTED}")
         if not all(getattr(param, "is_expert", False) for param in self.parameters()):
             raise MoeConfigError(f"layer {self.runner.name}: {REPLACED}")
-        routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
         stacks = self.stacks()
+        with self.runner.telling(hidden_states, stacks):
+            routing = top_k_assignments(top_k_index, top_k_weights, self.placement.num_experts)
         order = SparseOrder(stacks.gate_up_EID.dtype)
         output_TD, self.rows_per_expert_E = self.runner.run(hidden_states, routing, order, stacks)
         return output_TD

@@ -158,6 +158,28 @@ def test_what_is_no_tensor_ends_the_step_on_every_rank(kind):
     assert waited_s < 5
 
 
+def misroute(info):
+    """The router of a transformers model gives rank 1 ids of another shape; returns what each rank hears, and when."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
+    model = moe.parallelize(tiny_moe("mixtral"), mesh, ep="ep", dp="dp", config=MoeConfig(timeout_s=20.0))
+    layer = next(iter(moe.expert_layers(model).values()))
+    x, ids = torch.ones(3, 16, dtype=torch.float64), torch.tensor([[0, 1], [1, 2], [3, 0]])
+    before, start_s = layer(x, ids, ids.double()), time.monotonic()
+    with pytest.raises((ContractError, ValueError)) as caught:
+        layer(x, ids.flatten() if info.rank == 1 else ids, ids.double())
+    waited_s = time.monotonic() - start_s
+    assert torch.equal(layer(x, ids, ids.double()), before)
+    layer.runner.lanes.close()
+    return caught.type, str(caught.value), waited_s
+
+
+def test_ids_of_another_shape_end_the_step_of_a_model_on_every_rank():
+    (kind, message, waited_s), (own_kind, *_) = run_ranks(misroute, 2)
+    assert (kind, own_kind) == (ContractError, ValueError)
+    assert message.endswith("rank 1 of the ep axis: its gate or order raised an error, which that rank shows")
+    assert waited_s < 5
+
+
 class Failing(nn.Module):
     num_experts = 2
 

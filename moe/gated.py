@@ -41,8 +41,5 @@ class _SiluProduct(torch.autograd.Function):
         found_N2I = torch.empty_like(gate_up_N2I)
         of_gate_NI, of_up_NI = found_N2I.chunk(2, dim=-1)
         torch.mul(grads[0], act_NI, out=of_up_NI)
-        # Where rows lie otherwise, as autograd lays the product out: the last bits of SiLU's gradient depend on it.
-        in_rows = grads[0].is_contiguous() and gate_up_N2I.is_contiguous()
-        of_act_NI = torch.mul(grads[0], up_NI, out=of_gate_NI if in_rows else None)
-        torch.ops.aten.silu_backward.grad_input(of_act_NI, gate_NI, grad_input=of_gate_NI)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up_NI, gate_NI, grad_input=of_gate_NI)
         return found_N2I

@@ -78,7 +78,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             folder.checkpoints, keep=KeepLast(settings.keep), timeout_s=timeout_s, mirror=settings.mirror,
             incremental=settings.incremental,
         ) as checkpoints,
-        told_at_once(world.rank),
+        told_at_once(world.board),
     ):  # fmt: skip
         if aside is not None:
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -96,6 +97,27 @@ class Board:
         except WorldError as error:
             if not isinstance(error.__cause__, dist.DistNetworkError):
                 raise
+
+    def failing(self, *, timeout_s: float | None) -> list[int]:
+        """Say that this rank ends by an error; return the ranks that have not said so after `timeout_s`.
+
+        A rank may call at any time, and others need not. Returns [] where the store is gone, and with None at once.
+        """
+        with suppress(RuntimeError):
+            self._store.set(f"failing/{self.rank}", "yes")
+            if timeout_s is not None:
+                deadline = time.monotonic() + timeout_s
+                return [rank for rank in range(self.world_size) if not self._fails(rank, deadline)]
+        return []
+
+    def _fails(self, rank: int, deadline: float) -> bool:
+        try:
+            self._store.wait([f"failing/{rank}"], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        except dist.DistNetworkError:  # the store is gone
+            raise
+        except RuntimeError:
+            return False
+        return True
 
     def _announced(self, key: str, work: Callable[[], T]) -> T:
         try:

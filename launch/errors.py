@@ -17,12 +17,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from checkpointing.errors import CheckpointError
 from chunkflow.errors import ChunkflowError
 from moe.errors import ContractError, ExchangeError, MoeError
 from pipeline.errors import PipelineError, WatchdogError
+
+if TYPE_CHECKING:
+    from launch.board import Board
 
 
 class LaunchError(Exception):
@@ -67,6 +70,9 @@ KNOWN_ERRORS = (LaunchError, ChunkflowError, CheckpointError, MoeError, Pipeline
 _WENT_WRONG = (TrainingError, WatchdogError, ContractError, ExchangeError)
 """What happens to a job whose input was well."""
 
+_ROLL_CALL_S = 5.0
+"""How long a rank waits to see which others fail too: all that were in the same collective do, about when it does."""
+
 _TOLD = "This error was reported when it was raised."
 
 EXIT_WELL, EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -88,20 +94,25 @@ def as_program(main: Callable[[], int]) -> NoReturn:
 
 
 @contextmanager
-def told_at_once(rank: int) -> Iterator[None]:
-    """Report a known error raised inside before it leaves: what is around may take a while to end without its peers."""
+def told_at_once(board: Board) -> Iterator[None]:
+    """Report a known error raised inside before it leaves: what is around may take a while to end without its peers.
+
+    Where a collective lost one of several ranks, the line names those that have no error to report.
+    """
     try:
         yield
     except KNOWN_ERRORS as error:
-        report_error(rank, error)
+        lost = isinstance(error, (WatchdogError, ExchangeError)) and board.world_size > 2
+        silent = board.failing(timeout_s=_ROLL_CALL_S if lost else None)
+        report_error(board.rank, error, f" (no error so far from ranks {silent})" if silent else "")
         raise
 
 
-def report_error(rank: int, error: Exception) -> int:
+def report_error(rank: int, error: Exception, hint: str = "") -> int:
     """Print an error as a rank's one line, once, and return the exit code that belongs to it."""
     if _TOLD not in getattr(error, "__notes__", ()):
         # One write with its newline: torchrun's ranks are unbuffered, and share a terminal.
-        sys.stderr.write(f"rank {rank}: error: {error}\n")
+        sys.stderr.write(f"rank {rank}: error: {error}{hint}\n")
         sys.stderr.flush()
         error.add_note(_TOLD)
     return EXIT_CHECK_FAILED if isinstance(error, _WENT_WRONG) else EXIT_BAD_INPUT

@@ -28,7 +28,7 @@ from launch.env import World, end_with_launcher, joined, read_processes
 from launch.errors import EXIT_INTERRUPTED, EXIT_WELL, KNOWN_ERRORS, ResumeError, report_error, told_at_once
 from launch.facts import job_facts
 from launch.files import RunFolder, write_json
-from launch.job import Job, prepare
+from launch.job import ALONE_TIMEOUT_S, Job, prepare
 from launch.metrics import StepMetrics, read_metrics
 from launch.recipe import agreed_config, changed_settings, record_config
 from launch.saving import Saver, check_mirror
@@ -61,7 +61,7 @@ def run(argv: Sequence[str] | None, world: World, stop: StopSignals, *, restarts
     started_over = world.board.noted(STARTED_OVER)
     resumes = restarts > 0 if started_over is None else started_over
     finetune(config, world, stop, fresh=config.fresh and not resumes)
-    # Rank 0 may write the model still, which takes as long as a checkpoint; nobody else would find that it stopped.
+    # Rank 0 may copy a checkpoint to the mirror still; nobody else would find that it stopped.
     world.board.leave(timeout_s=config.patience_s + config.checkpoint.timeout_s)
 
 
@@ -78,7 +78,7 @@ def finetune(config: FinetuneConfig, world: World, stop: StopSignals, *, fresh: 
             folder.checkpoints, keep=KeepLast(settings.keep), timeout_s=timeout_s, mirror=settings.mirror,
             incremental=settings.incremental,
         ) as checkpoints,
-        told_at_once(world.rank),
+        told_at_once(world.board),
     ):  # fmt: skip
         if aside is not None:
             console.print(f"Starting over: the run that was in {folder.path} is now {aside}")
@@ -168,9 +168,15 @@ def train(job: Job, report: Recorder, saver: Saver, stop: StopSignals, trace: Pa
 
 def finish(job: Job, folder: RunFolder, saver: Saver, console: Console, *, resumed_from: int | None) -> None:
     """Export the model and sum the run up. Every rank calls."""
-    told = job.world.board.gather("peak memory", job.memory.resident_bytes(), timeout_s=job.patience_s)
-    if job.write_model(folder.model):
-        sum_up(job, folder, saver, console, resumed_from=resumed_from, peak_memory_bytes=max(told))
+    board = job.world.board
+    told = board.gather("peak memory", job.memory.resident_bytes(), timeout_s=job.patience_s)
+    wrote = job.write_model(folder.model)
+
+    def tell() -> None:
+        if wrote:
+            sum_up(job, folder, saver, console, resumed_from=resumed_from, peak_memory_bytes=max(told))
+
+    board.together("summing up", tell, timeout_s=ALONE_TIMEOUT_S)
 
 
 def sum_up(
@@ -187,9 +193,10 @@ def sum_up(
         checkpoint=saver.path,
         model=folder.model.absolute(),
     )
-    write_json(folder.summary, summary)
+    report = write_report(folder, summary=summary)
+    write_json(folder.summary, summary)  # last: with it the run is finished, and a resume adds nothing
     print_summary(console, summary)
-    console.print(f"Report: {write_report(folder)}")
+    console.print(f"Report: {report}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ from launch.state import TrainState
 from launch.step_times import StepTimes, over_ranks
 from launch.zero import ZeroRunner
 
-BUILD_TIMEOUT_S = 4 * 3600.0
-"""How long ranks wait for rank 0 to tokenize the data."""
+ALONE_TIMEOUT_S = 4 * 3600.0
+"""How long ranks wait for what rank 0 does alone, while it gives signs of life: tokenizing, writing, drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,10 @@ class Job:
                 self.experts.write(folder, self._write_tokenizer)
             return self.world.rank == 0
         model = self.whole_model()
+        write = partial(self._replace, folder, model)
+        return self.world.board.together("writing the model", write, timeout_s=ALONE_TIMEOUT_S)
+
+    def _replace(self, folder: Path, model: PreTrainedModel | None) -> bool:
         if model is not None:
             replace_folder(folder, lambda path: self.export(path, model))
         return model is not None
@@ -186,7 +191,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     Raises WorldError or WatchdogError when a rank does not come in time to share data or weights.
     """
     place = take_place(config, world)
-    data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=BUILD_TIMEOUT_S)
+    data = world.board.rank0_first("data", lambda: load_data(config), timeout_s=ALONE_TIMEOUT_S)
     model = world.board.together("model", lambda: build(config, world, data, place))
     with lost_rank_told(f"rank {world.rank}, step 0, sharing the weights", config.patience_s):
         share_model(model, config, place)

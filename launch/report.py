@@ -39,15 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_WELL
 
 
-def write_report(folder: RunFolder, output: Path | None = None) -> Path:
-    """Write the report of a run, at once; return where. Raises FolderError when there is no run, or no room."""
+def write_report(folder: RunFolder, output: Path | None = None, *, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write the report of a run, at once; return where. Raises FolderError when there is no run, or no room.
+
+    `summary` is what summary.json will say, of a run that has none yet.
+    """
     target = folder.report if output is None else output
     page = make_page(
         read_metrics(folder.metrics),
         name=folder.path.name,
         settings=_read(folder.config),
         facts=_read(folder.facts),
-        summary=_read(folder.summary),
+        summary=_read(folder.summary) if summary is None else summary,
         timeline=read_timeline(folder.trace),
     )
     if page is None:

@@ -183,17 +183,25 @@ def test_what_the_system_refuses_while_writing_names_the_folder(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_run_that_went_on_is_finished_again(tmp_path, corpus):
+def test_a_run_that_went_on_and_could_not_write_its_end_is_finished_again(tmp_path, corpus):
+    """Every rank hears why, and the summary, by which a run is finished, stays that of the step before."""
     run = tmp_path / "run"
-    for steps in (1, 2):
-        assert errors_of(tmp_path, settings(corpus, run, run__steps=steps)) == [None, None]
-        if steps == 1:
-            first = (run / "summary.json").read_text()
+    assert errors_of(tmp_path, settings(corpus, run, run__steps=1)) == [None, None]
+    first, flags = (run / "summary.json").read_text(), settings(corpus, run, run__steps=2)
+    (run / "report.html.tmp").mkdir()
+    for error in errors_of(tmp_path, flags):
+        assert "the report cannot be written to" in error
     model = snapshot(run / "model")
-    (run / "summary.json").write_text(first)  # as if killed before the second summary
+    (run / "report.html.tmp").rmdir()
+    (run / "model.tmp").write_text("in the way")
+    for error in errors_of(tmp_path, flags):
+        assert "File exists" in error
+    assert (run / "summary.json").read_text() == first
+    (run / "model.tmp").unlink()
     shutil.rmtree(run / "model")
-    assert errors_of(tmp_path, settings(corpus, run, run__steps=2)) == [None, None]
+    assert errors_of(tmp_path, flags) == [None, None]
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert "<td>steps</td><td>2</td>" in (run / "report.html").read_text()
     assert snapshot(run / "model") == model
 
 

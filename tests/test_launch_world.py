@@ -1,5 +1,6 @@
 """Processes finding each other, answering each other, and agreeing to stop."""
 
+import io
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr
 from itertools import count
 
 import pytest
@@ -18,7 +20,7 @@ from launch.board import Board
 from launch.claim import claimed
 from launch.config import FinetuneConfig
 from launch.env import Processes, World, joined, read_processes
-from launch.errors import ConfigError, DataError, FolderError, LaunchError, WorldError
+from launch.errors import ConfigError, DataError, FolderError, LaunchError, WorldError, told_at_once
 from launch.files import RunFolder
 from launch.mesh import AXES, limited_groups, make_mesh
 from launch.model import build_model
@@ -210,6 +212,24 @@ def test_a_rank_at_work_is_waited_for_and_one_that_is_stopped_is_not(tmp_path):
     _, (text, waited_s) = run_ranks(work_for_long, 2, str(tmp_path))
     assert text.startswith("rank 0 did not answer about 'stopped' within 0.5 s")
     assert waited_s < 5
+
+
+def lose_one(info, folder):
+    """Rank 2 of three does not come to a collective; what the others say of it."""
+    place, told = board(info, folder), io.StringIO()
+    place.gather("begin", None)
+    if info.rank == 2:
+        return ""
+    with pytest.MonkeyPatch.context() as patched, redirect_stderr(told):
+        patched.setattr("launch.errors._ROLL_CALL_S", 2.0)
+        with pytest.raises(WatchdogError), told_at_once(place):
+            raise WatchdogError("one of the ranks is gone")
+    return told.getvalue()
+
+
+def test_of_several_ranks_the_one_that_is_lost_is_named(tmp_path):
+    told = [f"rank {rank}: error: one of the ranks is gone (no error so far from ranks [2])\n" for rank in (0, 1)]
+    assert run_ranks(lose_one, 3, str(tmp_path)) == [*told, ""]
 
 
 def different_settings(info, folder, flags):

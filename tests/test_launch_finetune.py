@@ -76,7 +76,8 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_never_was(place, undistu
     flags = settings(place / "corpus", run, run__epochs=2)
     whole, _ = undisturbed
 
-    job = start(flags, log)  # stopped politely, through one rank, between checkpoints
+    # Stopped politely, through one rank. No other checkpoint than the one asked for: it could be the answer.
+    job = start(settings(place / "corpus", run, run__epochs=2, checkpoint__every=50), log)
     wait_for_step(job, run / "metrics.jsonl", 0, log)
     asked = CliRunner().invoke(cli.app, ["request", str(run)])  # before there is a first one
     assert asked.exit_code == 0, asked.exception

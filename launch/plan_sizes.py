@@ -58,7 +58,10 @@ class ModelSizes:
 def sizes_of(config: FinetuneConfig) -> ModelSizes:
     """Return the sizes of a recipe's model. Raises ModelError where it has none, or cannot be split into layers."""
     if config.model.library != "transformers":
-        raise ModelError(f"model.library is {config.model.library}, and only models of transformers are planned")
+        raise ModelError(
+            f"model.library is {config.model.library}, and only models of transformers are planned: others are trained "
+            "whole on every rank, so choose the ranks and chunks.chunk_tokens in the recipe"
+        )
     found = _model_config(config)
     with warnings.catch_warnings(action="ignore"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(found, attn_implementation="eager")
